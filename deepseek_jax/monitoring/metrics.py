@@ -1,0 +1,117 @@
+"""What a run measures, written down: JSON lines and TensorBoard events.
+
+One object a line, flushed at once, so that a killed run loses at most a torn last line; a resumed
+run first cuts the files back to the restored step, and each step stands once.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+from deepseek_jax.core.errors import InputError
+
+FILES = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl")
+
+
+class RunLog:
+    """Writes a run directory's metrics.jsonl, eval.jsonl, expert_load.jsonl and tensorboard/.
+
+    On processes other than the first it writes nothing.
+    """
+
+    def __init__(self, run_dir: str | pathlib.Path):
+        self._run_dir = pathlib.Path(run_dir)
+        self._on = jax.process_index() == 0
+        self._purge: int | None = None
+        self._files: dict[str, Any] = {}
+        self._board: Any = None
+        if self._on:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """A logged training step's scalars."""
+        self._scalars("metrics.jsonl", "train", step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """An evaluation's scalars after `step` steps."""
+        self._scalars("eval.jsonl", "eval", step, values)
+
+    def expert_load(self, step: int, counts: Mapping[str, Any]) -> None:
+        """Tokens that each expert got: {path of a block: counts [R, E]} of one step."""
+        load = {path: np.asarray(value).tolist() for path, value in counts.items()}
+        self._write("expert_load.jsonl", {"step": int(step), "load": load})
+
+    def cut_back(self, step: int) -> None:
+        """Forget what follows `step` (-1: everything) and a torn last line; call on resuming."""
+        if not self._on:
+            return
+        self.close()
+        self._purge = step + 1
+        for name in FILES:
+            path = self._run_dir / name
+            if not path.exists():
+                continue
+            temporary = path.with_name(name + ".tmp")
+            with path.open("rb") as old, temporary.open("wb") as new:
+                new.writelines(line for line in old if _stands(line, step))
+                new.flush()
+                os.fsync(new.fileno())
+            temporary.replace(path)
+
+    def close(self) -> None:
+        """Close the files; a later call opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _scalars(self, name: str, group: str, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {key: float(value) for key, value in values.items() if key != "step"}
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        self._write(name, {"step": int(step)} | {key: finite.get(key) for key in numbers})
+        if not self._on:
+            return
+        if self._board is None:
+            directory = str(self._run_dir / "tensorboard")
+            self._board = tensorboardX.SummaryWriter(
+                directory, purge_step=self._purge, flush_secs=10, filename_suffix=f".{os.getpid()}"
+            )
+        for key, value in finite.items():
+            self._board.add_scalar(key if "/" in key else f"{group}/{key}", value, step)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if not self._on:
+            return
+        path = self._run_dir / name
+        try:
+            if name not in self._files:
+                self._files[name] = path.open("a")
+            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_lines(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file that have a step, in order; empty when it is missing."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file if _stands(line, math.inf)]
+
+
+def _stands(line: bytes, last: float) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last
+    except (ValueError, TypeError, KeyError):
+        return False
