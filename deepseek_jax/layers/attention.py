@@ -1,0 +1,119 @@
+"""Grouped-query attention with an optional sliding window and rotary positions."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.layers.linear import Dtypes, Projection
+from deepseek_jax.ops.attention import causal_attention, masked_attention
+from deepseek_jax.ops.rope import Yarn, rotate, softmax_factor
+
+
+class Place(NamedTuple):
+    """Where tokens stand: shared by all layers. Decoding fills positions, training segments."""
+
+    cosine: Float[Array, "B T half"]
+    sine: Float[Array, "B T half"]
+    segments: Int[Array, "B T"] | None = None
+    positions: Int[Array, "B T"] | None = None
+
+
+def write_cache(
+    cache: Float[Array, "B S *x"], values: Float[Array, "B T *x"], positions: Int[Array, "B T"]
+) -> Float[Array, "B S *x"]:
+    """Put each token's values at its position of its row; positions below 0 are padding."""
+    rows = jnp.arange(cache.shape[0])[:, None]
+    slots = jnp.where(positions < 0, cache.shape[1], positions)  # past the end: dropped
+    return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop")
+
+
+def cache_mask(positions: Int[Array, "B T"], length: int, window: int | None = None) -> Array:
+    """Which cache slots each token sees: those up to its own position, within the window."""
+    slot = jnp.arange(length)[None, None, :]
+    mask = slot <= positions[:, :, None]
+    if window is not None:
+        mask &= slot > positions[:, :, None] - window
+    return mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQA:
+    """Grouped-query attention (arXiv 2305.13245); as many kv heads as heads is multi-head."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool = False
+    """Whether the query, key and value projections carry one (Qwen2 does)."""
+    window: int | None = None
+    """Tokens a query sees, itself included; None sees all before it."""
+    rope_theta: float = 10000.0
+    yarn: Yarn | None = None
+
+    def __post_init__(self):
+        if min(self.num_heads, self.num_kv_heads, self.head_dim) < 1:
+            raise ValueError(
+                f"num_heads ({self.num_heads}), num_kv_heads ({self.num_kv_heads}) and head_dim "
+                f"({self.head_dim}) must be at least 1."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary turns pairs.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; it counts the token itself, so 1 or more.")
+
+
+class GroupedQueryAttention(nn.Module):
+    """GQA as a module. Its cache is {"k", "v"}: [B, S, K, H] each, keys already rotated."""
+
+    config: GQA
+    embed_dim: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place, cache: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any] | None]:
+        c = self.config
+        q, k, v = (
+            Projection(
+                "btd,dnh->btnh",
+                (self.embed_dim, num_heads, c.head_dim),
+                ("embed", axis, "head"),
+                self.dtypes,
+                bias=c.bias,
+                name=name,
+            )(x)
+            for name, num_heads, axis in (
+                ("q", c.num_heads, "heads"),
+                ("k", c.num_kv_heads, "kv_heads"),
+                ("v", c.num_kv_heads, "kv_heads"),
+            )
+        )
+        q, k = rotate(q, place.cosine, place.sine), rotate(k, place.cosine, place.sine)
+        scale = c.head_dim**-0.5 * softmax_factor(c.yarn)
+        if cache is None:
+            out = causal_attention(q, k, v, place.segments, scale=scale, window=c.window)
+        else:
+            cache = {
+                "k": write_cache(cache["k"], k, place.positions),
+                "v": write_cache(cache["v"], v, place.positions),
+            }
+            mask = cache_mask(place.positions, cache["k"].shape[1], c.window)
+            out = masked_attention(q, cache["k"], cache["v"], mask, scale)
+        shape = (c.num_heads, c.head_dim, self.embed_dim)
+        axes = ("heads", "head", "embed")
+        return Projection("btnh,nhd->btd", shape, axes, self.dtypes, name="o")(out), cache
+
+
+def gqa_cache(config: GQA, batch_size: int, length: int, dtype: jnp.dtype) -> dict[str, Array]:
+    """An empty cache of one layer."""
+    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

@@ -1,0 +1,69 @@
+"""One transformer block, and the one place that scans and rematerializes blocks."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from deepseek_jax.layers.attention import GQA, GroupedQueryAttention, Place
+from deepseek_jax.layers.linear import Dtypes, RMSNorm, SwiGLU
+from deepseek_jax.layers.mla import MLA, LatentAttention
+from deepseek_jax.layers.moe import MixtureOfExperts, MoE, Routing
+
+Remat = Literal["none", "dots", "full"]
+
+ATTENTIONS: dict[type, type[nn.Module]] = {GQA: GroupedQueryAttention, MLA: LatentAttention}
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x)). A MoE part also reports its routing."""
+
+    attention: GQA | MLA
+    feed_forward: int | MoE
+    """A dense part's width, or a mixture of experts."""
+    embed_dim: int
+    norm_eps: float
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: Any, place: Place
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Routing | None]]:
+        attend = ATTENTIONS[type(self.attention)](
+            self.attention, self.embed_dim, self.dtypes, name="attention"
+        )
+        norm = RMSNorm(self.dtypes, eps=self.norm_eps, name="attention_norm")
+        y, cache = attend(norm(x), place, cache)
+        x = x + y
+        y = RMSNorm(self.dtypes, eps=self.norm_eps, name="mlp_norm")(x)
+        if isinstance(self.feed_forward, MoE):
+            moe = MixtureOfExperts(self.feed_forward, self.embed_dim, self.dtypes, name="moe")
+            y, routing = moe(y, place.segments)
+            return x + y, (cache, routing)
+        y = SwiGLU(self.embed_dim, self.feed_forward, self.dtypes, name="mlp")(y)
+        return x + y, (cache, None)
+
+
+def stacked(repeats: int, remat: Remat, unroll: int) -> Any:
+    """A module class that runs `repeats` blocks in a scan; every leaf gains a leading dimension.
+
+    Called as module(x, cache, place) -> (x, (cache, routing)), cache and routing stacked too.
+    """
+    block = Block
+    if remat != "none":
+        block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=repeats,
+        unroll=min(unroll, repeats),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

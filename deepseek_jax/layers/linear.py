@@ -1,0 +1,150 @@
+"""The one parameter maker, the one einsum seam, RMSNorm and the SwiGLU feed-forward part."""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from deepseek_jax.core.axes import Spec
+from deepseek_jax.ops.experts import swiglu
+
+Init = Literal["normal", "ones", "zeros"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dtypes:
+    """What modules need to know of precision: stored parameters and arithmetic."""
+
+    params: jnp.dtype
+    compute: jnp.dtype
+
+
+@struct.dataclass
+class Declared(nn.meta.AxisMetadata[Any]):
+    """A declared weight: a placeholder, what its dimensions mean, and how it starts."""
+
+    value: Any
+    spec: Spec = struct.field(pytree_node=False)
+    init: Init = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Declared":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+        del index, params  # blocks stack along a leading dimension only
+        return self.replace(spec=self.spec.stacked())
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+        del index, params
+        spec = self.spec
+        return self.replace(
+            spec=Spec(
+                axes=spec.axes[1:],
+                reduced=tuple(i - 1 for i in spec.reduced),
+                outputs=tuple(i - 1 for i in spec.outputs),
+            )
+        )
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    reduced: tuple[int, ...] = (),
+    outputs: tuple[int, ...] = (),
+    init: Init = "normal",
+    dtype: jnp.dtype | None = None,
+) -> Array:
+    """The stored leaf `name` of a module, as it is; while initializing, a declared placeholder.
+
+    Values are made by `models.build`, leaf by leaf: initializing here only declares, so that it
+    can run on shapes alone. Raises ValueError when the leaf's shape is not the declared one.
+    """
+    if module.is_initializing():
+        spec = Spec(axes=axes, reduced=reduced, outputs=outputs)
+        kind = dtype or module.dtypes.params
+        return module.param(name, lambda key: Declared(jnp.zeros(shape, kind), spec, init))
+    value = module.get_variable("params", name)
+    if value is None or tuple(value.shape) != shape:
+        found = None if value is None else tuple(value.shape)
+        raise ValueError(f"{'/'.join((*module.path, name))} must have shape {shape}; it is {found}")
+    return value
+
+
+def einsum(equation: str, x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    """x times a weight, both in `dtype`, accumulated in float32, returned in `dtype`."""
+    product = jnp.einsum(
+        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+    )
+    return product.astype(dtype)
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, in float32; cast, then times the scale (V2, V3, Llama)."""
+
+    dtypes: Dtypes
+    axis: str = "embed"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = weight(self, "scale", (x.shape[-1],), (self.axis,), init="ones")
+        x32 = x.astype(jnp.float32)
+        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+        return normal.astype(x.dtype) * scale
+
+
+class Projection(nn.Module):
+    """A weight applied by an einsum; its letters say which dimensions it sums and produces."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtypes: Dtypes
+    bias: bool = False
+
+    def setup(self):
+        left, right = self.equation.split("->")
+        letters = left.split(",")[1]
+        reduced = tuple(i for i, letter in enumerate(letters) if letter not in right)
+        outputs = tuple(i for i, letter in enumerate(letters) if letter in right)
+        self.weight = weight(
+            self, "weight", self.shape, self.axes, reduced=reduced, outputs=outputs
+        )
+        if self.bias:
+            shape = tuple(self.shape[i] for i in outputs)
+            axes = tuple(self.axes[i] for i in outputs)
+            self.offset = weight(self, "bias", shape, axes, init="zeros")
+
+    def __call__(self, x: Array) -> Array:
+        y = einsum(self.equation, x, self.weight, self.dtypes.compute)
+        if self.bias:
+            y = y + self.offset.astype(y.dtype).reshape(
+                (1,) * (y.ndim - self.offset.ndim) + self.offset.shape
+            )
+        return y
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+
+    embed_dim: int
+    mlp_dim: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        inward = ("btd,df->btf", (self.embed_dim, self.mlp_dim), ("embed", "mlp"), self.dtypes)
+        hidden = swiglu(Projection(*inward, name="gate")(x), Projection(*inward, name="up")(x))
+        outward = ("btf,fd->btd", (self.mlp_dim, self.embed_dim), ("mlp", "embed"), self.dtypes)
+        return Projection(*outward, name="down")(hidden.astype(x.dtype))

@@ -1,0 +1,151 @@
+"""Mixture of experts: router, routed experts, shared experts, telemetry of what was dispatched."""
+
+import dataclasses
+import math
+from typing import NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.layers.linear import Dtypes, SwiGLU, weight
+from deepseek_jax.layers.router import Balance, Gate, Router, check_router
+from deepseek_jax.ops import routing
+from deepseek_jax.ops.experts import routed_experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dropless:
+    """Every token reaches every expert it chose."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """Each expert takes at most `factor` times its even share; later positions drop first."""
+
+    factor: float = 1.25
+
+    def __post_init__(self):
+        if self.factor <= 0:
+            raise ValueError(f"dispatch.factor is {self.factor}; a capacity must be above 0.")
+
+
+Dispatch: TypeAlias = Dropless | Capacity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoE:
+    """A mixture-of-experts feed-forward layer."""
+
+    num_experts: int
+    expert_dim: int
+    router: Router
+    num_shared_experts: int = 0
+    """Experts every token passes; one MLP of width num_shared_experts * expert_dim."""
+    dispatch: Dispatch = Dropless()
+    balance: Balance = Balance()
+
+    def __post_init__(self):
+        if min(self.num_experts, self.expert_dim) < 1 or self.num_shared_experts < 0:
+            raise ValueError(
+                f"num_experts ({self.num_experts}) and expert_dim ({self.expert_dim}) must be at "
+                f"least 1, num_shared_experts ({self.num_shared_experts}) at least 0."
+            )
+        check_router(self.router, self.num_experts)
+
+
+class Routing(NamedTuple):
+    """What one layer's router did with a microbatch; stacked layers add a leading dimension."""
+
+    counts: Int[Array, "*R E"]
+    """Tokens dispatched to each expert, after drops, padding excluded."""
+    dropped: Int[Array, "*R"]
+    """Choices that found their expert full."""
+    tokens: Int[Array, "*R"]
+    """Tokens routed (padding excluded)."""
+    entropy: Float[Array, "*R"]
+    """Normalized entropy of the routing distribution, summed over tokens."""
+    sequence_loss: Float[Array, "*R"]
+    """V3's sequence-wise loss, summed over rows."""
+    uniform_loss: Float[Array, "*R"]
+    """KL from the mean routing distribution to the uniform one, of this microbatch."""
+    z_loss: Float[Array, "*R"]
+    """Squared log-sum-exp of the router's logits, summed over tokens."""
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, and their application to chosen tokens."""
+
+    config: MoE
+    embed_dim: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "N D"],
+        experts: Int[Array, "N A"],
+        weights: Float[Array, "N A"],
+        capacity: int | None,
+    ) -> tuple[Float[Array, "N D"], Int[Array, " E"], Int[Array, ""]]:
+        e, d, f = self.config.num_experts, self.embed_dim, self.config.expert_dim
+        inward = ("experts", "embed", "expert_mlp"), (e, d, f)
+        outward = ("experts", "expert_mlp", "embed"), (e, f, d)
+        leaves = (
+            weight(self, name, shape, axes, reduced=(1,), outputs=(2,)).astype(x.dtype)
+            for name, (axes, shape) in {"gate": inward, "up": inward, "down": outward}.items()
+        )
+        return routed_experts(x, experts, weights, *leaves, capacity=capacity)
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared plus routed experts; also returns what the router did."""
+
+    config: MoE
+    embed_dim: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        c = self.config
+        valid = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
+        gate = Gate(c.router, self.embed_dim, c.num_experts, self.dtypes, name="router")
+        logits, routes = gate(x)
+        experts = jnp.where(valid[..., None], routes.experts, c.num_experts)
+        y, counts, dropped = self._dispatch(x, experts, routes.weights)
+        if c.num_shared_experts:
+            width = c.num_shared_experts * c.expert_dim
+            y = y + SwiGLU(self.embed_dim, width, self.dtypes, name="shared")(x)
+        chosen = routing.expert_counts(routes.experts, valid, c.num_experts)
+        return y, Routing(
+            counts=counts,
+            dropped=dropped,
+            tokens=valid.sum(dtype=jnp.int32),
+            entropy=routing.entropy(routes.probabilities, valid),
+            sequence_loss=routing.sequence_loss(
+                chosen, routes.probabilities, valid, c.router.num_active_experts
+            ),
+            uniform_loss=routing.uniform_loss(routes.probabilities, valid),
+            z_loss=routing.z_loss(logits, valid),
+        )
+
+    def _dispatch(self, x, experts, weights):
+        c = self.config
+        layer = Experts(c, self.embed_dim, self.dtypes, name="experts")
+        batch, length, num_active = experts.shape
+        capacity = None
+        if isinstance(c.dispatch, Capacity):
+            share = batch * length * num_active / c.num_experts
+            capacity = max(1, math.ceil(c.dispatch.factor * share))
+            # Position before row: a later token must not take an earlier one's place.
+            x, experts, weights = (jnp.swapaxes(a, 0, 1) for a in (x, experts, weights))
+        y, counts, dropped = layer(
+            x.reshape(-1, self.embed_dim),
+            experts.reshape(-1, num_active),
+            weights.reshape(-1, num_active),
+            capacity,
+        )
+        y = y.reshape(x.shape)
+        return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped

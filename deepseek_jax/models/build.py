@@ -1,0 +1,114 @@
+"""A model as functions: init and apply over explicit trees, nothing hidden."""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.core import tree
+from deepseek_jax.core.precision import Precision, compute_dtype
+from deepseek_jax.layers.linear import Declared, Dtypes
+from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, empty_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model's functions. Parameters are nested dicts of arrays, given to every call."""
+
+    config: Decoder
+    dtypes: Dtypes
+    declared: Any = dataclasses.field(compare=False)  # a dict: not part of the hash that jit needs
+    """Like the parameters: each leaf's shape, dtype, meaning and start (`Declared`)."""
+    module: LanguageDecoder
+
+    @property
+    def specs(self) -> Any:
+        """Like the parameters: each leaf's `core.axes.Spec`."""
+        return jax.tree.map(lambda d: d.spec, self.declared, is_leaf=_is_declared)
+
+    @property
+    def shapes(self) -> Any:
+        """Like the parameters: each leaf's shape and dtype, no arrays."""
+        return nn.meta.unbox(self.declared)
+
+    def init(self, key: Array) -> Any:
+        """Fresh parameters. A leaf depends on the key and its own path alone."""
+
+        def start(path: str, declared: Declared) -> Array:
+            shape, dtype = declared.value.shape, declared.value.dtype
+            if declared.init != "normal":
+                return jnp.full(shape, float(declared.init == "ones"), dtype)
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            return (jax.random.normal(own, shape) * self.config.init_scale).astype(dtype)
+
+        return tree.map_with_path(start, self.declared, is_leaf=_is_declared)
+
+    def apply(
+        self,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        next_tokens: Int[Array, "B T M"] | None = None,
+    ) -> Output:
+        """Final hidden states, MTP ones if `next_tokens` (t+1, t+2, ...) are given, and routing.
+
+        Segment 0 is padding; without segments every row is one document. Tokens attend to earlier
+        ones of their own segment.
+        """
+        return self.module.apply({"params": params}, tokens, segments, positions, next_tokens)
+
+    def head(self, params: Any) -> Float[Array, "D V"]:
+        """The output projection, in the arithmetic's dtype."""
+        if self.config.tie_embeddings:
+            return params["embedding"]["weight"].T.astype(self.dtypes.compute)
+        return params["head"]["weight"].astype(self.dtypes.compute)
+
+    def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of final hidden states."""
+        return jnp.einsum(
+            "btd,dv->btv", hidden, self.head(params), preferred_element_type=jnp.float32
+        )
+
+    def init_cache(self, batch_size: int, length: int) -> tuple:
+        """An empty cache for `length` positions a row."""
+        return empty_cache(self.config, batch_size, length, self.dtypes.compute)
+
+    def decode(
+        self,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        cache: tuple,
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T V"], tuple]:
+        """Float32 logits of tokens standing at `positions` of their rows, and the grown cache.
+
+        Prefill and decoding are the same call. Position -1 is padding: not written, not attended.
+        """
+        hidden, cache = self.module.apply(
+            {"params": params}, tokens, cache, positions, method="decode"
+        )
+        return self.logits(params, hidden), cache
+
+
+def _is_declared(node: Any) -> bool:
+    return isinstance(node, Declared)
+
+
+def build(config: Decoder, precision: Precision = Precision()) -> Model:
+    """The model of a config: no parameters are made, only their shapes."""
+    dtypes = Dtypes(jnp.dtype(precision.params), compute_dtype(precision)[0])
+    module = LanguageDecoder(config, dtypes)
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    following = jax.ShapeDtypeStruct((1, 2, config.num_mtp_layers), jnp.int32)
+    declared = jax.eval_shape(
+        lambda tokens, following: module.init(jax.random.key(0), tokens, next_tokens=following),
+        tokens,
+        following,
+    )
+    return Model(config, dtypes, declared["params"], module)

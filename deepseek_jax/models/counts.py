@@ -1,0 +1,65 @@
+"""Parameters and FLOPs of a decoder, counted from its shapes and its formula.
+
+Active parameters: everything but the routed experts that a token does not visit, MTP left out,
+embedding and head included. FLOPs: two a multiply-add; matmuls and the causal half of attention.
+"""
+
+from deepseek_jax.core import tree
+from deepseek_jax.layers.attention import GQA
+from deepseek_jax.models.build import Model, build
+from deepseek_jax.models.decoder import Decoder
+
+
+def num_params(model: Model) -> tuple[int, int]:
+    """(total, active) parameters; total includes MTP layers and excludes router biases."""
+    total = active = 0
+    for path, leaf in tree.flatten(model.shapes).items():
+        if path.endswith("router/bias"):
+            continue
+        total += leaf.size
+        if path.startswith("mtp_"):
+            continue
+        active += _visited(model.config, path, leaf.size)
+    return total, active
+
+
+def _visited(config: Decoder, path: str, size: int) -> int:
+    if config.moe is None or "/experts/" not in path:
+        return size
+    return size * config.moe.router.num_active_experts // config.moe.num_experts
+
+
+def train_flops_per_token(model: Model, sequence_length: int) -> float:
+    """Model FLOPs of one trained token, forward and backward (three times the forward pass).
+
+    Recomputation, optimizer and empty slots do not count; embedding look-ups are free; a tied head
+    and every MTP depth's use of the head count.
+    """
+    config, matmul = model.config, 0
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for path, leaf in tree.flatten(model.shapes).items():
+        if specs[path].reduced and not path.startswith("embedding/"):
+            matmul += _visited(config, path, leaf.size)
+    heads = config.num_mtp_layers + int(config.tie_embeddings)
+    matmul += heads * config.embed_dim * config.vocab_size
+    a = config.attention
+    width = 2 * a.head_dim if isinstance(a, GQA) else a.nope_dim + a.rope_dim + a.value_dim
+    seen = (sequence_length + 1) / 2
+    window = a.window if isinstance(a, GQA) else None
+    if window is not None and window < sequence_length:
+        seen = window * (1 - (window - 1) / (2 * sequence_length))
+    layers = config.num_layers + config.num_mtp_layers
+    return 3 * (2 * matmul + 2 * layers * a.num_heads * width * seen)
+
+
+def describe(config: Decoder) -> str:
+    """`12.3 M parameters (4.5 M active)`."""
+    total, active = num_params(build(config))
+    return f"{_readable(total)} parameters ({_readable(active)} active)"
+
+
+def _readable(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)

@@ -1,0 +1,219 @@
+"""The decoder: embeddings, segments of blocks, head. One config for dense, V2, V3 and the rest.
+
+DeepSeek-V3 (arXiv 2412.19437) is MLA, three dense layers, then MoE ones, and one MTP layer.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.layers.attention import GQA, Place, gqa_cache
+from deepseek_jax.layers.block import stacked
+from deepseek_jax.layers.linear import Dtypes, RMSNorm, weight
+from deepseek_jax.layers.mla import MLA, mla_cache
+from deepseek_jax.layers.moe import MoE, Routing
+from deepseek_jax.models.mtp import PredictionLayer
+from deepseek_jax.ops.rope import rotation
+from deepseek_jax.parallel.sharding import constrain
+
+Attention: TypeAlias = GQA | MLA
+
+CACHES: dict[type, Any] = {GQA: gqa_cache, MLA: mla_cache}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A decoder-only language model."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    attention: Attention
+    mlp_dim: int
+    """Width of the dense layers' feed-forward part."""
+    moe: MoE | None = None
+    """The other layers' feed-forward part; None makes every layer dense."""
+    num_dense_layers: int = 0
+    """Leading layers that stay dense when `moe` is set."""
+    num_mtp_layers: int = 0
+    """Multi-token prediction depth (V3: 1)."""
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    init_scale: float = 0.006
+    """Standard deviation of the initial weights (V3's; small models take about embed_dim**-0.5)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
+    unroll: int = 1
+    """Layers that one iteration of the scan over layers holds."""
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.embed_dim, self.num_layers, self.mlp_dim, self.unroll)
+        if min(sizes) < 1:
+            raise ValueError(
+                "model.vocab_size, embed_dim, num_layers, mlp_dim and unroll must be at least 1; "
+                f"they are {sizes}."
+            )
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"model.num_dense_layers is {self.num_dense_layers}; it must lie between 0 and "
+                f"num_layers = {self.num_layers}."
+            )
+        if self.num_mtp_layers < 0:
+            raise ValueError(f"model.num_mtp_layers is {self.num_mtp_layers}; 0 or more, please.")
+        if self.norm_eps <= 0 or self.init_scale <= 0:
+            raise ValueError(
+                f"model.norm_eps ({self.norm_eps}) and init_scale ({self.init_scale}) must be "
+                "above 0."
+            )
+
+    @property
+    def segments(self) -> tuple[tuple[int | MoE, int], ...]:
+        """Runs of like blocks: (the feed-forward part, repeats), in order."""
+        if self.moe is None:
+            return ((self.mlp_dim, self.num_layers),)
+        runs = (
+            (self.mlp_dim, self.num_dense_layers),
+            (self.moe, self.num_layers - self.num_dense_layers),
+        )
+        return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
+
+
+def layer_table(config: Decoder) -> dict[str, tuple[int, ...]]:
+    """Which layers each stacked block holds; MTP layers are numbered after the last one."""
+    table, first = {}, 0
+    for index, (_, repeats) in enumerate(config.segments):
+        table[f"segment_{index}/block"] = tuple(range(first, first + repeats))
+        first += repeats
+    for depth in range(config.num_mtp_layers):
+        table[f"mtp_{depth}/block"] = (first + depth,)
+    return table
+
+
+class Output(NamedTuple):
+    """What a forward pass gives: final hidden states, and each MoE block's routing by path."""
+
+    hidden: Float[Array, "B T D"]
+    mtp: tuple[Float[Array, "B T D"], ...]
+    routing: dict[str, Routing]
+
+
+class Segment(nn.Module):
+    """A run of like blocks."""
+
+    config: Decoder
+    feed_forward: int | MoE
+    repeats: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], cache: Any, place: Place) -> Any:
+        c = self.config
+        blocks = stacked(self.repeats, c.remat, c.unroll)(
+            c.attention, self.feed_forward, c.embed_dim, c.norm_eps, self.dtypes, name="block"
+        )
+        x, (cache, routing) = blocks(constrain(x), cache, place)
+        return x, cache, routing
+
+
+class LanguageDecoder(nn.Module):
+    """The decoder as a module: hidden states for training, cached logits for decoding."""
+
+    config: Decoder
+    dtypes: Dtypes
+
+    def setup(self):
+        c = self.config
+        self.embedding = Table(c.vocab_size, c.embed_dim, self.dtypes)
+        self.segments = [
+            Segment(c, feed_forward, repeats, self.dtypes, name=f"segment_{index}")
+            for index, (feed_forward, repeats) in enumerate(c.segments)
+        ]
+        self.final_norm = RMSNorm(self.dtypes, eps=c.norm_eps)
+        self.mtp = [
+            PredictionLayer(c, self.dtypes, name=f"mtp_{depth}")
+            for depth in range(c.num_mtp_layers)
+        ]
+        if not c.tie_embeddings:
+            self.head = Head(c.vocab_size, c.embed_dim, self.dtypes)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        next_tokens: Int[Array, "B T M"] | None = None,
+    ) -> Output:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        place = self._place(positions, segments)
+        x, routing = self.embedding(tokens), {}
+        for segment in self.segments:
+            x, _, one = segment(x, None, place)
+            routing |= {f"{segment.name}/block": one} if one else {}
+        hidden = self.final_norm(x)
+        previous, predicted = hidden, []
+        for depth, layer in enumerate(self.mtp if next_tokens is not None else ()):
+            embedded = self.embedding(next_tokens[..., depth])
+            previous, one = layer(previous, embedded, place)
+            predicted.append(previous)
+            routing |= {f"{layer.name}/block": one} if one else {}
+        if self.is_initializing() and not self.config.tie_embeddings:
+            self.head(hidden)
+        return Output(hidden, tuple(predicted), routing)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], caches: tuple, positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple]:
+        """Final hidden states of tokens at `positions` (-1 is padding), and the grown caches."""
+        place = self._place(positions, (positions >= 0).astype(jnp.int32))
+        x, grown = self.embedding(tokens), []
+        for segment, cache in zip(self.segments, caches, strict=True):
+            x, cache, _ = segment(x, cache, place)
+            grown.append(cache)
+        return self.final_norm(x), tuple(grown)
+
+    def _place(self, positions, segments):
+        a = self.config.attention
+        dim = a.head_dim if isinstance(a, GQA) else a.rope_dim
+        cosine, sine = rotation(positions, dim, a.rope_theta, a.yarn)
+        return Place(cosine, sine, segments, positions)
+
+
+class Table(nn.Module):
+    """Token embeddings."""
+
+    vocab_size: int
+    embed_dim: int
+    dtypes: Dtypes
+
+    def setup(self):
+        shape, axes = (self.vocab_size, self.embed_dim), ("vocab", "embed")
+        self.weight = weight(self, "weight", shape, axes, reduced=(0,), outputs=(1,))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[tokens].astype(self.dtypes.compute)
+
+
+class Head(nn.Module):
+    """The output projection; losses and samplers read its weight themselves."""
+
+    vocab_size: int
+    embed_dim: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "D V"]:
+        shape, axes = (self.embed_dim, self.vocab_size), ("embed", "vocab")
+        return weight(self, "weight", shape, axes, reduced=(0,), outputs=(1,))
+
+
+def empty_cache(config: Decoder, batch_size: int, length: int, dtype: jnp.dtype) -> tuple:
+    """A cache for `length` positions: one a segment, its leaves stacked [R, B, S, ...]."""
+    one = CACHES[type(config.attention)](config.attention, batch_size, length, dtype)
+    return tuple(
+        {name: jnp.zeros((repeats, *leaf.shape), leaf.dtype) for name, leaf in one.items()}
+        for _, repeats in config.segments
+    )

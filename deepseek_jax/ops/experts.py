@@ -1,0 +1,257 @@
+"""Routed experts over sorted tokens: a plain reference and a fast form for each backend.
+
+`routed_experts` is the one place that chooses. On GPU and TPU tokens are sorted by expert and go
+through `lax.ragged_dot`. XLA on CPU lowers that to a dense masked product, so there each expert
+gets a tile of fixed size, all tiles go through one batched matmul, and what does not fit runs in a
+loop over as many small tiles as this batch needs: exact for every load, fast for an even one.
+Gathers replace scatters in both directions.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Implementation = Literal["reference", "ragged", "tiles", "few"]
+TILE_SLACK = 1.25  # a fixed tile's rows over an expert's even share
+OVERFLOW_ROWS = 64  # rows of one overflow tile
+
+
+class Plan(NamedTuple):
+    """Assignments (token n's choice a is number n * A + a) sorted by expert."""
+
+    order: Int[Array, " M"]  # sorted place -> assignment
+    place: Int[Array, "N A"]  # assignment -> sorted place
+    start: Int[Array, " E"]  # the first sorted place of each expert
+    counts: Int[Array, " E"]
+
+
+def make_plan(experts: Int[Array, "N A"], num_experts: int) -> Plan:
+    """Sort assignments by expert, earlier tokens first; expert `num_experts` means none."""
+    flat = experts.reshape(-1)
+    total = flat.shape[0]
+    order = jnp.argsort(flat, stable=True)
+    place = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
+    counts = (flat[:, None] == jnp.arange(num_experts)[None, :]).sum(0, dtype=jnp.int32)
+    return Plan(order, place.reshape(experts.shape), jnp.cumsum(counts) - counts, counts)
+
+
+def routed_experts(
+    x: Float[Array, "N D"],
+    experts: Int[Array, "N A"],
+    weights: Float[Array, "N A"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    capacity: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "N D"], Int[Array, " E"], Int[Array, ""]]:
+    """Each token's weighted sum over its experts' SwiGLU; tokens dispatched to each; drops.
+
+    An expert id of E sends that choice nowhere (padding) and counts nowhere. With `capacity`,
+    each expert takes that many of its assignments, first come first served, and drops the rest.
+    """
+    num_experts = gate.shape[0]
+    plan = make_plan(experts, num_experts)
+    dispatched, dropped = plan.counts, jnp.zeros((), jnp.int32)
+    if capacity is not None:
+        dispatched = jnp.minimum(plan.counts, capacity)
+        dropped = (plan.counts - dispatched).sum()
+        first = jnp.pad(plan.start, (0, 1))  # expert E, which is none, drops by its id below
+        late = plan.place - first[experts] >= capacity
+        experts = jnp.where(late, num_experts, experts)
+        if implementation is not None and implementation != "tiles":
+            plan = make_plan(experts, num_experts)
+    weights = jnp.where(experts < num_experts, weights, 0.0)
+    chosen = implementation or _fastest(x, experts, num_experts)
+    if chosen == "reference":
+        y = _every_expert(x, experts, weights, gate, up, down)
+    elif chosen == "few":
+        y = _few(x, experts, weights, gate, up, down)
+    elif chosen == "ragged":
+        plan = plan if capacity is None else make_plan(experts, num_experts)
+        y = _ragged(x, plan, weights, gate, up, down)
+    else:
+        rows = capacity or _even_rows(experts.size, num_experts)
+        rows = min(rows, x.shape[0])
+        y = _tiles(rows, capacity is None, x, weights, gate, up, down, plan, experts)
+    return y, dispatched, dropped
+
+
+def _fastest(x: Array, experts: Array, num_experts: int) -> Implementation:
+    if experts.size < num_experts:
+        return "few"  # decoding: read only the chosen experts' weights
+    return "tiles" if jax.default_backend() == "cpu" else "ragged"
+
+
+def _even_rows(assignments: int, num_experts: int) -> int:
+    return max(8, -(-int(assignments / num_experts * TILE_SLACK) // 8) * 8)
+
+
+def swiglu(gate: Float[Array, "*x F"], up: Float[Array, "*x F"]) -> Float[Array, "*x F"]:
+    """silu(gate) * up, computed in float32."""
+    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+
+def _dot(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _every_expert(x, experts, weights, gate, up, down):
+    """The reference: every expert on every token, weighted by what the router chose."""
+    hot = experts[..., None] == jnp.arange(gate.shape[0])[None, None, :]
+    mixing = jnp.where(hot, weights[..., None], 0.0).sum(1)
+    h = swiglu(_dot("nd,edf->enf", x, gate), _dot("nd,edf->enf", x, up)).astype(x.dtype)
+    return _dot("end,ne->nd", _dot("enf,efd->end", h, down), mixing).astype(x.dtype)
+
+
+def _few(x, experts, weights, gate, up, down):
+    """Fewer assignments than experts: gather the chosen weights instead of sorting the tokens."""
+    ids = jnp.minimum(experts, gate.shape[0] - 1)
+    h = swiglu(_dot("nd,nadf->naf", x, gate[ids]), _dot("nd,nadf->naf", x, up[ids]))
+    h = (h * weights[..., None]).astype(x.dtype)
+    return _dot("naf,nafd->nd", h, down[ids]).astype(x.dtype)
+
+
+def _ragged(x, plan, weights, gate, up, down):
+    ragged = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
+    rows = x[plan.order // weights.shape[1]]
+    h = swiglu(ragged(rows, gate, plan.counts), ragged(rows, up, plan.counts))
+    used = jnp.arange(plan.order.size) < plan.counts.sum()
+    h = jnp.where(used[:, None], h * weights.reshape(-1)[plan.order][:, None], 0.0)
+    y = ragged(h.astype(x.dtype), down, plan.counts)
+    # Rows past the last group hold whatever the kernel left there.
+    y = jnp.where(used[:, None], y, 0.0)
+    return y[plan.place].sum(1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiles(rows, overflow, x, weights, gate, up, down, plan, experts):
+    return _tiles_forward(rows, overflow, x, weights, gate, up, down, plan, experts)[0]
+
+
+class _Slots(NamedTuple):
+    token: Array  # [E, rows] whose row each slot of a tile holds
+    weight: Array  # [E, rows] the router's weight there, 0 in empty slots
+    slot: Array  # [N, A] assignment -> slot
+    kept: Array  # [N, A] whether the assignment has one
+
+
+def _slots(rows, weights, plan, experts):
+    num_experts, num_active = plan.counts.shape[0], weights.shape[1]
+    inside = jnp.arange(rows)[None, :]
+    place = jnp.minimum(plan.start[:, None] + inside, plan.order.size - 1)
+    assignment = plan.order[place]
+    used = inside < plan.counts[:, None]
+    weight = jnp.where(used, weights.reshape(-1)[assignment], 0.0)
+    rank = plan.place - jnp.pad(plan.start, (0, 1))[experts]
+    kept = (rank < rows) & (experts < num_experts)
+    slot = jnp.where(kept, experts * rows + rank, 0)
+    return _Slots(assignment // num_active, weight, slot, kept)
+
+
+def _combine(values, slots):
+    """Sum each token's slots: [E, rows, D] -> [N, D] float32."""
+    flat = values.reshape(-1, values.shape[-1])
+    picked = flat[slots.slot.T]  # [A, N, D]: summing whole planes is what XLA:CPU does fast
+    return jnp.where(slots.kept.T[..., None], picked, 0.0).sum(0, dtype=jnp.float32)
+
+
+def _overflow_tile(index, rows, plan, num_active):
+    """The index-th overflow tile: its expert, its assignments, and which of them are real."""
+    tiles = -(-jnp.maximum(plan.counts - rows, 0) // OVERFLOW_ROWS)
+    ends = jnp.cumsum(tiles)
+    expert = (index >= ends).sum()
+    first = rows + (index - (ends - tiles)[expert]) * OVERFLOW_ROWS
+    inside = first + jnp.arange(OVERFLOW_ROWS)
+    place = jnp.minimum(plan.start[expert] + inside, plan.order.size - 1)
+    assignment = plan.order[place]
+    return expert, assignment, assignment // num_active, inside < plan.counts[expert]
+
+
+def _num_overflow_tiles(rows, plan):
+    return (-(-jnp.maximum(plan.counts - rows, 0) // OVERFLOW_ROWS)).sum()
+
+
+def _tiles_forward(rows, overflow, x, weights, gate, up, down, plan, experts):
+    slots = _slots(rows, weights, plan, experts)
+    tile = x[slots.token]
+    g = _dot("erd,edf->erf", tile, gate).astype(x.dtype)
+    u = _dot("erd,edf->erf", tile, up).astype(x.dtype)
+    h = (swiglu(g, u) * slots.weight[..., None]).astype(x.dtype)
+    y = _combine(_dot("erf,efd->erd", h, down), slots)
+    if overflow:
+
+        def one(index, y):
+            expert, assignment, token, real = _overflow_tile(index, rows, plan, weights.shape[1])
+            part = x[token]
+            h = swiglu(_dot("rd,df->rf", part, gate[expert]), _dot("rd,df->rf", part, up[expert]))
+            h = h * jnp.where(real, weights.reshape(-1)[assignment], 0.0)[:, None]
+            return y.at[token].add(_dot("rf,fd->rd", h.astype(x.dtype), down[expert]))
+
+        y = jax.lax.fori_loop(0, _num_overflow_tiles(rows, plan), one, y)
+    return y.astype(x.dtype), (x, weights, gate, up, down, plan, experts, g, u)
+
+
+def _swiglu_slopes(g, u, h_slope, weight):
+    """Slopes of gate, up and weight from that of h = silu(g) * u * weight, and h itself."""
+    g, u = g.astype(jnp.float32), u.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(g)
+    silu = g * sigmoid
+    weight_slope = (h_slope * silu * u).sum(-1)
+    h_slope = h_slope * weight[..., None]
+    g_slope = h_slope * u * (sigmoid + silu * (1 - sigmoid))
+    return g_slope, h_slope * silu, weight_slope, silu * u * weight[..., None]
+
+
+def _tiles_backward(rows, overflow, residuals, y_slope):
+    x, weights, gate, up, down, plan, experts, g, u = residuals
+    slots = _slots(rows, weights, plan, experts)
+    dtype, num_active = x.dtype, weights.shape[1]
+    tile, tile_slope = x[slots.token], y_slope[slots.token]
+    h_slope = _dot("erd,efd->erf", tile_slope, down)
+    g_slope, u_slope, slot_weight_slope, h = _swiglu_slopes(g, u, h_slope, slots.weight)
+    g_slope, u_slope = g_slope.astype(dtype), u_slope.astype(dtype)
+    slopes = (
+        _combine(_dot("erf,edf->erd", g_slope, gate) + _dot("erf,edf->erd", u_slope, up), slots),
+        jnp.where(slots.kept, slot_weight_slope.reshape(-1)[slots.slot], 0.0),
+        _dot("erd,erf->edf", tile, g_slope),
+        _dot("erd,erf->edf", tile, u_slope),
+        _dot("erf,erd->efd", h.astype(dtype), tile_slope),
+    )
+    if overflow:
+
+        def one(index, slopes):
+            x_slope, weight_slope, gate_slope, up_slope, down_slope = slopes
+            expert, assignment, token, real = _overflow_tile(index, rows, plan, num_active)
+            part, part_slope = x[token], y_slope[token]
+            weight = jnp.where(real, weights.reshape(-1)[assignment], 0.0)
+            g, u = _dot("rd,df->rf", part, gate[expert]), _dot("rd,df->rf", part, up[expert])
+            h_slope = _dot("rd,fd->rf", part_slope, down[expert])
+            g_slope, u_slope, w_slope, h = _swiglu_slopes(g, u, h_slope, weight)
+            g_slope, u_slope = g_slope.astype(dtype), u_slope.astype(dtype)
+            to_x = _dot("rf,df->rd", g_slope, gate[expert]) + _dot("rf,df->rd", u_slope, up[expert])
+            row, column = assignment // num_active, assignment % num_active
+            return (
+                x_slope.at[token].add(to_x),
+                weight_slope.at[row, column].add(jnp.where(real, w_slope, 0.0)),
+                gate_slope.at[expert].add(_dot("rd,rf->df", part, g_slope)),
+                up_slope.at[expert].add(_dot("rd,rf->df", part, u_slope)),
+                down_slope.at[expert].add(_dot("rf,rd->fd", h.astype(dtype), part_slope)),
+            )
+
+        slopes = jax.lax.fori_loop(0, _num_overflow_tiles(rows, plan), one, slopes)
+    x_slope, weight_slope, *expert_slopes = slopes
+    return (
+        x_slope.astype(dtype),
+        weight_slope.astype(weights.dtype),
+        *(slope.astype(gate.dtype) for slope in expert_slopes),
+        None,
+        None,
+    )
+
+
+_tiles.defvjp(_tiles_forward, _tiles_backward)

@@ -1,0 +1,113 @@
+"""Cross-entropy from hidden states, a chunk of tokens at a time: the whole logits never exist.
+
+The forward pass already holds each chunk's logits, so it computes the gradients too (three matmuls
+where recomputing the logits takes four) and the backward pass only scales them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_losses(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, " N"],
+    chunk: int = 1024,
+) -> Float[Array, " N"]:
+    """Negative log-likelihood of every token, float32, in nats. For evaluation: no z-loss."""
+
+    def of_chunk(_, inputs):
+        chunk_hidden, chunk_targets = inputs
+        logits = jnp.dot(chunk_hidden, head, preferred_element_type=jnp.float32)
+        return None, _negative_log_likelihood(logits, chunk_targets)[0]
+
+    size, chunks = _chunks(chunk, hidden, targets)
+    return jax.lax.scan(of_chunk, None, chunks)[1].reshape(-1)[:size]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    z_weight: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums over tokens: nll + z_weight * lse^2, and its two parts apart.
+
+    Only the first sum is differentiable (in hidden and head); the parts are for reading.
+    z-loss: PaLM, arXiv 2204.02311, section 5.
+    """
+
+    def of_chunk(sums, inputs):
+        chunk_hidden, chunk_targets, chunk_weights = inputs
+        logits = jnp.dot(chunk_hidden, head, preferred_element_type=jnp.float32)
+        nll, lse = _negative_log_likelihood(logits, chunk_targets)
+        parts = (chunk_weights * nll).sum(), (chunk_weights * lse**2).sum()
+        return (sums[0] + parts[0], sums[1] + parts[1]), None
+
+    zero = jnp.zeros((), jnp.float32)
+    _, chunks = _chunks(chunk, hidden, targets, weights)
+    (nll, z), _ = jax.lax.scan(of_chunk, (zero, zero), chunks)
+    return nll + z_weight * z, nll, z
+
+
+def _chunks(chunk: int, *arrays: Array) -> tuple[int, tuple[Array, ...]]:
+    """How many tokens there are, and each array as [chunks, chunk, ...], zero-padded."""
+    size = arrays[0].shape[0]
+    count = max(1, -(-size // chunk))
+    per_chunk = -(-size // count)
+    pad = count * per_chunk - size
+    return size, tuple(
+        jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(count, per_chunk, *a.shape[1:])
+        for a in arrays
+    )
+
+
+def _negative_log_likelihood(logits, targets):
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    lse = jnp.log(jnp.exp(logits - top).sum(-1)) + top[:, 0]
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return lse - chosen, lse
+
+
+def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
+    def of_chunk(sums, inputs):
+        chunk_hidden, chunk_targets, chunk_weights = inputs
+        logits = jnp.dot(chunk_hidden, head, preferred_element_type=jnp.float32)
+        nll, lse = _negative_log_likelihood(logits, chunk_targets)
+        scale = chunk_weights * (1.0 + 2.0 * z_weight * lse)
+        hot = jnp.arange(logits.shape[-1])[None, :] == chunk_targets[:, None]
+        slope = jnp.exp(logits - lse[:, None]) * scale[:, None]
+        slope = (slope - jnp.where(hot, chunk_weights[:, None], 0.0)).astype(head.dtype)
+        hidden_slope = jnp.dot(slope, head.T, preferred_element_type=jnp.float32)
+        head_slope = jnp.dot(chunk_hidden.T, slope, preferred_element_type=jnp.float32)
+        parts = (chunk_weights * nll).sum(), (chunk_weights * lse**2).sum()
+        sums = (sums[0] + parts[0], sums[1] + parts[1], sums[2] + head_slope)
+        return sums, hidden_slope  # float32 until scaled: float16 would lose small slopes
+
+    zero = jnp.zeros((), jnp.float32)
+    size, chunks = _chunks(chunk, hidden, targets, weights)
+    start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
+    (nll, z, head_slope), hidden_slope = jax.lax.scan(of_chunk, start, chunks)
+    hidden_slope = hidden_slope.reshape(-1, hidden.shape[-1])[:size]
+    # Hidden and head are kept only for their dtypes; XLA drops what is not read.
+    return (nll + z_weight * z, nll, z), (hidden_slope, head_slope, hidden, head)
+
+
+def _cross_entropy_backward(z_weight, chunk, residuals, slopes):
+    hidden_slope, head_slope, hidden, head = residuals
+    scale = slopes[0]
+    return (
+        (hidden_slope * scale).astype(hidden.dtype),
+        (head_slope * scale).astype(head.dtype),
+        None,
+        None,
+    )
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,0 +1,91 @@
+"""Rotary position embedding and its YaRN extension (arXiv 2104.09864, 2309.00071)."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension, as DeepSeek-V2 and V3 use it."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        if self.factor < 1 or self.original_length < 1 or self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"yarn.factor ({self.factor}) and original_length ({self.original_length}) must "
+                f"be at least 1, and beta_fast ({self.beta_fast}) at least beta_slow "
+                f"({self.beta_slow})."
+            )
+
+
+def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None) -> np.ndarray:
+    """Radians a position that each of the dim / 2 rotary pairs turns by, float64."""
+    frequencies = theta ** (-np.arange(0, dim, 2) / dim)
+    if yarn is None:
+        return frequencies
+
+    def pair(turns: float) -> float:  # the pair that makes `turns` turns in the original length
+        return dim * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
+    return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_factor(yarn: Yarn | None) -> float:
+    """What YaRN multiplies the softmax scale by (DeepSeek: mscale squared)."""
+    if yarn is None or not yarn.mscale_all_dim:
+        return 1.0
+    return _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
+
+
+def rotation(
+    positions: Int[Array, "B T"], dim: int, theta: float, yarn: Yarn | None
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosine and sine, float32, of every position's angle for each of the dim / 2 pairs."""
+    frequencies = jnp.asarray(inverse_frequencies(dim, theta, yarn), jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    size = 1.0
+    if yarn is not None:
+        size = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    return jnp.cos(angles) * size, jnp.sin(angles) * size
+
+
+def rotate(
+    x: Float[Array, "B T N P"],
+    cosine: Float[Array, "B T half"],
+    sine: Float[Array, "B T half"],
+    interleaved: bool = False,
+) -> Float[Array, "B T N P"]:
+    """Turn each pair of x by its angle, in float32; the result's pairs are halves either way.
+
+    Interleaved pairs (2j, 2j+1) come out as (j, j + P/2): queries and keys are permuted alike, so
+    their products are those of the stored order.
+    """
+    half = x.shape[-1] // 2
+    x32 = x.astype(jnp.float32)
+    if interleaved:
+        pairs = x32.reshape(*x.shape[:-1], half, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = x32[..., :half], x32[..., half:]
+    cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
+    turned = jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
+    return turned.astype(x.dtype)

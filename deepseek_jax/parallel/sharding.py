@@ -1,0 +1,83 @@
+"""Logical names to mesh axes: one table for weights, one for activations, and `constrain`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.core.axes import BATCH_AXES, Spec
+
+# The mesh axis that shards each logical axis of a weight; the first that divides wins.
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "experts": ("expert",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert_mlp": ("tensor",),
+    "embed": ("fsdp",),
+    "q_rank": ("fsdp",),
+    "kv_rank": ("fsdp",),
+}
+
+
+def weight_sharding(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> NamedSharding:
+    """How a weight lies on the mesh. A mesh axis serves one dimension, and only if it divides it."""
+    taken: set[str] = set()
+    entries: list[str | None] = []
+    for name, size in zip(spec.axes, shape, strict=True):
+        axis = next(
+            (
+                a
+                for a in WEIGHTS.get(name, ())
+                if a not in taken and mesh.shape[a] > 1 and size % mesh.shape[a] == 0
+            ),
+            None,
+        )
+        taken |= {axis} if axis else set()
+        entries.append(axis)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def tree_shardings(mesh: Mesh, specs: Any, shapes: Any) -> Any:
+    """`weight_sharding` of every leaf."""
+    return jax.tree.map(
+        lambda spec, leaf: weight_sharding(mesh, spec, leaf.shape),
+        specs,
+        shapes,
+        is_leaf=lambda node: isinstance(node, Spec),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over every axis that carries batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch's rows split into."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a batch as arrays over the whole mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Ask for the activations' layout on the current mesh; without one, x as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    manual = set(mesh.manual_axes)  # inside a manual region only the others may be named
+    rows = tuple(axis for axis in BATCH_AXES if axis not in manual)
+    time = "context" if "context" not in manual else None
+    if x.shape[0] % np.prod([mesh.shape[axis] for axis in rows]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time, None))
