@@ -1,0 +1,119 @@
+"""The language objective: next tokens, tokens further on (MTP), and what balances the routers.
+
+DeepSeek-V3, arXiv 2412.19437: multi-token prediction in section 2.2, the sequence-wise balance loss
+in equations 17 to 20 (per sequence, averaged over sequences, summed over layers).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core import tree
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.models.build import Model
+from deepseek_jax.ops.losses import cross_entropy
+from deepseek_jax.training.optimizer import is_router_bias
+from deepseek_jax.training.step import Objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Language:
+    """Next-token prediction."""
+
+    mtp_weight: float = 0.3
+    """Of the mean over the multi-token prediction depths (V3's lambda)."""
+    z_weight: float = 0.0
+    """Of the squared log-normalizer of the output distribution (PaLM: 1e-4)."""
+    chunk: int = 1024
+    """Tokens whose logits exist at a time."""
+
+    def __post_init__(self):
+        if self.mtp_weight < 0 or self.z_weight < 0 or self.chunk < 1:
+            raise ValueError(
+                f"objective.mtp_weight ({self.mtp_weight}) and z_weight ({self.z_weight}) must be "
+                f"at least 0, chunk ({self.chunk}) at least 1."
+            )
+
+
+def make_language(config: Language, model: Model) -> Objective:
+    """The objective of a decoder.
+
+    Terms, each over what its weight counts: `loss` (next-token cross-entropy, without z),
+    `cross_entropy` (with z: what is trained), `z_loss`, `mtp_loss`, `mtp_loss_2`, ..., and over all
+    layers `router/sequence_loss` (a sequence), `router/uniform_loss` (a microbatch: not a sum over
+    tokens, so it depends on the number of accumulation steps) and `router/z_loss` (a token).
+    Batches and their weights: data/loader.
+    """
+    num_mtp = model.config.num_mtp_layers if config.mtp_weight else 0
+    depths = {f"mtp_loss_{d}" if d > 1 else "mtp_loss": d for d in range(1, num_mtp + 1)}
+    coefficients = {"cross_entropy": 1.0}
+    coefficients |= {name: config.mtp_weight / num_mtp for name in depths}
+    moe, biased = model.config.moe, _biased_blocks(model, num_mtp)
+    balance = {}
+    if moe is not None:
+        balance = {
+            "router/sequence_loss": moe.balance.sequence_weight,
+            "router/uniform_loss": moe.balance.uniform_weight,
+            "router/z_loss": moe.balance.z_weight,
+        }
+        if model.config.num_dense_layers >= model.config.num_layers and not biased:
+            raise InputError(
+                f"model.moe is set, but num_dense_layers ({model.config.num_dense_layers}) leaves "
+                f"none of the {model.config.num_layers} layers to it: lower it or drop model.moe"
+            )
+    coefficients |= {term: weight for term, weight in balance.items() if weight}
+
+    def weights_fn(batch: dict[str, Any]) -> dict[str, jax.Array]:
+        per_depth = batch["weights"].sum((0, 1))
+        valid = batch["segments"] > 0
+        weights = {name: per_depth[0] for name in ("loss", "cross_entropy", "z_loss")}
+        weights |= {name: per_depth[d] for name, d in depths.items()}
+        if moe is not None:
+            weights |= {
+                "router/sequence_loss": valid.any(1).sum().astype(jnp.float32),
+                "router/uniform_loss": jnp.float32(1),
+                "router/z_loss": valid.sum().astype(jnp.float32),
+            }
+        return weights
+
+    def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
+        del key  # nothing in this model is random
+        targets, weights = batch["targets"], batch["weights"]
+        output = model.apply(
+            params,
+            batch["tokens"],
+            segments=batch["segments"],
+            positions=batch["positions"],
+            next_tokens=targets[..., :num_mtp] if num_mtp else None,
+        )
+        head = model.head(params)
+
+        def entropy(hidden, depth, z_weight=0.0):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            target, weight = targets[..., depth].reshape(-1), weights[..., depth].reshape(-1)
+            return cross_entropy(flat, head, target, weight, z_weight, config.chunk)
+
+        total, nll, z = entropy(output.hidden, 0, config.z_weight)
+        sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
+        sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
+        if moe is not None:
+            blocks = output.routing.values()
+            sums |= {
+                "router/sequence_loss": sum(r.sequence_loss.sum() for r in blocks),
+                "router/uniform_loss": sum(r.uniform_loss.sum() for r in blocks),
+                "router/z_loss": sum(r.z_loss.sum() for r in blocks),
+            }
+        over = weights_fn(batch)
+        return {name: (sums[name], over[name]) for name in sums}, {"routing": output.routing}
+
+    rate = moe.balance.bias_rate if moe is not None else 0.0
+    return Objective(loss_fn, weights_fn, coefficients, {path: rate for path in biased if rate})
+
+
+def _biased_blocks(model: Model, num_mtp: int) -> list[str]:
+    """The paths of the blocks that train and whose router has a bias."""
+    paths = (path for path in tree.flatten(model.specs) if is_router_bias(path))
+    blocks = [path.removesuffix("/moe/router/bias") for path in paths]
+    return [block for block in blocks if num_mtp or not block.startswith("mtp_")]

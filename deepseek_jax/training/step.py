@@ -1,0 +1,192 @@
+"""The pure training step: gradients of sums, one division, one update. No meshes, files or logs.
+
+Every term of the loss is a (sum, weight) pair. The weights of the whole batch depend on the data
+alone, so they are known before the first microbatch, and gradients accumulated over microbatches
+equal the big batch's for every term that is a sum over tokens or sequences. Terms that are not
+(KL to uniform; what a capacity drops) are per microbatch: their weight is 1 each, which averages.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.core import tree
+from deepseek_jax.training.optimizer import is_router_bias
+from deepseek_jax.training.schedule import Factor
+from deepseek_jax.training.state import TrainState
+
+
+class Objective(NamedTuple):
+    """What is minimized.
+
+    Attributes:
+      loss_fn: (params, batch, key) -> (sums, aux): sums is {term: (sum, weight)} with float32
+        scalars; aux is {"routing": {path of a block: layers.moe.Routing}}, possibly empty.
+      weights_fn: batch -> {term: weight}, the weights that loss_fn gives, from the batch alone.
+      coefficients: {term: its factor in the loss}; other terms are only reported.
+      bias_rates: {path of a block: step of its router bias}; other biases stay.
+    """
+
+    loss_fn: Callable[[Any, Any, jax.Array], tuple[dict[str, tuple], dict[str, Any]]]
+    weights_fn: Callable[[Any], dict[str, jax.Array]]
+    coefficients: dict[str, float]
+    bias_rates: dict[str, float]
+
+
+# (params, batch, key, loss scale) -> (gradients of scale * loss, {term: its mean}, aux).
+Gradients = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
+
+
+def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradients:
+    """The gradient function that differentiates one microbatch after another."""
+
+    def scaled(params, batch, key, weights, scale):
+        sums, aux = objective.loss_fn(params, batch, key)
+        loss = sum(c * sums[term][0] / weights[term] for term, c in objective.coefficients.items())
+        return loss * scale, ({term: total for term, (total, _) in sums.items()}, aux)
+
+    differentiate = jax.grad(scaled, has_aux=True)
+
+    def gradients(params, batch, key, scale):
+        if accumulation_steps == 1:
+            weights = _never_zero(objective.weights_fn(batch))
+            grads, (sums, aux) = differentiate(params, batch, key, weights, scale)
+            return grads, {term: total / weights[term] for term, total in sums.items()}, aux
+        parts = jax.tree.map(lambda x: _microbatches(x, accumulation_steps), batch)
+        per_part = jax.vmap(objective.weights_fn)(parts)
+        weights = _never_zero(jax.tree.map(lambda w: w.sum(0), per_part))
+
+        def add(total, part):
+            grads, rest = differentiate(params, part, key, weights, scale)
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            return jax.tree.map(jnp.add, total, (wide, rest)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(differentiate, params, first, key, weights, scale)
+        zero = (
+            jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes[0]),
+            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1]),
+        )
+        (grads, (sums, aux)), _ = jax.lax.scan(add, zero, parts)
+        return grads, {term: total / weights[term] for term, total in sums.items()}, aux
+
+    return gradients
+
+
+def _microbatches(rows: jax.Array, count: int) -> jax.Array:
+    """[B, ...] as [count, B / count, ...]: every count-th row, so that a batch split over devices
+    stays split over all of them."""
+    return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
+
+
+def _never_zero(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Weights to divide by: a term without any token has sum 0 and mean 0."""
+    return {term: jnp.where(weight == 0, 1.0, weight) for term, weight in weights.items()}
+
+
+def make_train_step(
+    gradients: Gradients,
+    objective: Objective,
+    optimizer: optax.GradientTransformationExtraArgs,
+    learning_rate: Factor,
+    *,
+    clip_norm: float | None = None,
+    loss_scale_growth: int | None = None,
+) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
+    """The function (state, batch, key) -> (state, metrics).
+
+    metrics are float32 scalars: every term's mean, total_loss, learning_rate, grad_norm (before
+    clipping), skipped (consecutive skips so far) and, with dynamic loss scaling, loss_scale; beside
+    them "routing", what the routers did, summed over the whole batch. A step whose loss or gradient
+    is not finite changes nothing but the counters (and halves the loss scale).
+
+    Args:
+      gradients: how they are computed, e.g. `make_gradients(objective)`.
+      objective: whose coefficients and bias rates apply.
+      optimizer: takes clipped gradients and `learning_rate=`.
+      learning_rate: of state.step, the number of steps done before this one.
+      clip_norm: the longest the whole gradient may be.
+      loss_scale_growth: finite steps after which a float16 loss scale doubles; None: no scaling.
+    """
+
+    def train_step(state, batch, key):
+        scale = state.loss_scale if loss_scale_growth else jnp.float32(1)
+        grads, means, aux = gradients(state.params, batch, key, scale)
+        total_loss = sum(c * means[term] for term, c in objective.coefficients.items())
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / scale
+        finite = jnp.isfinite(norm) & jnp.isfinite(total_loss)
+        factor = 1 / scale
+        if clip_norm is not None:
+            factor = factor * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
+        rate = learning_rate(state.step)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, learning_rate=rate
+        )
+        params = optax.apply_updates(state.params, updates)
+        params = _balance_routers(params, aux.get("routing", {}), objective.bias_rates)
+        loss_scale, good_steps = _next_scale(state, finite, loss_scale_growth)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics = {
+            **means,
+            "total_loss": total_loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "skipped": skipped,
+        }
+        if loss_scale_growth:
+            metrics["loss_scale"] = state.loss_scale
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            loss_scale=loss_scale,
+            good_steps=good_steps,
+            skipped=skipped,
+        )
+        return state, {**metrics, "routing": aux.get("routing", {})}
+
+    return train_step
+
+
+def _next_scale(state, finite, growth):
+    if not growth:
+        return state.loss_scale, state.good_steps
+    good_steps = jnp.where(finite, state.good_steps + 1, 0)
+    grow = good_steps >= growth
+    up = jnp.where(grow, jnp.minimum(state.loss_scale * 2, 2.0**24), state.loss_scale)
+    down = jnp.maximum(state.loss_scale / 2, 1.0)
+    return jnp.where(finite, up, down), jnp.where(grow, 0, good_steps)
+
+
+def _balance_routers(params: Any, routing: dict[str, Any], rates: dict[str, float]) -> Any:
+    """Params whose router biases moved one step toward even load (V3, section 2.1.2).
+
+    Raises ValueError when a router that should be balanced is not in `routing`.
+    """
+    missing = sorted(set(rates) - set(routing))
+    if missing:
+        raise ValueError(f"no routing counts came for {missing}; there are {sorted(routing)}")
+
+    def moved(path, leaf):
+        block = path.removesuffix("/moe/router/bias")
+        if not is_router_bias(path) or block not in rates:
+            return leaf
+        counts = routing[block].counts
+        total, num_experts = counts.sum(-1, keepdims=True, dtype=counts.dtype), counts.shape[-1]
+        # sign(mean - count) in integers, where nothing rounds: against the mean's floor and ceiling.
+        below = counts < -(-total // num_experts)
+        above = counts > total // num_experts
+        direction = below.astype(leaf.dtype) - above.astype(leaf.dtype)
+        return leaf + rates[block] * direction
+
+    return tree.map_with_path(moved, params)
