@@ -23,19 +23,8 @@ MANIFEST = "manifest.json"
 VERSION = 1  # of manifest.json
 
 
-def write_durably(path: pathlib.Path, text: str) -> None:
-    """Put `text` at `path`: after a crash there is either all of it or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: pathlib.Path) -> None:
-    """Make the names in a directory survive a power cut."""
+def sync(path: pathlib.Path) -> None:
+    """Make a file's content, or a directory's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,45 +32,43 @@ def sync_directory(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def _fingerprint(path: pathlib.Path) -> list:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
 def write_manifest(directory: pathlib.Path) -> None:
-    """Flush every file under `directory` to the disk and record its size and SHA-256."""
+    """Flush everything under `directory` to the disk, then record its files' fingerprints."""
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(directory).as_posix()] = [path.stat().st_size, digest]
-    for path in directory.rglob("*"):
-        if path.is_dir():
-            sync_directory(path)
-    text = json.dumps({"version": VERSION, "files": files}, indent=1)
-    write_durably(directory / MANIFEST, text + "\n")
+    for path in sorted(directory.rglob("*")):
+        sync(path)
+        if path.is_file():
+            files[path.relative_to(directory).as_posix()] = _fingerprint(path)
+    temporary = directory / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
+    sync(temporary)
+    temporary.replace(directory / MANIFEST)
+    sync(directory)
 
 
 def damage(directory: pathlib.Path) -> str:
     """What is wrong with a checkpoint directory, in a few words; empty when every file is sound."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+        files = dict(manifest["files"])
         if manifest["version"] != VERSION:
             return f"{MANIFEST} has version {manifest['version']!r}"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError):
         return f"{MANIFEST} is unreadable"
 
     def fault(name: str) -> str:
-        path, (size, digest) = directory / name, files[name]
         try:
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
-            with path.open("rb") as file:
-                same = hashlib.file_digest(file, "sha256").hexdigest() == digest
-            return "" if same else f"{name} does not match its SHA-256"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            sound = _fingerprint(directory / name) == files[name]
+        except (OSError, ValueError) as error:
+            return f"{name}: {getattr(error, 'strerror', error)}"
+        return "" if sound else f"{name} does not match its size and SHA-256"
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         return next((found for found in pool.map(fault, files) if found), "")
@@ -102,22 +89,26 @@ def newest_good(directory: pathlib.Path) -> int | None:
     bad = {}
     for step in reversed(steps(directory)):
         reason = damage(directory / str(step))
-        if not reason:
-            for name, why in bad.items():
-                print(
-                    f"warning: checkpoint {directory / str(name)} is damaged ({why}); "
-                    f"using {directory / str(step)} instead",
-                    file=sys.stderr,
-                )
-            return step
-        bad[step] = reason
-    if bad:
-        table = ", ".join(f"{step} ({why})" for step, why in bad.items())
-        raise InputError(
-            f"{directory}: every checkpoint is damaged: {table}; restore one from a backup, or "
-            "move them away to start from the beginning"
-        )
-    return None
+        if reason:
+            bad[step] = reason
+            continue
+        for other, why in bad.items():
+            message = f"checkpoint {directory / str(other)} is damaged ({why})"
+            print(f"warning: {message}; using {directory / str(step)} instead", file=sys.stderr)
+        return step
+    if not bad:
+        return None
+    table = ", ".join(f"{step} ({why})" for step, why in bad.items())
+    raise InputError(
+        f"{directory}: every checkpoint is damaged: {table}; put one back from a copy, or move "
+        "them away to start from the beginning"
+    )
+
+
+def is_step(path: pathlib.Path) -> bool:
+    """Whether a directory is one checkpoint, sound or not (rather than a run or several)."""
+    inside = (path / MANIFEST).exists() or (path / "state").is_dir() or path.name.isdecimal()
+    return inside and not (path / "checkpoints").is_dir()
 
 
 def resolve(path: str | pathlib.Path) -> pathlib.Path:
@@ -135,62 +126,48 @@ def resolve(path: str | pathlib.Path) -> pathlib.Path:
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     step = newest_good(directory)
     if step is None:
-        raise InputError(
-            f"{path}: there is no checkpoint here; give a run directory (it has checkpoints/), "
-            "or one of the numbered directories in its checkpoints/"
-        )
+        raise InputError(f"{path}: there is no checkpoint here; give a run directory that has some")
     return directory / str(step)
 
 
-def is_step(path: pathlib.Path) -> bool:
-    """Whether a directory is one checkpoint, sound or not (rather than a run or several)."""
-    if (path / "checkpoints").is_dir():
-        return False
-    return (path / MANIFEST).exists() or (path / "state").is_dir() or path.name.isdecimal()
-
-
 def remove(directory: pathlib.Path) -> None:
-    """Delete a checkpoint; a crash half-way leaves nothing that looks like one."""
+    """Delete a checkpoint, if it exists; a kill half-way leaves nothing that looks like one."""
     doomed = directory.with_name(f"{directory.name}.deleting")
-    shutil.rmtree(doomed, ignore_errors=True)
     if directory.exists():
+        shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(directory: pathlib.Path, step: str = "*") -> None:
+    """Delete what saves and deletions that did not finish left of `step` (of every step)."""
+    for path in [*directory.glob(f"{step}.saving*"), *directory.glob(f"{step}.deleting")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
     """Hold the right to write a run directory (made if missing); it goes with the process.
 
-    Raises InputError when another process holds it. Of several JAX processes the first one asks.
+    Raises InputError when another process holds it. One process of a job asks for all of them.
     """
-    run_dir = pathlib.Path(run_dir)
+    path = pathlib.Path(run_dir) / "run.lock"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / "run.lock").open("a+")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
     except OSError as error:
         raise InputError(f"{run_dir}: cannot be written ({error.strerror})") from None
-    held = True
-
-    def forget():  # a forked worker that outlives us must not keep the lock
-        if held:
-            file.close()
-
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
             raise InputError(
-                f"another process (pid {holder}) is training in {run_dir}; "
-                "wait for it, stop it, or choose another --run-dir"
+                f"another process (pid {file.read().strip()}) is training in {run_dir}; wait for "
+                "it, stop it, or choose another run directory"
             ) from None
-        os.register_at_fork(after_in_child=forget)
+        os.register_at_fork(after_in_child=file.close)  # a worker that outlives us must not hold it
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        try:
-            yield
-        finally:
-            held = False
+        yield

@@ -1,20 +1,18 @@
 """Checkpoints: asynchronous Orbax saves, one leaf a layer on disk, hashed, kept, restored.
 
 Every Orbax call of the package stands in this file (its v1 API still moves). In memory blocks are
-stacked `[repeats, ...]` for the scan; on disk `segment_1/block_0/x` becomes `layer_1/x`,
-`layer_2/x`, ...: independent of scan, mesh and stages, and readable in pieces. A checkpoint holds
+stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `layer_1/x`, `layer_2/x`,
+...: independent of scan, mesh and stages, and readable in pieces. A checkpoint holds
 
   state/ (Orbax)   config.json   meta.json (step, data position, leaves)   tokenizer files
   manifest.json (see integrity.py)
-
-Left out: saving per-host data positions (the position is one integer, the same everywhere).
 """
 
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
-import shutil
 import threading
 from typing import Any, NamedTuple
 
@@ -31,10 +29,12 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 
-__all__ = ["Checkpoint", "Layers", "Manager", "Restored", "load_params", "lock_run", "read_config"]
-__all__ += ["resolve"]
+__all__ = ["Checkpoint", "Manager", "load_params", "lock_run", "read_config", "resolve"]
 
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
+
+# Orbax's threads log each failure with its traceback before `save` or `wait` raises it.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,11 @@ class Checkpoint:
     asynchronous: bool = True
 
     def __post_init__(self):
-        if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last is {self.keep_last}; it must be at least 1.")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"checkpoint.keep_every is {self.keep_every}; it must be at least 1.")
+        if self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise ValueError(
+                f"checkpoint.keep_last ({self.keep_last}) and checkpoint.keep_every "
+                f"({self.keep_every}) must be at least 1."
+            )
 
 
 class Restored(NamedTuple):
@@ -64,114 +65,95 @@ class Restored(NamedTuple):
 
 
 class Manager:
-    """Saves and restores the checkpoints of one run; the caller holds `lock_run`."""
+    """The checkpoints of one run, saved and restored; the caller holds `lock_run`.
+
+    `directory` is the run's checkpoints/, made if missing; what killed saves left there goes.
+    `layers` says which paths of the state are stacked blocks, and of which layers.
+    """
 
     def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
-        """`directory` is the run's checkpoints/ (made if missing); what killed saves left goes."""
         self.directory = pathlib.Path(directory).absolute()
-        self.config = config
-        self.layers = layers
+        self._config, self._layers = config, layers
         self._good: set[int] = set()  # steps that this process wrote or verified
         self._bad: set[int] = set()
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.directory}: cannot be made ({error.strerror})") from None
         if jax.process_index() == 0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{self.directory}: {error.strerror}") from None
-            for pattern in ("*.saving*", "*.deleting"):
-                for leftover in self.directory.glob(pattern):
-                    shutil.rmtree(leftover, ignore_errors=True)
+            integrity.remove_leftovers(self.directory)
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        position: int,
-        config: dict[str, Any],
-        files: dict[str, bytes],
-    ) -> None:
-        """Copy `state` to the host and write it in the background, with the small files beside it.
+    def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
+        """Copy `state` to the host and write it in the background, beside it `files`, {name: bytes}.
 
         `state` may be donated or overwritten as soon as this returns. Raises InputError when this
         save cannot start or the previous one failed (the disk is full, for instance).
         """
         self.wait()
-        if step in self._good:  # nothing can have changed: a step's state is a function of the run
+        if step in self._good:  # a step's state is a function of the run: nothing can differ
             return
-        arrays, scalars, keys = _to_disk(state, self.layers)
-        meta = {
-            "step": step,
-            "position": position,
-            "leaves": {name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items()},
-            "scalars": scalars,
-            "keys": keys,
-        }
+        arrays, scalars, keys = _to_disk(state, self._layers)
+        leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+        meta = {"step": step, "position": position, "leaves": leaves}
         texts = {
-            "meta.json": json.dumps(meta, indent=1).encode() + b"\n",
-            "config.json": _config_text(config),
+            "meta.json": json.dumps(meta | {"scalars": scalars, "keys": keys}, indent=1),
+            "config.json": json.dumps({"version": core_config.VERSION} | config, indent=2),
         }
+        files = files | {name: f"{text}\n".encode() for name, text in texts.items()}
+        stored = _nest({name: array for name, array in arrays.items() if array.size})
         try:
             with _context():
-                saving = self._path(step, ".saving")
-                if jax.process_index() == 0:
-                    shutil.rmtree(saving, ignore_errors=True)
-                stored = {name: a for name, a in arrays.items() if a.size}  # Orbax refuses empty
-                response = ocp.save_async(saving, _nest(stored))
+                response = ocp.save_async(self.directory / f"{step}.saving", stored)
         except Exception as error:
             raise self._failure(step, error) from error
-        self._writer = threading.Thread(target=self._finish, args=(step, response, texts | files))
+        self._writer = threading.Thread(target=self._finish, args=(step, response, files))
         self._writer.start()
-        if not self.config.asynchronous:
+        if not self._config.asynchronous:
             self.wait()
 
     def _finish(self, step: int, response: Any, files: dict[str, bytes]) -> None:
         try:
             response.result()
-            if jax.process_index() != 0:
-                return
-            saving, final = self._path(step, ".saving"), self._path(step)
-            for name, content in files.items():
-                path = saving / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            integrity.write_manifest(saving)
-            integrity.remove(final)  # a damaged one of the same step
-            saving.rename(final)
-            integrity.sync_directory(self.directory)
-            self._good.add(step)
-            self._bad.discard(step)
-            self._retire(step)
-        except Exception as error:
+            if jax.process_index() == 0:
+                partial, whole = self.directory / f"{step}.saving", self.directory / str(step)
+                for name, content in files.items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    (partial / name).write_bytes(content)
+                integrity.write_manifest(partial)
+                integrity.remove(whole)  # a damaged one of the same step
+                partial.rename(whole)
+                integrity.sync(self.directory)
+                self._good.add(step)
+                self._bad.discard(step)
+                self._retire(step)
+        except Exception as error:  # whatever it is, the training thread must hear of it
             self._error = self._failure(step, error)
 
     def _failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a save that failed; its partial directory goes."""
-        for leftover in self.directory.glob(f"{step}.saving*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        integrity.remove_leftovers(self.directory, str(step))
         text = " ".join(str(error).split())
         full = "no space left" in text.lower() or "quota" in text.lower()
         if not full and not isinstance(error, OSError):
             return error
-        reason = "the disk is full" if full else text[:200]
         left = [s for s in integrity.steps(self.directory) if s not in self._bad]
-        kept = f"checkpoint {self._path(left[-1])} is intact" if left else "there is no earlier one"
+        kept = f"checkpoint {left[-1]} is intact" if left else "there is no earlier one"
+        reason = "the disk is full" if full else text
         return InputError(
-            f"{self._path(step)}: this checkpoint could not be written: {reason}; {kept}; "
-            "free some space and run the same command again to resume"
+            f"{self.directory / str(step)}: this checkpoint could not be written: {reason}; "
+            f"{kept}; make room, then run the same command again to resume"
         )
 
     def _retire(self, newest: int) -> None:
-        every = self.config.keep_every
         known = [s for s in integrity.steps(self.directory) if s <= newest]
         sound = [s for s in known if s not in self._bad]
-        keep = set(sound[-self.config.keep_last :])
-        keep |= {s for s in sound if every and s % every == 0}
+        every = self._config.keep_every
+        keep = {*sound[-self._config.keep_last :], *(s for s in sound if every and s % every == 0)}
         for step in known:
             if step not in keep:
-                integrity.remove(self._path(step))
+                integrity.remove(self.directory / str(step))
                 self._good.discard(step)
 
     def wait(self) -> None:
@@ -183,9 +165,7 @@ class Manager:
         if error is not None:
             raise error
 
-    def close(self) -> None:
-        """The same as `wait`: call it before the process ends."""
-        self.wait()
+    close = wait  # before the process ends
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest good checkpoint as arrays with `abstract_state`'s shapes and shardings.
@@ -194,71 +174,45 @@ class Manager:
         damaged or the checkpoint is of another model.
         """
         self.wait()
-        step = _agreed(lambda: integrity.newest_good(self.directory))
+        step = None
+        if jax.process_index() == 0:
+            step = integrity.newest_good(self.directory)
+        if jax.process_count() > 1:
+            chosen = multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
+            step = None if chosen < 0 else int(chosen)
         if step is None:
             return None
         self._good.add(step)
         self._bad.update(s for s in integrity.steps(self.directory) if s > step)
-        path = self._path(step)
-        meta = _read_meta(path)
-        state = _from_disk(path, meta, abstract_state, self.layers, "")
+        path = self.directory / str(step)
+        state, meta = _from_disk(path, abstract_state, self._layers, "")
         return Restored(step, state, meta["position"], read_config(path))
-
-    def _path(self, step: int, suffix: str = "") -> pathlib.Path:
-        return self.directory / f"{step}{suffix}"
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-    """The config that a checkpoint was trained with; `path` as `resolve` takes it."""
-    path = pathlib.Path(path)
-    return core_config.read_json(
-        (path if integrity.is_step(path) else resolve(path)) / "config.json"
-    )
+    """The config that a checkpoint was trained with; `path` is what `resolve` gave, or takes."""
+    return core_config.read_json(_step_directory(path) / "config.json")
 
 
 def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) -> Any:
-    """Only the parameters of a checkpoint, with `abstract_params`'s dtypes and shardings.
+    """Only a checkpoint's parameters, with the dtypes and shardings of `abstract_params`.
 
-    `path` is what `resolve` gave (or takes). InputError says how another model's differ.
+    `path` is what `resolve` gave, or takes. InputError says how another model's differ.
     """
-    path = pathlib.Path(path)
-    path = path if integrity.is_step(path) else resolve(path)
-    return _from_disk(path, _read_meta(path), abstract_params, layers, "params")
+    return _from_disk(_step_directory(path), abstract_params, layers, "params/")[0]
 
 
-def _agreed(choose: Any) -> int | None:
-    """What process 0 chooses, on every process."""
-    if jax.process_count() == 1:
-        return choose()
-    chosen = choose() if jax.process_index() == 0 else None
-    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if chosen is None else chosen)))
-    return None if agreed < 0 else agreed
+def _step_directory(path: str | pathlib.Path) -> pathlib.Path:
+    path = pathlib.Path(path).absolute()
+    return path if integrity.is_step(path) else resolve(path)
 
 
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink; the cores are training
+    context.array.saving.storage_options.chunk_byte_size = 2**26  # about one big expert a chunk
     context.pytree.loading.partial_load = True
     return context
-
-
-def _config_text(config: dict[str, Any]) -> bytes:
-    return (json.dumps({"version": core_config.VERSION, **config}, indent=2) + "\n").encode()
-
-
-def _read_meta(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a checkpoint of this package ({error})") from None
-
-
-def _split(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
-    """The names on disk of a stacked leaf's layers; None when the leaf is not one."""
-    for block, indices in layers.items():
-        if f"/{block}/" in f"/{name}/" and shape and shape[0] == len(indices):
-            return [f"/{name}/".replace(f"/{block}/", f"/layer_{i}/", 1)[1:-1] for i in indices]
-    return None
 
 
 def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -269,6 +223,14 @@ def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def _rows(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
+    """The names on disk of a stacked leaf's layers; None when the leaf is not one."""
+    for block, held in layers.items():
+        if f"/{block}/" in f"/{name}/" and shape and shape[0] == len(held):
+            return [f"/{name}/".replace(f"/{block}/", f"/layer_{i}/", 1)[1:-1] for i in held]
+    return None
+
+
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -276,27 +238,23 @@ def _is_key(leaf: Any) -> bool:
 def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """By path: host copies of the arrays, one a layer; plain numbers; the kinds of PRNG keys."""
     leaves = tree.flatten(state)
-    scalars = {n: x for n, x in leaves.items() if isinstance(x, bool | int | float | str)}
-    sources = {n: x for n, x in leaves.items() if n not in scalars}
-    keys = {n: str(jax.random.key_impl(x)) for n, x in sources.items() if _is_key(x)}
-    sources |= {n: jax.random.key_data(sources[n]) for n in keys}
-    for source in sources.values():  # start every transfer before waiting for the first
-        if isinstance(source, jax.Array) and source.is_fully_addressable:
-            source.copy_to_host_async()
+    scalars = {name: leaf for name, leaf in leaves.items() if not hasattr(leaf, "dtype")}
+    sources = {name: leaf for name, leaf in leaves.items() if name not in scalars}
+    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in sources.items() if _is_key(leaf)}
+    sources |= {name: jax.random.key_data(sources[name]) for name in keys}
+    jax.copy_to_host_async(sources)  # every transfer starts before the first is waited for
     arrays = {}
     for name, source in sources.items():
-        spread = isinstance(source, jax.Array) and not (
-            source.is_fully_addressable or source.is_fully_replicated
-        )
+        here = not isinstance(source, jax.Array) or source.is_fully_addressable
         # A copy in either case: the next step overwrites the state while Orbax is still writing.
-        array = jnp.copy(source) if spread else np.array(source)
-        rows = _split(name, array.shape, layers)
+        array = np.array(source) if here or source.is_fully_replicated else jnp.copy(source)
+        rows = _rows(name, array.shape, layers)
         arrays |= {name: array} if rows is None else {r: array[i] for i, r in enumerate(rows)}
     return arrays, scalars, keys
 
 
-def _inner(sharding: Sharding) -> Sharding:
-    """The sharding of one row of a stacked array."""
+def _one_row(sharding: Sharding) -> Sharding:
+    """How a row of an array with this sharding lies."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = PartitionSpec(*sharding.spec[1:])
@@ -308,47 +266,49 @@ def _stack(sharding: Sharding) -> Any:
     return jax.jit(lambda *rows: jnp.stack(rows), out_shardings=sharding)
 
 
-def _from_disk(
-    path: pathlib.Path, meta: dict[str, Any], abstract: Any, layers: Layers, prefix: str
-) -> Any:
-    """The leaves under `prefix` of a verified checkpoint, shaped and placed like `abstract`."""
-    wanted, rows_of, theirs = {}, {}, {}
+def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
+    """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
+
+    Leaves without a sharding come to the first local device.
+    """
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a checkpoint of this package ({error})") from None
+    theirs = {}
     for name, text in meta["leaves"].items():
-        if name.startswith(f"{prefix}/") or not prefix:
+        if name.startswith(prefix):
             dtype, _, shape = text.partition("[")
             theirs[name] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), jnp.dtype(dtype))
-    leaves = {f"{prefix}/{n}" if prefix else n: x for n, x in tree.flatten(abstract).items()}
-    for name, leaf in leaves.items():
-        if name in meta["scalars"]:
-            continue
+    leaves = {prefix + name: leaf for name, leaf in tree.flatten(abstract).items()}
+    wanted, stacked, shardings = {}, {}, {}
+    for name in [name for name in leaves if name not in meta["scalars"]]:
+        leaf = leaves[name]
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        shardings[name] = sharding
         data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        rows = _split(name, data.shape, layers)
-        rows_of[name] = rows, sharding
-        shape, inner = (
-            (data.shape, sharding) if rows is None else (data.shape[1:], _inner(sharding))
-        )
-        for row in [name] if rows is None else rows:
-            wanted[row] = jax.ShapeDtypeStruct(shape, data.dtype, sharding=inner)
+        stacked[name] = _rows(name, data.shape, layers)
+        shape = data.shape
+        if stacked[name] is not None:
+            shape, sharding = shape[1:], _one_row(sharding)
+        for row in stacked[name] or [name]:
+            wanted[row] = jax.ShapeDtypeStruct(shape, data.dtype, sharding=sharding)
     if difference := tree.difference(wanted, theirs):
-        raise InputError(f"{path}: this checkpoint is of another model: {difference}")
-    with _context():
+        raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
+    with _context():  # Orbax does not take empty arrays
         loaded = ocp.load(path, _nest({name: x for name, x in wanted.items() if x.size}))
-    loaded = tree.flatten(loaded)
-    loaded |= {
-        name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        for name, x in wanted.items()
-        if not x.size
-    }
+    empty = {name: jnp.zeros(x.shape, x.dtype) for name, x in wanted.items() if not x.size}
+    loaded = tree.flatten(loaded) | empty
 
-    def assemble(name: str, leaf: Any) -> Any:
+    def assembled(name: str, leaf: Any) -> Any:
         if name in meta["scalars"]:
-            value = meta["scalars"][name]
-            return jnp.asarray(value, leaf.dtype) if hasattr(leaf, "dtype") else value
-        rows, sharding = rows_of[name]
-        whole = loaded.pop(name) if rows is None else _stack(sharding)(*map(loaded.pop, rows))
+            return meta["scalars"][name]
+        rows = stacked[name]
+        whole = (
+            loaded.pop(name) if rows is None else _stack(shardings[name])(*map(loaded.pop, rows))
+        )
         kind = meta["keys"].get(name)
         return jax.random.wrap_key_data(whole, impl=kind) if kind else whole
 
-    values = [assemble(name, leaf) for name, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract), values)
+    values = [assembled(name, leaf) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), values), meta

@@ -23,17 +23,15 @@ FILES = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl")
 class RunLog:
     """Writes a run directory's metrics.jsonl, eval.jsonl, expert_load.jsonl and tensorboard/.
 
-    On processes other than the first it writes nothing.
+    Only the first process of a job writes anything.
     """
 
     def __init__(self, run_dir: str | pathlib.Path):
         self._run_dir = pathlib.Path(run_dir)
-        self._on = jax.process_index() == 0
-        self._purge: int | None = None
         self._files: dict[str, Any] = {}
         self._board: Any = None
-        if self._on:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._purge: int | None = None  # TensorBoard forgets events from this step on
+        self._on = jax.process_index() == 0
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """A logged training step's scalars."""
@@ -50,64 +48,57 @@ class RunLog:
 
     def cut_back(self, step: int) -> None:
         """Forget what follows `step` (-1: everything) and a torn last line; call on resuming."""
-        if not self._on:
-            return
         self.close()
         self._purge = step + 1
-        for name in FILES:
-            path = self._run_dir / name
-            if not path.exists():
-                continue
-            temporary = path.with_name(name + ".tmp")
-            with path.open("rb") as old, temporary.open("wb") as new:
-                new.writelines(line for line in old if _stands(line, step))
-                new.flush()
-                os.fsync(new.fileno())
-            temporary.replace(path)
+        for path in [self._run_dir / name for name in FILES if self._on]:
+            if path.exists():
+                temporary = path.with_name(f"{path.name}.tmp")
+                with path.open("rb") as old, temporary.open("wb") as new:
+                    new.writelines(line for line in old if _stands(line, step))
+                    new.flush()
+                    os.fsync(new.fileno())
+                temporary.replace(path)
 
     def close(self) -> None:
         """Close the files; a later call opens them again."""
-        for file in self._files.values():
+        for file in [*self._files.values(), *([self._board] if self._board else [])]:
             file.close()
-        self._files.clear()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        self._files, self._board = {}, None
 
     def _scalars(self, name: str, group: str, step: int, values: Mapping[str, Any]) -> None:
         numbers = {key: float(value) for key, value in values.items() if key != "step"}
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         self._write(name, {"step": int(step)} | {key: finite.get(key) for key in numbers})
-        if not self._on:
-            return
-        if self._board is None:
-            directory = str(self._run_dir / "tensorboard")
+        if self._on and self._board is None:
             self._board = tensorboardX.SummaryWriter(
-                directory, purge_step=self._purge, flush_secs=10, filename_suffix=f".{os.getpid()}"
+                str(self._run_dir / "tensorboard"),
+                purge_step=self._purge,
+                flush_secs=10,
+                filename_suffix=f".{os.getpid()}",  # two runs in one second do not share a file
             )
-        for key, value in finite.items():
+        for key, value in finite.items() if self._on else ():
             self._board.add_scalar(key if "/" in key else f"{group}/{key}", value, step)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if not self._on:
             return
-        path = self._run_dir / name
         try:
             if name not in self._files:
-                self._files[name] = path.open("a")
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                self._files[name] = (self._run_dir / name).open("a")
             self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{self._run_dir / name}: not written: {error.strerror}") from None
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file that have a step, in order; empty when it is missing."""
-    path = pathlib.Path(path)
-    if not path.exists():
+    """The whole lines of a JSON-lines file that have a step, in order; none if it is missing."""
+    try:
+        with pathlib.Path(path).open("rb") as file:
+            return [json.loads(line) for line in file if _stands(line, math.inf)]
+    except FileNotFoundError:
         return []
-    with path.open("rb") as file:
-        return [json.loads(line) for line in file if _stands(line, math.inf)]
 
 
 def _stands(line: bytes, last: float) -> bool:

@@ -1,0 +1,128 @@
+"""How fast this machine could go, and where the time goes.
+
+MFU needs a peak: published bfloat16 figures for accelerators, a measurement for anything else
+(a CPU's rate differs four-fold by output type, so the best of three counts).
+"""
+
+import collections
+import functools
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData
+
+# Dense bfloat16 TFLOP/s of one JAX device, by a part of its device_kind; the first match counts.
+# Chips of TPU v2, v3 and 7 (2,307) show up as two devices.
+# fmt: off
+PEAKS = {
+    "TPU7": 1153.5, "TPU v6": 918, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459,
+    "TPU v4": 275, "TPU v3": 61.5,
+    "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756,
+    "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+}
+# fmt: on
+CONTAINERS = ("while", "conditional", "call")  # their time is that of the operations inside
+
+
+class Peak(NamedTuple):
+    """The FLOP/s that matmuls can reach on all devices of the job together, and how it is known."""
+
+    flops: float
+    how: str
+
+
+def matmul_peak(seconds: float = 0.8) -> Peak:
+    """The published peak of this job's devices, or what they do in about `seconds`."""
+    kind = jax.devices()[0].device_kind
+    for part, teraflops in PEAKS.items():
+        if part.lower() in kind.lower():
+            return Peak(teraflops * 1e12 * jax.device_count(), f"published for {kind}")
+    rates = _rates(seconds)
+    name = max(rates, key=rates.__getitem__)
+    # A CPU is one machine a process, into however many devices it is split.
+    parts = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+    return Peak(rates[name] * parts, f"measured, {name}")
+
+
+def _rates(seconds: float) -> dict[str, float]:
+    """The best FLOP/s of each kind of square matmul, taken in turns: neighbors slow all alike."""
+    rates, runs = {}, []
+    for given, result in (("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32",) * 2):
+        product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=result))
+        for size in (512, 2048):  # the small one finds types that are too slow to wait for
+            x = jax.device_put(jnp.ones((size, size), given), jax.local_devices()[0])
+            product(x, x).block_until_ready()
+            took = min(_seconds(product, x) for _ in range(2))
+            rates[name := f"{given} to {result} at {size}^3"] = 2 * size**3 / took
+            if 64 * took > seconds:
+                break
+        else:
+            runs.append((name, product, x))
+    end = time.perf_counter() + seconds / 2
+    while runs and time.perf_counter() < end:
+        for name, product, x in runs:
+            rates[name] = max(rates[name], 2 * len(x) ** 3 / _seconds(product, x))
+    return rates
+
+
+def _seconds(product, x) -> float:
+    start = time.perf_counter()
+    product(x, x).block_until_ready()
+    return time.perf_counter() - start
+
+
+class Profiler:
+    """Traces the steps first..last of a run into `run_dir`/profile, for xprof and TensorBoard."""
+
+    def __init__(self, run_dir: str | pathlib.Path, first: int, last: int):
+        self.directory = pathlib.Path(run_dir) / "profile"
+        self._first, self._last = first, last
+        self._tracing = False
+
+    def before(self, step: int) -> None:
+        """Call before `step` starts, with earlier work finished (jax.block_until_ready)."""
+        if self._first <= step <= self._last and not self._tracing:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(self.directory)
+            self._tracing = True
+
+    def after(self, step: int) -> str:
+        """Call when `step` has finished; gives the table of costly operations after the last."""
+        return self.close() if step >= self._last else ""
+
+    def close(self) -> str:
+        """End a trace that is still open; its table, which profile/operations.txt gets as well."""
+        if not self._tracing:
+            return ""
+        jax.profiler.stop_trace()
+        self._tracing = False
+        table = operation_table(self.directory)
+        (self.directory / "operations.txt").write_text(table)
+        return table
+
+
+def operation_table(directory: str | pathlib.Path, most: int = 20) -> str:
+    """The operations that took longest in the newest trace under a profile directory.
+
+    A line each: milliseconds over all calls and threads, share of all operations, calls, name.
+    """
+    traces = sorted(pathlib.Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
+    planes = list(ProfileData.from_file(str(traces[-1])).planes) if traces else []
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    times: dict[str, float] = collections.defaultdict(float)
+    calls: collections.Counter[str] = collections.Counter()
+    for line in [line for plane in devices or planes for line in plane.lines]:
+        for event in line.events:
+            name = event.name.partition(" = ")[0].lstrip("%")
+            operation = line.name == "XLA Ops" or any(key == "hlo_op" for key, _ in event.stats)
+            if operation and name.partition(".")[0] not in CONTAINERS:
+                times[name] += event.duration_ns / 1e6
+                calls[name] += 1
+    total = sum(times.values()) or 1.0
+    rows = [f"{'ms':>10} {'share':>6} {'calls':>6}  operation"]
+    for name in sorted(times, key=times.__getitem__, reverse=True)[:most]:
+        rows.append(f"{times[name]:10.2f} {times[name] / total:6.1%} {calls[name]:6d}  {name}")
+    return "\n".join(rows) + "\n"
