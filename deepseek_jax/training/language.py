@@ -49,7 +49,7 @@ def make_language(config: Language, model: Model) -> Objective:
     num_mtp = model.config.num_mtp_layers if config.mtp_weight else 0
     depths = {f"mtp_loss_{d}" if d > 1 else "mtp_loss": d for d in range(1, num_mtp + 1)}
     coefficients = {"cross_entropy": 1.0}
-    coefficients |= {name: config.mtp_weight / num_mtp for name in depths}
+    coefficients |= dict.fromkeys(depths, config.mtp_weight / max(num_mtp, 1))
     moe, biased = model.config.moe, _biased_blocks(model, num_mtp)
     balance = {}
     if moe is not None:
@@ -68,7 +68,7 @@ def make_language(config: Language, model: Model) -> Objective:
     def weights_fn(batch: dict[str, Any]) -> dict[str, jax.Array]:
         per_depth = batch["weights"].sum((0, 1))
         valid = batch["segments"] > 0
-        weights = {name: per_depth[0] for name in ("loss", "cross_entropy", "z_loss")}
+        weights = dict.fromkeys(("loss", "cross_entropy", "z_loss"), per_depth[0])
         weights |= {name: per_depth[d] for name, d in depths.items()}
         if moe is not None:
             weights |= {

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.core import tree
+from deepseek_jax.monitoring.routing import router_metrics
 from deepseek_jax.training.optimizer import is_router_bias
 from deepseek_jax.training.schedule import Factor
 from deepseek_jax.training.state import TrainState
@@ -99,9 +100,10 @@ def make_train_step(
     """The function (state, batch, key) -> (state, metrics).
 
     metrics are float32 scalars: every term's mean, total_loss, learning_rate, grad_norm (before
-    clipping), skipped (consecutive skips so far) and, with dynamic loss scaling, loss_scale; beside
-    them "routing", what the routers did, summed over the whole batch. A step whose loss or gradient
-    is not finite changes nothing but the counters (and halves the loss scale).
+    clipping), skipped (consecutive skips so far), the routers' and, with dynamic loss scaling,
+    loss_scale; beside them "expert_load", {path of a block: the whole batch's counts [R, E]}. A
+    step whose loss or gradient is not finite changes nothing but the counters (and halves the
+    loss scale).
 
     Args:
       gradients: how they are computed, e.g. `make_gradients(objective)`.
@@ -135,8 +137,10 @@ def make_train_step(
             (state.params, state.opt_state),
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
+        routing = aux.get("routing", {})
         metrics = {
             **means,
+            **router_metrics(routing),
             "total_loss": total_loss,
             "learning_rate": rate,
             "grad_norm": norm,
@@ -153,7 +157,7 @@ def make_train_step(
             good_steps=good_steps,
             skipped=skipped,
         )
-        return state, {**metrics, "routing": aux.get("routing", {})}
+        return state, {**metrics, "expert_load": {path: r.counts for path, r in routing.items()}}
 
     return train_step
 
@@ -183,7 +187,7 @@ def _balance_routers(params: Any, routing: dict[str, Any], rates: dict[str, floa
             return leaf
         counts = routing[block].counts
         total, num_experts = counts.sum(-1, keepdims=True, dtype=counts.dtype), counts.shape[-1]
-        # sign(mean - count) in integers, where nothing rounds: against the mean's floor and ceiling.
+        # sign(mean - count), exactly: integers against the mean's floor and ceiling.
         below = counts < -(-total // num_experts)
         above = counts > total // num_experts
         direction = below.astype(leaf.dtype) - above.astype(leaf.dtype)

@@ -1,0 +1,107 @@
+"""Command: build a run from --config and overrides, then train it."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from deepseek_jax.core import config as core_config
+from deepseek_jax.core.errors import InputError, run_command
+from deepseek_jax.core.precision import compute_dtype
+from deepseek_jax.evaluation.suite import compressors, held_out
+from deepseek_jax.models.build import build
+from deepseek_jax.models.counts import num_params
+from deepseek_jax.parallel.mesh import make_mesh, start_processes
+from deepseek_jax.serving.language import LanguageModel
+from deepseek_jax.training.loop import Lent, abstract_state, train
+from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.state import memory_table
+
+USAGE = "%(prog)s --config FILE [--run-dir DIR] [--section.field value ...] [--dry-run]"
+
+
+def main(argv: list[str]) -> None:
+    """Train as the command line says; ends the process with the loop's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="train", usage=USAGE, description=__doc__, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument(
+        "--config", help="a Python file with get_config(), e.g. configs/quickstart.py"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would run, from shapes only"
+    )
+    parser.add_argument("--profile-steps", metavar="A:B", help="trace these steps for xprof")
+    own, rest = parser.parse_known_args(argv)
+    if own.config is None:
+        if not {"-h", "--help"} & set(rest):
+            raise InputError("train needs --config FILE, e.g. --config configs/quickstart.py")
+        parser.print_help()
+        print("\nEvery field of the config is a flag as well: add --config FILE to see them.")
+        return
+    profile_steps = _span(own.profile_steps)
+    config = core_config.load_config(own.config, TrainConfig)
+    config = core_config.override(config, rest, prog="train", description=parser.format_help())
+    if not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(own.config).stem}")
+    start_processes()
+    if jax.process_index() == 0:
+        print(headline(config), flush=True)
+    if own.dry_run:
+        print(dry_run(config))
+        return
+    try:
+        code = train(config, Lent(held_out, closing), profile_steps)
+    except KeyboardInterrupt:  # before the first step: nothing to save
+        code = 130
+    raise SystemExit(code)
+
+
+def _span(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise InputError(f"--profile-steps is {text!r}; write first:last, e.g. 20:22")
+    return int(first), int(last)
+
+
+def headline(config: TrainConfig) -> str:
+    """The precision and why, the devices, the model's size."""
+    dtype, why = compute_dtype(config.precision)
+    total, active = num_params(build(config.model, config.precision))
+    devices = jax.devices()
+    return (
+        f"{dtype.name} ({why}), parameters {config.precision.params}; {len(devices)} x "
+        f"{devices[0].device_kind}; {total:,} parameters, {active:,} active a token"
+    )
+
+
+def dry_run(config: TrainConfig) -> str:
+    """The resolved config, parameters with their shardings, bytes a device; from shapes only."""
+    model = build(config.model, config.precision)
+    total, active = num_params(model)
+    state = abstract_state(config, model, make_mesh(config.mesh), config.plans()[0])
+    return "\n".join(
+        [
+            json.dumps(core_config.to_dict(config), indent=2),
+            memory_table(state),
+            f"parameters: {total:,} in total, {active:,} active a token",
+        ]
+    )
+
+
+def closing(model, params, dataset, config) -> str:
+    """Other compressors on the held-out text, and how the model continues its beginning."""
+    text = dataset.held_out_text()
+    rows = [f"{name}: {bits:.4f} bits per byte" for name, bits in compressors(text).items()]
+    prompt = text[:64].decode(errors="ignore").rpartition(" ")[0] or "The "
+    lm = LanguageModel(model, params, dataset.tokenizer, config.model)
+    completion = lm.generate([prompt], max_new_tokens=64, temperature=0.8, seed=config.seed)[0]
+    return "\n".join([*rows, "sample:", prompt + completion])
+
+
+if __name__ == "__main__":
+    run_command(main)
