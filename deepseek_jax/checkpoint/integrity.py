@@ -20,16 +20,13 @@ from collections.abc import Iterator
 from deepseek_jax.core.errors import InputError
 
 MANIFEST = "manifest.json"
-VERSION = 1  # of manifest.json
 
 
 def sync(path: pathlib.Path) -> None:
     """Make a file's content, or a directory's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _fingerprint(path: pathlib.Path) -> list:
@@ -45,7 +42,7 @@ def write_manifest(directory: pathlib.Path) -> None:
         if path.is_file():
             files[path.relative_to(directory).as_posix()] = _fingerprint(path)
     temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"files": files}, indent=1) + "\n")
     sync(temporary)
     temporary.replace(directory / MANIFEST)
     sync(directory)
@@ -54,13 +51,10 @@ def write_manifest(directory: pathlib.Path) -> None:
 def damage(directory: pathlib.Path) -> str:
     """What is wrong with a checkpoint directory, in a few words; empty when every file is sound."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        files = dict(manifest["files"])
-        if manifest["version"] != VERSION:
-            return f"{MANIFEST} has version {manifest['version']!r}"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError):
+        files = dict(json.loads((directory / MANIFEST).read_text())["files"])
+    except OSError as error:
+        return f"{MANIFEST}: {error.strerror}"
+    except (ValueError, TypeError, KeyError):
         return f"{MANIFEST} is unreadable"
 
     def fault(name: str) -> str:
@@ -76,9 +70,7 @@ def damage(directory: pathlib.Path) -> str:
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps of the checkpoints under a checkpoints directory, sound or not, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
 
 
 def newest_good(directory: pathlib.Path) -> int | None:
@@ -88,21 +80,17 @@ def newest_good(directory: pathlib.Path) -> int | None:
     """
     bad = {}
     for step in reversed(steps(directory)):
-        reason = damage(directory / str(step))
-        if reason:
-            bad[step] = reason
-            continue
-        for other, why in bad.items():
-            message = f"checkpoint {directory / str(other)} is damaged ({why})"
-            print(f"warning: {message}; using {directory / str(step)} instead", file=sys.stderr)
-        return step
-    if not bad:
-        return None
-    table = ", ".join(f"{step} ({why})" for step, why in bad.items())
-    raise InputError(
-        f"{directory}: every checkpoint is damaged: {table}; put one back from a copy, or move "
-        "them away to start from the beginning"
-    )
+        if not (reason := damage(directory / str(step))):
+            for other, why in bad.items():
+                message = f"checkpoint {directory / str(other)} is damaged ({why})"
+                print(f"warning: {message}; using {directory / str(step)} instead", file=sys.stderr)
+            return step
+        bad[step] = reason
+    if bad:
+        table = ", ".join(f"{step} ({why})" for step, why in bad.items())
+        hint = "put one back from a copy, or move them away to start from the beginning"
+        raise InputError(f"{directory}: every checkpoint is damaged: {table}; {hint}")
+    return None
 
 
 def is_step(path: pathlib.Path) -> bool:
@@ -162,10 +150,8 @@ def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise InputError(
-                f"another process (pid {file.read().strip()}) is training in {run_dir}; wait for "
-                "it, stop it, or choose another run directory"
-            ) from None
+            other = f"another process (pid {file.read().strip()}) is training in {run_dir}"
+            raise InputError(f"{other}; stop it or choose another run directory") from None
         os.register_at_fork(after_in_child=file.close)  # a worker that outlives us must not hold it
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
@@ -49,10 +50,8 @@ class Checkpoint:
 
     def __post_init__(self):
         if self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise ValueError(
-                f"checkpoint.keep_last ({self.keep_last}) and checkpoint.keep_every "
-                f"({self.keep_every}) must be at least 1."
-            )
+            given = f"checkpoint.keep_last ({self.keep_last}) and keep_every ({self.keep_every})"
+            raise ValueError(f"{given} must be at least 1.")
 
 
 class Restored(NamedTuple):
@@ -86,7 +85,7 @@ class Manager:
             integrity.remove_leftovers(self.directory)
 
     def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
-        """Copy `state` to the host and write it in the background, beside it `files`, {name: bytes}.
+        """Copy `state` to the host and write it in the background, with `files` {name: bytes}.
 
         `state` may be donated or overwritten as soon as this returns. Raises InputError when this
         save cannot start or the previous one failed (the disk is full, for instance).
@@ -94,15 +93,12 @@ class Manager:
         self.wait()
         if step in self._good:  # a step's state is a function of the run: nothing can differ
             return
-        arrays, scalars, keys = _to_disk(state, self._layers)
+        arrays, keys = _to_disk(state, self._layers)
         leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
-        meta = {"step": step, "position": position, "leaves": leaves}
-        texts = {
-            "meta.json": json.dumps(meta | {"scalars": scalars, "keys": keys}, indent=1),
-            "config.json": json.dumps({"version": core_config.VERSION} | config, indent=2),
-        }
-        files = files | {name: f"{text}\n".encode() for name, text in texts.items()}
-        stored = _nest({name: array for name, array in arrays.items() if array.size})
+        meta = {"step": step, "position": position, "leaves": leaves, "keys": keys}
+        texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
+        files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
+        stored = unflatten_dict({name: x for name, x in arrays.items() if x.size}, sep="/")
         try:
             with _context():
                 response = ocp.save_async(self.directory / f"{step}.saving", stored)
@@ -134,17 +130,15 @@ class Manager:
     def _failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a save that failed; its partial directory goes."""
         integrity.remove_leftovers(self.directory, str(step))
-        text = " ".join(str(error).split())
-        full = "no space left" in text.lower() or "quota" in text.lower()
-        if not full and not isinstance(error, OSError):
+        reason = " ".join(str(error).split())
+        if "no space left" in reason.lower() or "quota" in reason.lower():
+            reason = "the disk is full"
+        elif not isinstance(error, OSError):
             return error
         left = [s for s in integrity.steps(self.directory) if s not in self._bad]
         kept = f"checkpoint {left[-1]} is intact" if left else "there is no earlier one"
-        reason = "the disk is full" if full else text
-        return InputError(
-            f"{self.directory / str(step)}: this checkpoint could not be written: {reason}; "
-            f"{kept}; make room, then run the same command again to resume"
-        )
+        what = f"{self.directory / str(step)}: this checkpoint could not be written: {reason}"
+        return InputError(f"{what}; {kept}; make room, then run the same command again to resume")
 
     def _retire(self, newest: int) -> None:
         known = [s for s in integrity.steps(self.directory) if s <= newest]
@@ -174,9 +168,7 @@ class Manager:
         damaged or the checkpoint is of another model.
         """
         self.wait()
-        step = None
-        if jax.process_index() == 0:
-            step = integrity.newest_good(self.directory)
+        step = integrity.newest_good(self.directory) if jax.process_index() == 0 else None
         if jax.process_count() > 1:
             chosen = multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
             step = None if chosen < 0 else int(chosen)
@@ -190,21 +182,16 @@ class Manager:
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-    """The config that a checkpoint was trained with; `path` is what `resolve` gave, or takes."""
-    return core_config.read_json(_step_directory(path) / "config.json")
+    """The config that a checkpoint was trained with; `path` is what `resolve` gave."""
+    return core_config.read_json(pathlib.Path(path) / "config.json")
 
 
 def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) -> Any:
     """Only a checkpoint's parameters, with the dtypes and shardings of `abstract_params`.
 
-    `path` is what `resolve` gave, or takes. InputError says how another model's differ.
+    `path` is what `resolve` gave. InputError says how another model's parameters differ.
     """
-    return _from_disk(_step_directory(path), abstract_params, layers, "params/")[0]
-
-
-def _step_directory(path: str | pathlib.Path) -> pathlib.Path:
-    path = pathlib.Path(path).absolute()
-    return path if integrity.is_step(path) else resolve(path)
+    return _from_disk(pathlib.Path(path).absolute(), abstract_params, layers, "params/")[0]
 
 
 def _context() -> ocp.Context:
@@ -213,14 +200,6 @@ def _context() -> ocp.Context:
     context.array.saving.storage_options.chunk_byte_size = 2**26  # about one big expert a chunk
     context.pytree.loading.partial_load = True
     return context
-
-
-def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, nested)[last] = leaf
-    return nested
 
 
 def _rows(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
@@ -232,25 +211,23 @@ def _rows(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key)
 
 
-def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """By path: host copies of the arrays, one a layer; plain numbers; the kinds of PRNG keys."""
+def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
+    """By path: copies of the arrays, one a layer, and the kinds of the PRNG keys."""
     leaves = tree.flatten(state)
-    scalars = {name: leaf for name, leaf in leaves.items() if not hasattr(leaf, "dtype")}
-    sources = {name: leaf for name, leaf in leaves.items() if name not in scalars}
-    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in sources.items() if _is_key(leaf)}
-    sources |= {name: jax.random.key_data(sources[name]) for name in keys}
-    jax.copy_to_host_async(sources)  # every transfer starts before the first is waited for
+    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
+    leaves |= {name: jax.random.key_data(leaves[name]) for name in keys}
+    jax.copy_to_host_async(leaves)  # every transfer starts before the first is waited for
     arrays = {}
-    for name, source in sources.items():
-        here = not isinstance(source, jax.Array) or source.is_fully_addressable
+    for name, leaf in leaves.items():
+        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         # A copy in either case: the next step overwrites the state while Orbax is still writing.
-        array = np.array(source) if here or source.is_fully_replicated else jnp.copy(source)
+        array = jnp.copy(leaf) if elsewhere and not leaf.is_fully_replicated else np.array(leaf)
         rows = _rows(name, array.shape, layers)
-        arrays |= {name: array} if rows is None else {r: array[i] for i, r in enumerate(rows)}
-    return arrays, scalars, keys
+        arrays |= {row: array[i] for i, row in enumerate(rows)} if rows else {name: array}
+    return arrays, keys
 
 
 def _one_row(sharding: Sharding) -> Sharding:
@@ -269,7 +246,7 @@ def _stack(sharding: Sharding) -> Any:
 def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
     """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
 
-    Leaves without a sharding come to the first local device.
+    Leaves without a sharding come to the first local device; plain numbers stay plain.
     """
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -281,34 +258,29 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
             dtype, _, shape = text.partition("[")
             theirs[name] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), jnp.dtype(dtype))
     leaves = {prefix + name: leaf for name, leaf in tree.flatten(abstract).items()}
-    wanted, stacked, shardings = {}, {}, {}
-    for name in [name for name in leaves if name not in meta["scalars"]]:
-        leaf = leaves[name]
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        shardings[name] = sharding
+    wanted, rows, shardings = {}, {}, {}
+    for name, leaf in leaves.items():
         data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        stacked[name] = _rows(name, data.shape, layers)
-        shape = data.shape
-        if stacked[name] is not None:
-            shape, sharding = shape[1:], _one_row(sharding)
-        for row in stacked[name] or [name]:
-            wanted[row] = jax.ShapeDtypeStruct(shape, data.dtype, sharding=sharding)
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        rows[name], shardings[name] = _rows(name, np.shape(data), layers), sharding
+        if not hasattr(data, "dtype"):
+            wanted[name] = np.array(data)
+        elif rows[name]:
+            row = jax.ShapeDtypeStruct(data.shape[1:], data.dtype, sharding=_one_row(sharding))
+            wanted |= dict.fromkeys(rows[name], row)
+        else:
+            wanted[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
     if difference := tree.difference(wanted, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
+    stored = unflatten_dict({name: x for name, x in wanted.items() if x.size}, sep="/")
     with _context():  # Orbax does not take empty arrays
-        loaded = ocp.load(path, _nest({name: x for name, x in wanted.items() if x.size}))
+        loaded = ocp.load(path, stored)
     empty = {name: jnp.zeros(x.shape, x.dtype) for name, x in wanted.items() if not x.size}
-    loaded = tree.flatten(loaded) | empty
-
-    def assembled(name: str, leaf: Any) -> Any:
-        if name in meta["scalars"]:
-            return meta["scalars"][name]
-        rows = stacked[name]
-        whole = (
-            loaded.pop(name) if rows is None else _stack(shardings[name])(*map(loaded.pop, rows))
-        )
-        kind = meta["keys"].get(name)
-        return jax.random.wrap_key_data(whole, impl=kind) if kind else whole
-
-    values = [assembled(name, leaf) for name, leaf in leaves.items()]
+    loaded, values = tree.flatten(loaded) | empty, []
+    for name, leaf in leaves.items():
+        found = [loaded.pop(row) for row in rows[name] or [name]]
+        value = _stack(shardings[name])(*found) if rows[name] else found[0]
+        if kind := meta["keys"].get(name):
+            value = jax.random.wrap_key_data(value, impl=kind)
+        values.append(value if hasattr(leaf, "dtype") else value.item())
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta

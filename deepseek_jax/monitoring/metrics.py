@@ -28,8 +28,7 @@ class RunLog:
 
     def __init__(self, run_dir: str | pathlib.Path):
         self._run_dir = pathlib.Path(run_dir)
-        self._files: dict[str, Any] = {}
-        self._board: Any = None
+        self._open: dict[str, Any] = {}  # files, and TensorBoard's writer, by name
         self._purge: int | None = None  # TensorBoard forgets events from this step on
         self._on = jax.process_index() == 0
 
@@ -55,50 +54,45 @@ class RunLog:
                 temporary = path.with_name(f"{path.name}.tmp")
                 with path.open("rb") as old, temporary.open("wb") as new:
                     new.writelines(line for line in old if _stands(line, step))
-                    new.flush()
-                    os.fsync(new.fileno())
                 temporary.replace(path)
 
     def close(self) -> None:
         """Close the files; a later call opens them again."""
-        for file in [*self._files.values(), *([self._board] if self._board else [])]:
-            file.close()
-        self._files, self._board = {}, None
+        while self._open:
+            self._open.popitem()[1].close()
 
     def _scalars(self, name: str, group: str, step: int, values: Mapping[str, Any]) -> None:
         numbers = {key: float(value) for key, value in values.items() if key != "step"}
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         self._write(name, {"step": int(step)} | {key: finite.get(key) for key in numbers})
-        if self._on and self._board is None:
-            self._board = tensorboardX.SummaryWriter(
-                str(self._run_dir / "tensorboard"),
-                purge_step=self._purge,
-                flush_secs=10,
-                filename_suffix=f".{os.getpid()}",  # two runs in one second do not share a file
+        if not self._on:
+            return
+        if "tensorboard" not in self._open:
+            board, suffix = str(self._run_dir / "tensorboard"), f".{os.getpid()}"
+            self._open["tensorboard"] = tensorboardX.SummaryWriter(
+                board, purge_step=self._purge, flush_secs=10, filename_suffix=suffix
             )
-        for key, value in finite.items() if self._on else ():
-            self._board.add_scalar(key if "/" in key else f"{group}/{key}", value, step)
+        for key, value in finite.items():
+            name = key if "/" in key else f"{group}/{key}"
+            self._open["tensorboard"].add_scalar(name, value, step)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if not self._on:
             return
         try:
-            if name not in self._files:
+            if name not in self._open:
                 self._run_dir.mkdir(parents=True, exist_ok=True)
-                self._files[name] = (self._run_dir / name).open("a")
-            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
-            self._files[name].flush()
+                self._open[name] = (self._run_dir / name).open("a")
+            print(json.dumps(record, allow_nan=False), file=self._open[name], flush=True)
         except OSError as error:
             raise InputError(f"{self._run_dir / name}: not written: {error.strerror}") from None
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines file that have a step, in order; none if it is missing."""
-    try:
-        with pathlib.Path(path).open("rb") as file:
-            return [json.loads(line) for line in file if _stands(line, math.inf)]
-    except FileNotFoundError:
-        return []
+    path = pathlib.Path(path)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if _stands(line, math.inf)]
 
 
 def _stands(line: bytes, last: float) -> bool:

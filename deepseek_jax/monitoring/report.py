@@ -6,12 +6,10 @@ Everything is read from the run directory's JSON lines, so a run can be drawn wh
 import base64
 import contextlib
 import html
-import io
 import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deepseek_jax.core.config import from_dict, read_json
@@ -25,35 +23,30 @@ MOMENTS, COLUMNS = 6, 160  # maps of the whole run; columns of a layer's map ove
 
 PICTURES = {
     "loss": ("Learning", "Lower is better; bits a byte compare across tokenizers."),
-    "optimization": ("Optimization", "What moves the weights, and further losses."),
-    "speed": ("Speed", "How fast, and how much of what the hardware's matmuls reach."),
+    "training": ("Training", "What moves the weights, how fast it goes, and further losses."),
     "router": ("Routers", "How evenly tokens spread over experts, mean of layers."),
 }
 PANELS = (  # picture, title, unit, keys of metrics.jsonl or, behind eval/, of eval.jsonl
     ("loss", "Loss", "nats a token", ("loss", "eval/loss")),
     ("loss", "Held-out text", "bits a byte", ("eval/bits_per_byte",)),
-    ("optimization", "Learning rate", "", ("learning_rate",)),
-    ("optimization", "Gradient norm before clipping", "", ("grad_norm",)),
-    ("speed", "Throughput", "tokens a second", ("tokens_per_second",)),
-    ("speed", "Model FLOPs utilization", "fraction of the matmul peak", ("mfu",)),
+    ("training", "Learning rate", "", ("learning_rate",)),
+    ("training", "Gradient norm before clipping", "", ("grad_norm",)),
+    ("training", "Throughput", "tokens a second", ("tokens_per_second",)),
+    ("training", "Model FLOPs utilization (MFU)", "of the matmul peak", ("mfu",)),
     ("router", "Fullest expert", "load / even load - 1", ("router/max_violation",)),
     ("router", "Spread of load", "std / even load", ("router/utilization_std",)),
     ("router", "Entropy", "1: all experts alike", ("router/entropy",)),
     ("router", "Experts without a token", "in all layers", ("router/dead_experts",)),
     ("router", "Dropped by capacity", "fraction of choices", ("router/dropped_fraction",)),
 )
-EXACT = ("learning_rate", "router/dead_experts", "router/dropped_fraction")  # never smoothed
 
 STYLE = """
-body{max-width:1120px;margin:2.5rem auto;padding:0 1.5rem;color:#1d2733;background:#fff;
-font:16px/1.5 system-ui,sans-serif}h1{font-size:1.7rem;margin:0}h2{margin:2.5rem 0 0;
-font-size:1.2rem}p{color:#5f6b7a;margin:.2rem 0 .8rem}img{max-width:100%}
+body{max-width:1120px;margin:2.5rem auto;padding:0 1.5rem;font:16px/1.5 system-ui,sans-serif;
+color:#1d2733;background:#fff}h1,h2,dd{margin:0}h2{margin-top:2.5rem}img{max-width:100%}
+p,dt{color:#5f6b7a;margin:.2rem 0 .8rem}dt{margin:0;font-size:.85rem}dd{font-weight:600}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:.8rem;margin:1.5rem 0}
 dl div{background:#f5f7fa;border-radius:8px;padding:.6rem .9rem}
-dt{color:#5f6b7a;font-size:.85rem}dd{margin:0;font-weight:600}
 """
-
-Series = dict[str, list[tuple[int, float]]]  # (step, value) by key
 
 
 def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None = None) -> str:
@@ -62,7 +55,7 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
     Returns the page's path. Raises InputError when the run has no logged step.
     """
     run_dir = pathlib.Path(run_dir)
-    series: Series = {}
+    series: dict[str, list] = {}  # (step, value) by key
     for file, prefix in (("metrics.jsonl", ""), ("eval.jsonl", "eval/")):
         for row in read_lines(run_dir / file):
             for key in [key for key, value in row.items() if value is not None]:
@@ -77,19 +70,16 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
     title = html.escape(run_dir.absolute().name)
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
     page += f"<style>{STYLE}</style><h1>{title}</h1><p>A training run of deepseek_jax.</p><dl>"
-    for name, text in _facts(series, config, model).items():
-        page += f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
-    page += "</dl>"
+    facts = _facts(series, config, model).items()
+    page += "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts) + "</dl>"
     loads = read_lines(run_dir / "expert_load.jsonl")
     pictures = _curves(series) | _heat_maps(loads, layer_table(model) if model else {})
     directory = pathlib.Path(output or run_dir / "report")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, (heading, text, figure) in pictures.items():
-            buffer = io.BytesIO()
-            FigureCanvasAgg(figure).print_png(buffer)
-            (directory / f"{name}.png").write_bytes(buffer.getvalue())
-            inline = base64.b64encode(buffer.getvalue()).decode()
+            figure.savefig(directory / f"{name}.png")
+            inline = base64.b64encode((directory / f"{name}.png").read_bytes()).decode()
             page += f"<h2>{heading}</h2><p>{text}</p>"
             page += f'<img alt="{heading}" src="data:image/png;base64,{inline}">'
         (directory / "report.html").write_text(page + "</html>\n")
@@ -98,7 +88,7 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
     return str(directory / "report.html")
 
 
-def _facts(series: Series, config: dict[str, Any], model: Decoder | None) -> dict[str, str]:
+def _facts(series: dict[str, list], config: dict, model: Decoder | None) -> dict[str, str]:
     """What stands at the top of the page; what a run lacks is left out."""
     facts = {"Steps": f"{max(points[-1][0] for points in series.values()):,}"}
     if {"batch_size", "sequence_length", "steps"} <= config.keys():
@@ -115,20 +105,18 @@ def _facts(series: Series, config: dict[str, Any], model: Decoder | None) -> dic
             facts[name] = format(np.median([value for _, value in series[key][-last:]]), form)
     if model:
         facts["Model"] = describe(model)
-        attention = type(model.attention).__name__
-        facts["Layers"] = f"{model.num_layers} of width {model.embed_dim}, {attention}"
-    if model and model.moe:
-        moe = model.moe
-        facts["Experts"] = f"{moe.router.num_active_experts} of {moe.num_experts} a token"
-        facts["Router"] = f"{type(moe.router).__name__}, {moe.num_shared_experts} shared experts"
+        facts["Layers"] = f"{model.num_layers} of width {model.embed_dim}"
+        if moe := model.moe:
+            active = moe.router.num_active_experts
+            facts["Layers"] += f", {moe.num_experts} experts ({active} active)"
     return facts
 
 
 def _grid(count: int, columns: int, height: float) -> tuple[Figure, list]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    size = (6 if columns == 1 else 11, height * rows)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    width = 6 if columns == 1 else 11
+    figure = Figure(figsize=(width, height * rows), dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for spare in axes[count:]:
         spare.set_visible(False)
@@ -142,15 +130,15 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
     axes.tick_params(labelsize=8.5, colors=GRAY, length=2)
 
 
-def _curves(series: Series) -> dict[str, tuple[str, str, Figure]]:
+def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
     """{file name: (heading, text, figure)} of everything that is a curve."""
     drawn, known = {}, {key for *_, keys in PANELS for key in keys}
     others = sorted(key for key in series if key.endswith("loss") and key not in known)
-    table = [*PANELS, *(("optimization", key, "", (key,)) for key in others)]
+    table = [*PANELS, *(("training", key, "", (key,)) for key in others)]
     for name, (heading, text) in PICTURES.items():
         panels = [p for p in table if p[0] == name and any(key in series for key in p[3])]
         if panels:
-            figure, grid = _grid(len(panels), 2 if len(panels) < 3 else 3, 3.3)
+            figure, grid = _grid(len(panels), 2 if len(panels) in (2, 4) else 3, 3.3)
             for axes, (_, title, unit, keys) in zip(grid, panels, strict=True):
                 for key, color in zip(keys, (BLUE, ORANGE), strict=False):
                     _draw(axes, key, series.get(key, []), color)
@@ -165,64 +153,62 @@ def _curves(series: Series) -> dict[str, tuple[str, str, Figure]]:
 
 def _draw(axes: Any, key: str, points: list[tuple[int, float]], color: str) -> None:
     steps, values = np.array(points, float).reshape(-1, 2).T
-    window = len(values) // 60 * (key not in EXACT)
+    window = len(values) // 60 * (key != "learning_rate")
     if window:  # a mean of neighbors, of fewer at the ends, over the pale curve
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        ones, counts = np.ones(2 * window + 1), np.ones(len(values))
-        values = np.convolve(values, ones)[window:-window]
-        values /= np.convolve(counts, ones)[window:-window]
+        ones = np.ones(2 * window + 1)
+        counts = np.convolve(np.ones(len(values)), ones)[window:-window]
+        values = np.convolve(values, ones)[window:-window] / counts
     dots = {"marker": "o", "markersize": 4} if len(values) < 40 else {}
     label = "held-out" if key.startswith("eval/") else "training"
     axes.plot(steps, values, color=color, linewidth=1.8, label=label, **dots)
-    if len(values) and not np.ptp(values):
-        axes.margins(y=1)  # a constant: no room for made-up wiggles
+    axes.locator_params(axis="x", nbins=5)
 
 
-def _heat_maps(
-    loads: list, table: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[str, str, Figure]]:
+def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str, Figure]]:
     """Expert load, layer x expert at several moments, and expert x time for every layer."""
     shares = {}  # label -> [steps, experts], 1 is even load
-    paths = {path for row in loads for path in row["load"]}
+    paths = list(loads[-1]["load"]) if loads else []
+    loads = [row for row in loads if list(row["load"]) == paths]
     for path in sorted(paths, key=lambda path: (table.get(path, (1e9,)), path)):
-        counts = np.array([row["load"][path] for row in loads if path in row["load"]], float)
+        counts = np.array([row["load"][path] for row in loads], float)
         counts /= np.maximum(counts.mean(-1, keepdims=True), 1e-9)
         names = [f"layer {i}" for i in table.get(path, ())]
         for row, name in enumerate(names or [f"{path} {i}" for i in range(counts.shape[1])]):
             shares[name + " (MTP)" * path.startswith("mtp")] = counts[:, row]
     if not shares:
         return {}
-    steps = [row["step"] for row in loads]
-    spread = np.concatenate([np.abs(share - 1).ravel() for share in shares.values()])
-    half = float(np.clip(np.percentile(spread, 99), 0.1, 1.0))
-    look = {"cmap": "RdBu_r", "vmin": 1 - half, "vmax": 1 + half, "aspect": "auto"}
-
-    parts = np.array_split(np.arange(len(steps)), min(MOMENTS, len(steps)))
-    moments, grid = _grid(len(parts), 3, 0.9 + 0.18 * min(len(shares), 60))
-    widest = max(share.shape[1] for share in shares.values())
-    ticks = range(0, len(shares), -(-len(shares) // 20))
-    for axes, part in zip(grid, parts, strict=True):
-        image = np.full((len(shares), widest), np.nan)
-        for row, share in enumerate(shares.values()):
-            image[row, : share.shape[1]] = share[part].mean(0)
-        colors = axes.imshow(image, interpolation="nearest", **look)
+    steps, labels = [row["step"] for row in loads], list(shares)
+    stacked = np.stack(list(shares.values()))  # [layers, steps, experts]
+    half = float(np.clip(np.percentile(np.abs(stacked - 1), 99), 0.1, 1.0))
+    maps = []
+    for part in np.array_split(np.arange(len(steps)), min(MOMENTS, len(steps))):
         ends = sorted({steps[part[0]], steps[part[-1]]})
-        _label(axes, "step " + " to ".join(f"{end:,}" for end in ends), "expert", "")
-        shown = axes.get_subplotspec().is_first_col()
-        axes.set_yticks(ticks, [list(shares)[i] if shown else "" for i in ticks])
-    bar = moments.colorbar(colors, ax=grid, extend="max" if half == 1 else "both", aspect=30)
-    _label(bar.ax, "", "", "load / even load")
-
-    time, grid = _grid(len(shares), 4, 2.0)
-    parts = np.array_split(np.arange(len(steps)), min(COLUMNS, len(steps)))
-    for axes, (name, share) in zip(grid, shares.items(), strict=True):
-        image = np.stack([share[part].mean(0) for part in parts], 1)
-        extent = (steps[0], max(steps[-1], steps[0] + 1), share.shape[1] - 0.5, -0.5)
-        axes.imshow(image, interpolation="nearest", extent=extent, **look)
-        _label(axes, name, "step", "expert")
-    text = "The tokens that an expert gets over an even share: white is even, red more, blue less."
-    heading = "Expert load: layer x expert"
+        title = "step " + " to ".join(f"{end:,}" for end in ends)
+        maps.append((title, stacked[:, part].mean(1), None))
+    moments = _maps(maps, 3, 0.9 + 0.18 * min(len(labels), 60), "expert", "", half)
+    ticks = range(0, len(labels), -(-len(labels) // 20))
+    for axes in moments.axes[: len(maps)]:
+        first = axes.get_subplotspec().is_first_col()
+        axes.set_yticks(ticks, [labels[i] if first else "" for i in ticks])
+    bins = np.array_split(np.arange(len(steps)), min(COLUMNS, len(steps)))
+    columns = np.stack([stacked[:, part].mean(1) for part in bins], -1)  # [layers, experts, bins]
+    extent = (steps[0], max(steps[-1], steps[0] + 1), columns.shape[1] - 0.5, -0.5)
+    maps = [(label, image, extent) for label, image in zip(labels, columns, strict=True)]
+    time = _maps(maps, 4, 2.0, "step", "expert", half)
+    text = "An expert's tokens over an even share: white is even, red more, blue less. Each map is "
     return {
-        "expert_load": (heading, f"{text} Each map is the mean of the steps above it.", moments),
-        "expert_load_time": ("Expert load over time", "A map for every layer.", time),
+        "expert_load": ("Expert load: layer x expert", f"{text} the mean of its steps.", moments),
+        "expert_load_time": ("Expert load over time", f"{text} one layer.", time),
     }
+
+
+def _maps(cells: list, columns: int, height: float, x: str, y: str, half: float) -> Figure:
+    figure, grid = _grid(len(cells), columns, height)
+    look = {"cmap": "RdBu_r", "vmin": 1 - half, "vmax": 1 + half, "interpolation": "nearest"}
+    for axes, (title, image, extent) in zip(grid, cells, strict=True):
+        drawn = axes.imshow(image, aspect="auto", extent=extent, **look)
+        _label(axes, title, x, y)
+    bar = figure.colorbar(drawn, ax=grid, extend="max" if half == 1 else "both", aspect=30)
+    _label(bar.ax, "", "", "load / even load")
+    return figure

@@ -7,6 +7,7 @@ first and measures once. A prediction block's router (MTP) counts as one more la
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,25 +21,18 @@ def router_metrics(routing: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
     - router/dead_experts: experts of all layers together that got no token
     - router/dropped_fraction: of all choices that tokens made, those that capacity dropped
 
-    Empty when no layer has experts.
+    Empty when no layer has experts; all layers that do have equally many.
     """
     if not routing:
         return {}
-    violation, entropy, deviation, dead = [], [], [], []
-    dropped = chosen = jnp.zeros(())
-    for block in routing.values():
-        counts = block.counts.astype(jnp.float32)  # [R, E]; float: their sum may pass 2^31
-        share = counts / jnp.maximum(counts.mean(-1, keepdims=True), 1e-9)
-        violation.append(share.max(-1) - (counts.sum(-1) > 0))  # nothing dispatched: 0, not -1
-        deviation.append(share.std(-1))
-        entropy.append(block.entropy / jnp.maximum(block.tokens, 1))
-        dead.append((counts == 0).sum(-1))
-        dropped += block.dropped.sum()
-        chosen += block.dropped.sum() + counts.sum()
+    layers = jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *routing.values())
+    counts = layers.counts.astype(jnp.float32)  # [L, E]; float: their sum may pass 2^31
+    share = counts / jnp.maximum(counts.mean(-1, keepdims=True), 1e-9)
+    dropped = layers.dropped.astype(jnp.float32).sum()
     return {
-        "router/max_violation": jnp.concatenate(violation).mean(),
-        "router/entropy": jnp.concatenate(entropy).mean(),
-        "router/utilization_std": jnp.concatenate(deviation).mean(),
-        "router/dead_experts": jnp.concatenate(dead).sum().astype(jnp.float32),
-        "router/dropped_fraction": dropped / jnp.maximum(chosen, 1),
+        "router/max_violation": (share.max(-1) - (counts.sum(-1) > 0)).mean(),  # no token: 0
+        "router/entropy": (layers.entropy / jnp.maximum(layers.tokens, 1)).mean(),
+        "router/utilization_std": share.std(-1).mean(),
+        "router/dead_experts": (counts == 0).sum().astype(jnp.float32),
+        "router/dropped_fraction": dropped / jnp.maximum(counts.sum() + dropped, 1),
     }
