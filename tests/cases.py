@@ -41,8 +41,11 @@ ROUTERS = {
     "softmax_grouped": Softmax(num_active_experts=2, num_groups=4, num_active_groups=2, scale=4.0),
     "sigmoid": Sigmoid(num_active_experts=2, scale=2.5),
     "sigmoid_grouped": Sigmoid(num_active_experts=2, num_groups=4, num_active_groups=2, scale=2.5),
-    "hierarchical": Hierarchical(
-        num_active_experts=4, num_groups=4, num_active_groups=2, normalize=True
+    "hierarchical": Hierarchical(num_active_experts=2, num_groups=2, scale=2.0),
+}
+WIDER = {  # for 12 experts
+    "two_groups_of_three": Hierarchical(
+        num_active_experts=4, num_groups=3, num_active_groups=2, normalize=True
     ),
 }
 DISPATCHES = {"dropless": Dropless(), "capacity": Capacity(factor=0.75)}
@@ -53,6 +56,7 @@ def decoder(
     router: str | None = "sigmoid",
     dispatch: str = "dropless",
     *,
+    num_experts: int = 8,
     num_shared_experts: int = 0,
     **fields,
 ) -> Decoder:
@@ -60,9 +64,9 @@ def decoder(
     moe = None
     if router is not None:
         moe = MoE(
-            num_experts=8,
+            num_experts=num_experts,
             expert_dim=16,
-            router=ROUTERS[router],
+            router=(ROUTERS | WIDER)[router],
             num_shared_experts=num_shared_experts,
             dispatch=DISPATCHES[dispatch],
         )
@@ -125,7 +129,7 @@ def make_batch(
 ROWS = ((7, 9), (12,), (5, 6, 5))  # rows of 16: packed, padded, packed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A model, its parameters, a batch and what the reference makes of it."""
 
@@ -171,7 +175,7 @@ def reference_forward(params: Any, config: Decoder, batch: dict[str, Any]) -> re
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case(
     config: Decoder,
     rows: tuple[tuple[int, ...], ...] = ROWS,
