@@ -42,7 +42,7 @@ def write_manifest(directory: pathlib.Path) -> None:
         if path.is_file():
             files[path.relative_to(directory).as_posix()] = _fingerprint(path)
     temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"files": files}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"files": files}, indent=1))
     sync(temporary)
     temporary.replace(directory / MANIFEST)
     sync(directory)
