@@ -1,7 +1,7 @@
 """Documents as tokens on disk: one memory-mapped file of ids and an index, made once and cached.
 
 A cache folder is named by a hash of all that went into it, written under another name and renamed
-when whole, so that a killed or a second process never leaves half of one.
+when whole, so that neither a killed nor a second process leaves half of one.
 """
 
 import array
@@ -17,46 +17,55 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import records, sources
 from deepseek_jax.data.records import Encoded
-from deepseek_jax.data.text import MIB, Document
+from deepseek_jax.data.text import MIB, Document, reported
 from deepseek_jax.data.tokenizer import BPE, Tokenizer, load_tokenizer, train_bpe
 
-VERSION = 1  # of the cached form and of what goes into it
+VERSION = 1  # of the cached form, and of how documents and tokens are made
 SAMPLE = 32 * MIB  # text that a BPE is trained on at most
-INDEX = np.dtype([("length", "<i8"), ("num_bytes", "<i8"), ("hash", "<u8")])
+INDEX = np.dtype([("hash", "<u8"), ("num_bytes", "<i8"), ("length", "<i8")])
 
 T = TypeVar("T")
 
 
-class Scan(NamedTuple):
-    """What one pass over a source's documents tells about each."""
-
-    hashes: np.ndarray  # uint64: of the key
-    num_bytes: np.ndarray  # int64: UTF-8 bytes of the text
-
-
 class Corpus:
-    """The tokens of a source's documents, each [bos] tokens [eos]; pickled as its folder's name."""
+    """A source's documents, each [bos] tokens [eos]; pickled as the name of its folder.
+
+    Attributes:
+      tokens: the ids of all documents, one after another (mapped from disk).
+      starts, lengths: where each document's ids are [n].
+      num_bytes: the UTF-8 bytes of each document's text [n].
+      hashes: of each document's key [n], uint64.
+    """
 
     def __init__(self, directory: pathlib.Path):
-        meta = json.loads((directory / "meta.json").read_text())
         self.directory = directory
+        meta = json.loads((directory / "meta.json").read_text())
         self.tokens = np.memmap(directory / "tokens.bin", meta["dtype"], "r")
         index = np.load(directory / "index.npy", mmap_mode="r")
         self.lengths, self.num_bytes = np.array(index["length"]), index["num_bytes"]
-        self.hashes = np.array(index["hash"])
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        if len(self.tokens) != meta["tokens"] or self.lengths.sum() != meta["tokens"]:
-            raise ValueError("its files disagree")
+        self.hashes, self.starts = index["hash"], np.cumsum(self.lengths) - self.lengths
+        if not meta["tokens"] == len(self.tokens) == self.lengths.sum():
+            raise ValueError(f"{directory}: damaged")
 
     def __reduce__(self):
         return Corpus, (self.directory,)
+
+    def document(self, number: int) -> Encoded:
+        """One document."""
+        end = self.starts[number] + self.lengths[number]
+        tokens = self.tokens[self.starts[number] : end]
+        return Encoded(int(self.hashes[number]), int(self.num_bytes[number]), tokens)
+
+    def documents(self, fraction: float, training: bool) -> np.ndarray:
+        """The numbers of the documents of one side, ascending."""
+        return np.flatnonzero(held_out(self.hashes, fraction) != training)
 
 
 def key_hash(key: str) -> int:
@@ -67,63 +76,12 @@ def key_hash(key: str) -> int:
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are held out [n] bool: those of small hashes, and never none or all."""
     mask = hashes < np.uint64(int(fraction * 2.0**64))
+    if len(mask) < 2:
+        raise InputError("there is only one document, so none can be held out: give at least two")
     if mask.any() and not mask.all():
         return mask
-    if len(hashes) < 2:
-        raise InputError("there is only one document, so none can be held out: give at least two")
     mask = hashes == hashes.min()
-    return np.arange(len(hashes)) == 0 if mask.all() else mask
-
-
-def scan(source: sources.Plain) -> Scan:
-    """Read every document once: nothing unreadable shows up later."""
-    hashes, sizes = array.array("Q"), array.array("q")
-    with Progress("reading", None) as progress:
-        for document in sources.documents(source):
-            hashes.append(key_hash(document.key))
-            sizes.append(len(document.text.encode()))
-            progress.add(sizes[-1])
-    return Scan(np.array(hashes, np.uint64), np.array(sizes, np.int64))
-
-
-def encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, total: int | None = None
-) -> Iterator[Encoded]:
-    """Tokenize a stream on all cores while the stream is read and the results are used."""
-    bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
-    dtype = token_dtype(tokenizer)
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-        Progress("tokenizing", total) as progress,
-    ):
-        waiting = None
-        for batch in itertools.chain(_batched(documents), (None,)):
-            texts = batch and [document.text for document in batch]
-            ahead = batch and (batch, pool.submit(tokenizer.encode_batch, texts))
-            if waiting:
-                for document, ids in zip(waiting[0], waiting[1].result(), strict=True):
-                    size = len(document.text.encode())
-                    tokens = np.concatenate([bos, np.array(ids, np.int64), eos]).astype(dtype)
-                    yield Encoded(key_hash(document.key), size, tokens)
-                    progress.add(size)
-            waiting = ahead
-
-
-def _batched(documents: Iterable[Document], size: int = 4 * MIB) -> Iterator[list[Document]]:
-    batch, held = [], 0
-    for document in documents:
-        batch.append(document)
-        held += len(document.text)
-        if held >= size or len(batch) >= 8192:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type on disk that holds every id."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    return mask if not mask.all() else np.arange(len(mask)) == 0
 
 
 def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path) -> Corpus:
@@ -131,28 +89,54 @@ def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path
 
     Raises InputError for whatever is wrong with the source, or when the cache cannot be written.
     """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def build(directory: pathlib.Path) -> None:
-        if isinstance(source, sources.Records):
-            stream = records.read(source.path)
-        else:
-            total = int(scan(source).num_bytes.sum())
-            stream = encoded(sources.documents(source), tokenizer, total)
-        _write(directory, stream, token_dtype(tokenizer))
+        index = array.array("Q")
+        with open(directory / "tokens.bin", "wb") as out:
+            for document in _encoded(source, tokenizer):
+                out.write(document.tokens.astype(dtype).tobytes())
+                index.extend((document.hash, document.num_bytes, len(document.tokens)))
+            meta = {"dtype": dtype.str, "tokens": out.tell() // dtype.itemsize}
+        np.save(directory / "index.npy", np.array(index, "<u8").view(INDEX))
+        (directory / "meta.json").write_text(json.dumps(meta))
 
-    name = _name("tokens", sources.fingerprint(source), tokenizer_hash(tokenizer))
-    return _cached(cache / name, build, Corpus)
+    files = [(name, _sha256(content)) for name, content in sorted(tokenizer.files().items())]
+    return _cached(cache, ["tokens", sources.fingerprint(source), files], build, Corpus)
 
 
-def _write(directory: pathlib.Path, stream: Iterable[Encoded], dtype: np.dtype) -> None:
-    rows, total = array.array("Q"), 0
-    with open(directory / "tokens.bin", "wb") as out:
-        for document in stream:
-            out.write(document.tokens.astype(dtype).tobytes())
-            rows.extend((len(document.tokens), document.num_bytes, document.hash))
-            total += len(document.tokens)
-    np.save(directory / "index.npy", np.array(rows, "<u8").view(INDEX))
-    (directory / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.str}))
+def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Tokenize on all cores while the next texts are read and the last results are used."""
+    if isinstance(source, sources.Records):
+        yield from records.read(source.path)
+        return
+    ends = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
+    total, waiting = sources.num_bytes(source), None
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        Progress("tokenizing", total) as progress,
+    ):
+        for batch in itertools.chain(_batched(sources.documents(source)), [None]):
+            texts = batch and [document.text for document in batch]
+            ahead = batch and (batch, pool.submit(tokenizer.encode_batch, texts))
+            for document, ids in zip(waiting[0], waiting[1].result()) if waiting else ():  # noqa: B905
+                size = len(document.text.encode())
+                tokens = np.concatenate([ends[0], np.array(ids, np.int64), ends[1]])
+                yield Encoded(key_hash(document.key), size, tokens)
+                progress.add(size)
+            waiting = ahead
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= 4 * MIB or len(batch) >= 8192:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def open_bpe(
@@ -161,67 +145,66 @@ def open_bpe(
     """The BPE of the sources' training sides, from the cache or trained now."""
 
     def build(directory: pathlib.Path) -> None:
-        scans = [scan(source) for source in plain]
-        share = SAMPLE / sum(int(found.num_bytes.sum()) for found in scans)
-        train_bpe(config, _sample(plain, scans, fraction, share)).save(directory)
+        scans = [_scan(source) for source in plain]
+        share = SAMPLE / sum(int(sizes.sum()) for _, sizes in scans)
+        train_bpe(config, sample(scans, share)).save(directory)
+
+    def sample(scans: list, share: float) -> Iterator[str]:
+        """Training documents, thinned evenly by a second hash when there are too many."""
+        for source, (hashes, _) in zip(plain, scans, strict=True):
+            kept = ~held_out(hashes, fraction)
+            for number, document in enumerate(sources.documents(source)):
+                if kept[number] and key_hash(f"{number} {document.key}") < share * 2.0**64:
+                    yield document.text
 
     prints = [sources.fingerprint(source) for source in plain]
-    name = _name("bpe", config.vocab_size, fraction, SAMPLE, *prints)
-    return _cached(cache / name, build, load_tokenizer)
+    facts = ["bpe", config.vocab_size, fraction, SAMPLE, prints]
+    return _cached(cache, facts, build, load_tokenizer)
 
 
-def _sample(
-    plain: list[sources.Plain], scans: list[Scan], fraction: float, share: float
-) -> Iterator[str]:
-    """Training documents, thinned evenly by a second hash when there are too many."""
-    for source, found in zip(plain, scans, strict=True):
-        kept = ~held_out(found.hashes, fraction)
-        for number, document in enumerate(sources.documents(source)):
-            if kept[number] and key_hash(f"{number} {document.key}") < share * 2.0**64:
-                yield document.text
+def _scan(source: sources.Plain) -> tuple[np.ndarray, np.ndarray]:
+    """The hash and the size of every document, in one pass over them."""
+    hashes, sizes = array.array("Q"), array.array("q")
+    with Progress("reading", sources.num_bytes(source)) as progress:
+        for document in sources.documents(source):
+            hashes.append(key_hash(document.key))
+            sizes.append(len(document.text.encode()))
+            progress.add(sizes[-1])
+    return np.array(hashes), np.array(sizes)
 
 
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    for name, content in sorted(tokenizer.files().items()):
-        digest.update(f"{name} {len(content)} ".encode() + content)
-    return digest.hexdigest()
-
-
-def _name(*facts: object) -> str:
-    return hashlib.sha256(json.dumps([VERSION, *facts]).encode()).hexdigest()[:32]
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _cached(
-    path: pathlib.Path, build: Callable[[pathlib.Path], None], load: Callable[[pathlib.Path], T]
+    cache: pathlib.Path,
+    facts: list,
+    build: Callable[[pathlib.Path], None],
+    load: Callable[[pathlib.Path], T],
 ) -> T:
-    """`load(path)`, after `build` has filled it if it is not there or damaged."""
-    damage: tuple = (OSError, ValueError, KeyError, InputError)
+    """What `load` reads from the folder named by `facts`, filled by `build` if need be."""
+    path = cache / _sha256(json.dumps([VERSION, *facts]).encode())[:32]
+    damage = (OSError, ValueError, KeyError, InputError)
     with contextlib.suppress(*damage):
         return load(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with reported(f"{cache} (--data.cache-dir)"):
+        cache.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.lock", "w") as lock:
             with contextlib.suppress(OSError):  # some network file systems cannot lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.suppress(*damage):  # another process may have built it meanwhile
                 return load(path)
-            shutil.rmtree(path, ignore_errors=True)
-            partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
+            for left in (path, *cache.glob(f"{path.name}.*.tmp")):  # damaged, or of a killed one
+                shutil.rmtree(left, ignore_errors=True)
             try:
                 partial.mkdir()
                 build(partial)
-                with contextlib.suppress(FileExistsError):
-                    partial.rename(path)
+                partial.rename(path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         return load(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path.parent}: cannot keep tokens here ({reason}); see --data.cache-dir"
-        ) from None
 
 
 class Progress:
@@ -229,29 +212,31 @@ class Progress:
 
     def __init__(self, verb: str, total: int | None):
         self._verb, self._total, self._done = verb, total, 0
-        self._start = self._shown = time.monotonic()
-        self._wait, self._end = (1, "") if sys.stderr.isatty() else (10, "\n")
+        self._start = time.monotonic()
+        self._live = sys.stderr.isatty()
+        self._next = self._start + (3 if self._live else 10)
+        self._shown = False
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._shown > self._start and not self._end:
+        if self._shown and self._live:
             print(file=sys.stderr)
 
     def add(self, num_bytes: int) -> None:
         """Count bytes that are done."""
         self._done += num_bytes
         now = time.monotonic()
-        if now < max(self._shown + self._wait, self._start + 3):
+        if now < self._next:
             return
-        self._shown, rate = now, self._done / (now - self._start)
-        line = f"{self._verb}: {self._done / 1e6:,.0f}"
+        self._next, self._shown = now + (1 if self._live else 10), True
+        rate, of, eta = self._done / (now - self._start), "", ""
         if self._total:
             left = int(max(self._total - self._done, 0) / rate)
-            line += f" of {self._total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
-            line += f"{left // 60}:{left % 60:02d} left"
-        else:
-            line += f" MB, {rate / 1e6:.1f} MB/s"
-        start, fill = ("", "") if self._end else ("\r", "   ")
-        print(start + line + fill, end=self._end, file=sys.stderr, flush=True)
+            of, eta = f" of {self._total / 1e6:,.0f}", f", {left // 60}:{left % 60:02d} left"
+        line = f"{self._verb}: {self._done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{eta}"
+        print(
+            f"\r{line}   " if self._live else line, end="" if self._live else "\n", file=sys.stderr
+        )
+        sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""From a `Data` config to batches: opens sources, splits, tokenizes, packs, mixes and prefetches.
+"""From a `Data` config to batches: opens sources, tokenizes, splits, packs, mixes and prefetches.
 
-Row i of the training data is a pure function of (seed, config, i): the position of a run is one
-integer, whatever the batch size, the number of processes or of workers.
+Row i of the training data is a pure function of (seed, config, i): a run's place in its data is
+one integer, whatever the batch size, the number of processes or of workers.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
 from deepseek_jax.data.corpus import open_bpe, open_corpus
 from deepseek_jax.data.mixture import Mixed
-from deepseek_jax.data.packing import Batch, Rows, empty_batch, fill
-from deepseek_jax.data.sources import Source, StandardLibrary
+from deepseek_jax.data.packing import Batch, Rows
+from deepseek_jax.data.sources import Records, Source, StandardLibrary
+from deepseek_jax.data.text import reported
 from deepseek_jax.data.tokenizer import (
     BPE,
     Tokenizer,
@@ -35,7 +36,7 @@ class Data:
 
     source: Source = StandardLibrary()
     tokenizer: TokenizerConfig = BPE()
-    """Records bring their own tokenizer, which then serves every source of a mixture."""
+    """Not used with Records: their own tokenizer serves every source of a mixture."""
     held_out: float = 0.05
     """The share of documents kept for evaluation, by a hash of their names."""
     num_workers: int = 0
@@ -51,51 +52,45 @@ class Data:
 
 
 class Dataset:
-    """Training rows by number, and the held-out documents."""
+    """Training rows by number, and the held-out documents.
+
+    Attributes:
+      tokenizer: what made the tokens.
+      train: the training rows.
+      eval_bytes: the UTF-8 bytes of all held-out documents.
+    """
 
     def __init__(self, tokenizer: Tokenizer, train: Mixed, training: list[Rows], held: list[Rows]):
-        self.tokenizer = tokenizer
-        self.train = train
+        self.tokenizer, self.train = tokenizer, train
         self.eval_bytes = sum(rows.num_bytes for rows in held)
-        """UTF-8 bytes of all held-out documents."""
-        self._training, self._held = training, held
+        self._sides = {"training": training, "held out": held}
 
     def train_row(self, number: int) -> Batch:
         """Row `number` of the training data: a batch without its first dimension."""
         return {name: value[0] for name, value in self.train.batch(np.array([number])).items()}
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The held-out documents in order; the last batch is filled up with empty rows."""
-        ends = np.cumsum([rows.num_rows for rows in self._held])
-        for first in range(0, int(ends[-1]), batch_size):
-            numbers = np.arange(first, first + batch_size)
-            which = np.minimum(np.searchsorted(ends, numbers, side="right"), len(ends) - 1)
-            batch = None
-            for part in np.unique(which):
-                rows = self._held[part]
-                piece = rows.batch(numbers[which == part] - (ends[part] - rows.num_rows))
-                if batch is None:
-                    batch = empty_batch(batch_size, *piece["targets"].shape[1:])
-                fill(batch, which == part, piece)
-            yield batch
+        """The held-out documents in order; each source's last batch is filled with padding."""
+        for rows in self._sides["held out"]:
+            for first in range(0, rows.num_rows, batch_size):
+                yield rows.batch(np.arange(first, first + batch_size))
 
     def held_out_text(self) -> bytes:
-        """The held-out documents, concatenated (as the tokenizer gives them back)."""
+        """The held-out documents, concatenated, as the tokenizer gives them back."""
         return b"".join(
-            self.tokenizer.decode_bytes(tokens.tolist())
-            for rows in self._held
-            for tokens in rows.token_lists()
+            self.tokenizer.decode_bytes(rows.corpus.document(number).tokens.tolist())
+            for rows in self._sides["held out"]
+            for number in rows.documents
         )
 
     def describe(self) -> str:
         """The documents, tokens and bytes of both sides, in a line."""
-        sides = []
-        for name, side in (("training", self._training), ("held out", self._held)):
-            documents = sum(len(rows.documents) for rows in side)
-            tokens = sum(rows.num_tokens for rows in side)
-            size = sum(rows.num_bytes for rows in side)
-            sides.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:.1f} MB")
-        return "; ".join([*sides, f"vocabulary: {self.tokenizer.vocab_size:,}"])
+        parts = []
+        for name, side in self._sides.items():
+            documents, tokens = sum(len(r.documents) for r in side), sum(r.num_tokens for r in side)
+            size = sum(rows.num_bytes for rows in side) / 1e6
+            parts.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {size:.1f} MB")
+        return "; ".join([*parts, f"vocabulary: {self.tokenizer.vocab_size:,}"])
 
 
 def open_data(config: Data, *, sequence_length: int, num_targets: int, seed: int) -> Dataset:
@@ -109,32 +104,26 @@ def open_data(config: Data, *, sequence_length: int, num_targets: int, seed: int
 
     Raises InputError when the data cannot be read or the cache not be written.
     """
-    cache = cache_directory(config)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
     parts = sources.parts(config.source)
-    tokenizer = _tokenizer(config, parts, cache)
-    corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
+    with reported(str(cache)):
+        tokenizer = make_tokenizer(config, cache)
+        corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
     shape = (config.held_out, sequence_length, num_targets)
     training = [Rows(corpus, *shape, seed + i) for i, corpus in enumerate(corpora)]
     held = [Rows(corpus, *shape, None) for corpus in corpora]
     return Dataset(tokenizer, Mixed(training, parts, seed), training, held)
 
 
-def cache_directory(config: Data) -> pathlib.Path:
-    """Where tokens are kept."""
-    if config.cache_dir:
-        return pathlib.Path(config.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "deepseek_jax"
-
-
-def _tokenizer(config: Data, parts: tuple[sources.Part, ...], cache: pathlib.Path) -> Tokenizer:
-    plain = [part.source for part in parts]
-    prepared = [source for source in plain if isinstance(source, sources.Records)]
-    if prepared:
-        found = [load_tokenizer(pathlib.Path(source.path) / "tokenizer") for source in prepared]
-        if any(tokenizer.files() != found[0].files() for tokenizer in found[1:]):
-            names = " and ".join(source.path for source in prepared)
-            raise InputError(f"{names}: prepared with different tokenizers; prepare them with one")
+def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
+    """The tokenizer that its records bring, or else the config's, trained if it must be."""
+    plain = [part.source for part in sources.parts(config.source)]
+    prepared = [source.path for source in plain if isinstance(source, Records)]
+    found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
+    if any(tokenizer.files() != found[0].files() for tokenizer in found):
+        raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
+    if found:
         return found[0]
     if isinstance(config.tokenizer, BPE):
         return open_bpe(config.tokenizer, plain, config.held_out, cache)
@@ -144,9 +133,8 @@ def _tokenizer(config: Data, parts: tuple[sources.Part, ...], cache: pathlib.Pat
 class _Cut:
     """Element k is this process's part of the batch k steps after the start."""
 
-    def __init__(self, train: Mixed, start: int, batch_size: int, first: int, size: int):
-        self._train, self._start, self._batch_size = train, start, batch_size
-        self._own = np.arange(first, first + size)
+    def __init__(self, train: Mixed, start: int, batch_size: int, own: np.ndarray):
+        self._train, self._start, self._batch_size, self._own = train, start, batch_size, own
 
     def __len__(self) -> int:
         return 2**48  # rows never end
@@ -156,12 +144,11 @@ class _Cut:
 
 
 class Batches(Iterator[Batch]):
-    """Batches made ahead by a thread or by processes; `close` ends these."""
+    """Batches made ahead, by a thread or by processes; `close()` ends these."""
 
     def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator = iterator
-        # Grain's own clean-up fails when it runs after the interpreter's: run it before.
-        self.close = weakref.finalize(self, iterator.close)
+        # Grain's clean-up fails once the interpreter's own has begun: `finalize` runs before.
+        self._iterator, self.close = iterator, weakref.finalize(self, iterator.close)
 
     def __next__(self) -> Batch:
         return next(self._iterator)
@@ -176,19 +163,18 @@ def batches(
     process_count: int = 1,
     num_workers: int = 0,
 ) -> Batches:
-    """This process's part of the batches of rows from `start` on, without end.
+    """This process's contiguous part of the batches of rows from `start` on, without end.
 
-    Batch k holds rows [start + k * batch_size, start + (k + 1) * batch_size); each process gets its
-    contiguous share of them.
+    Batch k holds the rows [start + k * batch_size, start + (k + 1) * batch_size).
     """
-    size, rest = divmod(batch_size, process_count)
-    if rest:
+    if batch_size % process_count:
         raise InputError(f"batch_size {batch_size} does not divide over {process_count} processes")
     if not flags.FLAGS.is_parsed():  # Grain asks absl, whose own main() is not ours
         flags.FLAGS.mark_as_parsed()
-    cut = _Cut(dataset.train, start, batch_size, process_index * size, size)
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = grain.MapDataset.source(cut).to_iter_dataset(ahead)
+    size = batch_size // process_count
+    own = np.arange(process_index * size, (process_index + 1) * size)
+    source = grain.MapDataset.source(_Cut(dataset.train, start, batch_size, own))
+    stream = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return Batches(iter(stream))
