@@ -6,8 +6,8 @@ run first cuts the files back to the restored step, and each step stands once.
 
 import json
 import math
-import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +68,7 @@ class RunLog:
         if not self._on:
             return
         if "tensorboard" not in self._open:
-            board, suffix = str(self._run_dir / "tensorboard"), f".{os.getpid()}"
+            board, suffix = str(self._run_dir / "tensorboard"), f".{time.time_ns()}"
             self._open["tensorboard"] = tensorboardX.SummaryWriter(
                 board, purge_step=self._purge, flush_secs=10, filename_suffix=suffix
             )
