@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from deepseek_jax.core.axes import Spec
-from deepseek_jax.ops.experts import swiglu
+from deepseek_jax.ops.experts import feed_forward
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -144,7 +144,11 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        inward = ("btd,df->btf", (self.embed_dim, self.mlp_dim), ("embed", "mlp"), self.dtypes)
-        hidden = swiglu(Projection(*inward, name="gate")(x), Projection(*inward, name="up")(x))
-        outward = ("btf,fd->btd", (self.mlp_dim, self.embed_dim), ("mlp", "embed"), self.dtypes)
-        return Projection(*outward, name="down")(hidden.astype(x.dtype))
+        d, f = self.embed_dim, self.mlp_dim
+        inward = ("btd,df->btf", (d, f), ("embed", "mlp"), self.dtypes)
+        outward = ("btf,fd->btd", (f, d), ("mlp", "embed"), self.dtypes)
+        leaves = (
+            Projection(*parts, name=name).weight.astype(x.dtype)
+            for name, parts in (("gate", inward), ("up", inward), ("down", outward))
+        )
+        return feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape)

@@ -21,7 +21,11 @@ class Dropless:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Each expert takes at most `factor` times its even share; later positions drop first."""
+    """Each expert takes at most `factor` times its even share; later positions drop first.
+
+    The share is of the whole microbatch, so it grows with the row length. Serving and evaluation
+    never drop.
+    """
 
     factor: float = 1.25
 

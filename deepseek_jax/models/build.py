@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes
+from deepseek_jax.layers.moe import Dropless
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, empty_cache
 
 
@@ -45,7 +46,10 @@ class Model:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
             return (jax.random.normal(own, shape) * self.config.init_scale).astype(dtype)
 
-        return tree.map_with_path(start, self.declared, is_leaf=_is_declared)
+        # One program: made one by one, every shape of leaf would compile its own.
+        return jax.jit(
+            lambda: tree.map_with_path(start, self.declared, is_leaf=_is_declared)
+        )()
 
     def apply(
         self,
@@ -55,13 +59,23 @@ class Model:
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         next_tokens: Int[Array, "B T M"] | None = None,
+        drop: bool = True,
     ) -> Output:
         """Final hidden states, MTP ones if `next_tokens` (t+1, t+2, ...) are given, and routing.
 
         Segment 0 is padding; without segments every row is one document. Tokens attend to earlier
-        ones of their own segment.
+        ones of their own segment. `drop=False` lifts a capacity: for evaluation and serving.
         """
-        return self.module.apply({"params": params}, tokens, segments, positions, next_tokens)
+        module = self.module if drop else self._dropless
+        return module.apply({"params": params}, tokens, segments, positions, next_tokens)
+
+    @property
+    def _dropless(self) -> LanguageDecoder:
+        moe = self.config.moe
+        if moe is None or isinstance(moe.dispatch, Dropless):
+            return self.module
+        moe = dataclasses.replace(moe, dispatch=Dropless())
+        return LanguageDecoder(dataclasses.replace(self.config, moe=moe), self.dtypes)
 
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The output projection, in the arithmetic's dtype."""
@@ -89,8 +103,9 @@ class Model:
         """Float32 logits of tokens standing at `positions` of their rows, and the grown cache.
 
         Prefill and decoding are the same call. Position -1 is padding: not written, not attended.
+        No capacity applies.
         """
-        hidden, cache = self.module.apply(
+        hidden, cache = self._dropless.apply(
             {"params": params}, tokens, cache, positions, method="decode"
         )
         return self.logits(params, hidden), cache

@@ -34,9 +34,19 @@ class MeshShape:
 
 
 def start_processes() -> None:
-    """Join the other hosts' processes when the environment names a coordinator; else nothing."""
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
+    """Join the other processes when the environment names a coordinator; else nothing.
+
+    JAX_COORDINATOR_ADDRESS alone is enough where JAX knows the cluster (TPU, Slurm, GKE, MPI);
+    elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say the rest.
+    """
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not coordinator or jax.distributed.is_initialized():
+        return
+    count, rank = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    if count is None or rank is None:
         jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(coordinator, int(count), int(rank))
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
