@@ -74,7 +74,9 @@ def key_hash(key: str) -> int:
 
 
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are held out [n] bool: those of small hashes, and never none or all."""
+    """Which documents are held out [n] bool: those of small hashes, never none; all only at 1."""
+    if fraction == 1:
+        return np.ones(len(hashes), bool)
     mask = hashes < np.uint64(int(fraction * 2.0**64))
     if len(mask) < 2:
         raise InputError("there is only one document, so none can be held out: give at least two")

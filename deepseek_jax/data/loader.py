@@ -93,7 +93,15 @@ class Dataset:
         return "; ".join([*parts, f"vocabulary: {self.tokenizer.vocab_size:,}"])
 
 
-def open_data(config: Data, *, sequence_length: int, num_targets: int, seed: int) -> Dataset:
+def open_data(
+    config: Data,
+    *,
+    sequence_length: int,
+    num_targets: int,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    whole: bool = False,
+) -> Dataset:
     """The data of a config, tokenized on first use and read from the cache from then on.
 
     Args:
@@ -101,6 +109,8 @@ def open_data(config: Data, *, sequence_length: int, num_targets: int, seed: int
       sequence_length: tokens a row.
       num_targets: how many of the tokens that follow each token are its targets.
       seed: of the order of documents and rows, and of a mixture's draws.
+      tokenizer: what reads the text instead of the config's tokenizer: a checkpoint's own.
+      whole: whether every document is held out, to evaluate on all of them.
 
     Raises InputError when the data cannot be read or the cache not be written.
     """
@@ -108,9 +118,9 @@ def open_data(config: Data, *, sequence_length: int, num_targets: int, seed: int
     cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
     parts = sources.parts(config.source)
     with reported(str(cache)):
-        tokenizer = make_tokenizer(config, cache)
+        tokenizer = tokenizer or make_tokenizer(config, cache)
         corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
-    shape = (config.held_out, sequence_length, num_targets)
+    shape = (1.0 if whole else config.held_out, sequence_length, num_targets)
     training = [Rows(corpus, *shape, seed + i) for i, corpus in enumerate(corpora)]
     held = [Rows(corpus, *shape, None) for corpus in corpora]
     return Dataset(tokenizer, Mixed(training, parts, seed), training, held)

@@ -89,7 +89,8 @@ def text_documents(files: list[File]) -> Iterator[Document]:
 def _pieces(path: pathlib.Path, alone: bool) -> Iterator[str]:
     """A file's text in pieces of at most 1 MiB; smaller ones in a lone file, to hold some out."""
     size = path.stat().st_size
-    limit = min(MIB, max(size // 64, min(4096, size // 8), 4)) if alone else MIB
+    limit = min(MIB, max(size // 64, min(4096, size // 8), min(32, size // 2), 4))
+    limit = limit if alone else MIB
     line, rest = 1, b""
     with open(path, "rb") as stream:
         while block := rest + stream.read(limit - len(rest)):
