@@ -1,0 +1,113 @@
+"""Reference: attention's fast form against its plain one and torch's, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import torch
+
+from deepseek_jax.ops.attention import causal_attention, causal_mask, masked_attention
+
+B, T, N, K, H, HV = 2, 300, 4, 2, 6, 5  # three blocks of queries, the last one short
+RNG = np.random.default_rng(0)
+Q = RNG.normal(size=(B, T, N, H)).astype(np.float32)
+KEYS = RNG.normal(size=(B, T, K, H)).astype(np.float32)
+VALUES = RNG.normal(size=(B, T, K, HV)).astype(np.float32)
+SLOPE = RNG.normal(size=(B, T, N, HV)).astype(np.float32)
+SCALE = 0.7
+SEGMENTS = np.stack(
+    [np.repeat([1, 2, 3, 0], [150, 100, 30, 20]), np.repeat([1, 2], [129, 171])]
+).astype(np.int32)
+WINDOWS = [None, 1, 5, 140, 1000]
+
+
+def naive(q, k, v, segments, window):
+    """[N, ...] float64, the whole square."""
+    group = N // K
+    k, v = (np.repeat(x.astype(np.float64), group, axis=2) for x in (k, v))
+    segments = np.ones((B, T), int) if segments is None else segments
+    allowed = reference.allowed_pairs(segments, window)
+    return reference.attend(q.astype(np.float64), k, v, allowed, SCALE)
+
+
+@functools.cache
+def compiled(implementation, window, packed):
+    """(q, k, v) -> the result and its gradients against SLOPE."""
+    segments = jnp.asarray(SEGMENTS) if packed else None
+
+    def attend(*inputs):
+        out, pull = jax.vjp(
+            lambda *x: causal_attention(
+                *x, segments, scale=SCALE, window=window, implementation=implementation
+            ),
+            *inputs,
+        )
+        return out, pull(jnp.asarray(SLOPE, out.dtype))
+
+    return jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_blocks_are_the_reference_forward_and_backward(window, packed):
+    inputs = tuple(map(jnp.asarray, (Q, KEYS, VALUES)))
+    out, slopes = compiled("blocks", window, packed)(*inputs)
+    plain_out, plain_slopes = compiled("reference", window, packed)(*inputs)
+    expected = naive(Q, KEYS, VALUES, SEGMENTS if packed else None, window)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(plain_out, expected, atol=1e-5)
+    for mine, other in zip(slopes, plain_slopes, strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+def test_plain_attention_is_torchs_forward_and_backward():
+    def heads_first(x):
+        return torch.tensor(x, dtype=torch.float64).swapaxes(1, 2).requires_grad_()
+
+    inputs = [heads_first(x) for x in (Q, KEYS, VALUES)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=True, scale=SCALE, enable_gqa=True
+    )
+    out.backward(torch.tensor(SLOPE, dtype=torch.float64).swapaxes(1, 2))
+    ours, slopes = compiled("reference", None, False)(*map(jnp.asarray, (Q, KEYS, VALUES)))
+    np.testing.assert_allclose(ours, out.detach().swapaxes(1, 2), atol=1e-5)
+    for mine, other in zip(slopes, inputs, strict=True):
+        np.testing.assert_allclose(mine, other.grad.swapaxes(1, 2), atol=1e-4)
+
+
+def test_the_fastest_is_chosen_in_one_place():
+    """No implementation given, on CPU: blocks."""
+    inputs = tuple(map(jnp.asarray, (Q, KEYS, VALUES)))
+    chosen = compiled(None, 5, True)(*inputs)
+    blocks = compiled("blocks", 5, True)(*inputs)
+    jax.tree.map(np.testing.assert_array_equal, chosen, blocks)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_its_dtype_and_a_float32_softmax(dtype):
+    inputs = tuple(jnp.asarray(x, dtype) for x in (Q, KEYS, VALUES))
+    out, slopes = compiled("blocks", 140, True)(*inputs)
+    assert {x.dtype for x in (out, *slopes)} == {jnp.dtype(dtype)}
+    expected = naive(Q, KEYS, VALUES, SEGMENTS, 140)
+    ours = np.asarray(out, np.float64)
+    assert (ours * expected).sum() / np.sqrt((ours**2).sum() * (expected**2).sum()) > 0.9999
+
+
+def test_the_mask_by_hand():
+    segments = jnp.asarray([[1, 1, 1, 2, 0]])
+    mask = causal_mask(segments, 5, 2)[0].astype(int)
+    by_hand = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(mask, by_hand)
+    np.testing.assert_array_equal(causal_mask(None, 4, None)[0], np.tril(np.ones((4, 4))))
+
+
+def test_a_row_that_may_attend_to_nothing_is_finite():
+    """Padding while decoding; its gradient must not be NaN either."""
+    inputs = tuple(jnp.asarray(x[:, :3]) for x in (Q, KEYS, VALUES))
+    mask = jnp.zeros((1, 3, 3), bool)
+    out, pull = jax.vjp(lambda *x: masked_attention(*x, mask, SCALE), *inputs)
+    for array in (out, *pull(out)):
+        assert np.isfinite(array).all()

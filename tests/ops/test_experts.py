@@ -1,0 +1,145 @@
+"""Reference: every way to run routed experts against the plain one, forward and backward.
+
+Loads are even, random, all on one expert, mostly padding: the ids are traced, so one program a way
+serves them all, and a fixed tile must overflow correctly.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from deepseek_jax.ops.experts import feed_forward, make_plan, routed_experts
+
+N, A, E, D, F = 300, 2, 8, 6, 5
+RNG = np.random.default_rng(0)
+FAST = {"xla_backend_optimization_level": 0}
+X = RNG.normal(size=(N, D)).astype(np.float32)
+WEIGHTS = RNG.uniform(0.1, 1, (N, A)).astype(np.float32)
+GATE, UP = (RNG.normal(size=(E, D, F)).astype(np.float32) for _ in range(2))
+DOWN = RNG.normal(size=(E, F, D)).astype(np.float32)
+SLOPE = RNG.normal(size=(N, D)).astype(np.float32)
+INPUTS = tuple(map(jnp.asarray, (X, WEIGHTS, GATE, UP, DOWN)))
+WAYS = ["tiles", "ragged", "few", None]
+
+
+def random_load():
+    return np.argsort(RNG.random((N, E)), axis=1)[:, :A]
+
+
+def with_padding():
+    ids = random_load()
+    ids[RNG.random(N) < 0.8] = E
+    return ids
+
+
+LOADS = {
+    "random": random_load(),
+    "even": np.arange(N * A).reshape(N, A) % E,
+    "one": np.tile([6, 1], (N, 1)),  # two experts take all, the others nothing
+    "skewed": np.stack([np.zeros(N, int), 1 + np.arange(N) % 7], 1),
+    "padded": with_padding(),
+    "none": np.full((N, A), E),
+    "last": np.where(np.arange(N)[:, None] < N - 1, E, [[7, 0]]),
+}
+LOADS = {name: ids.astype(np.int32) for name, ids in LOADS.items()}
+
+
+def kept(ids, capacity):
+    """Which choices find room, walking over tokens."""
+    load, room = np.zeros(E + 1, int), np.zeros(ids.shape, bool)
+    for n in range(N):
+        for a in range(A):
+            room[n, a] = ids[n, a] < E and (capacity is None or load[ids[n, a]] < capacity)
+            load[ids[n, a]] += room[n, a]
+    return room
+
+
+def naive(ids, capacity):
+    room, y = kept(ids, capacity), np.zeros((N, D))
+    for e in range(E):
+        part = {"gate": GATE, "up": UP, "down": DOWN}
+        part = {name: {"weight": leaf[e].astype(np.float64)} for name, leaf in part.items()}
+        mine = (WEIGHTS * room * (ids == e)).sum(1, keepdims=True)
+        y += mine * reference.feed_forward(X.astype(np.float64), part)
+    counts = np.bincount(ids[room], minlength=E)[:E]
+    return y, counts, (ids < E).sum() - counts.sum()
+
+
+@functools.cache
+def compiled(way, capacity):
+    """(ids, x, weights, gate, up, down) -> the result, counts, drops and gradients."""
+
+    def run(ids, *inputs):
+        def y(x, weights, *leaves):
+            out, counts, dropped = routed_experts(
+                x, ids, weights, *leaves, capacity=capacity, implementation=way
+            )
+            return out, (counts, dropped)
+
+        out, pull, (counts, dropped) = jax.vjp(y, *inputs, has_aux=True)
+        return out, counts, dropped, pull(jnp.asarray(SLOPE, out.dtype))
+
+    return jax.jit(run, compiler_options=FAST)
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("capacity", [None, 30, 1, 1000])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_the_plain_one(way, capacity, load):
+    ids = LOADS[load]
+    y, counts, dropped, slopes = compiled(way, capacity)(jnp.asarray(ids), *INPUTS)
+    expected, expected_counts, expected_dropped = naive(ids, capacity)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    np.testing.assert_array_equal(counts, expected_counts)
+    assert int(dropped) == expected_dropped
+    plain = compiled("reference", capacity)(jnp.asarray(ids), *INPUTS)
+    np.testing.assert_allclose(plain[0], expected, atol=2e-5)
+    for name, mine, other in zip(
+        ("x", "weights", "gate", "up", "down"), slopes, plain[3], strict=True
+    ):
+        np.testing.assert_allclose(mine, other, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("way", ["tiles", "ragged"])
+@pytest.mark.parametrize("load", ["random", "one"])
+def test_bfloat16_is_close(way, load):
+    inputs = tuple(x.astype(jnp.bfloat16) for x in INPUTS)
+    ids = jnp.asarray(LOADS[load])
+    y, _, _, slopes = compiled(way, None)(ids, *inputs)
+    plain_y, _, _, plain_slopes = compiled("reference", None)(ids, *INPUTS)
+    for mine, other in zip((y, *slopes), (plain_y, *plain_slopes), strict=True):
+        assert mine.dtype == jnp.bfloat16
+        mine, other = np.asarray(mine, np.float64), np.asarray(other, np.float64)
+        assert (mine * other).sum() / np.sqrt((mine**2).sum() * (other**2).sum()) > 0.999
+
+
+def test_a_plan_sorts_by_expert_and_keeps_the_tokens_order():
+    ids = LOADS["padded"]
+    plan = make_plan(jnp.asarray(ids), E)
+    order = np.argsort(ids.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(plan.order, order)
+    np.testing.assert_array_equal(np.asarray(plan.place).reshape(-1)[order], np.arange(N * A))
+    counts = np.bincount(ids.reshape(-1), minlength=E + 1)[:E]
+    np.testing.assert_array_equal(plan.counts, counts)
+    np.testing.assert_array_equal(plan.start, np.cumsum(counts) - counts)
+
+
+def test_feed_forward_is_one_expert_that_all_tokens_visit():
+    leaves = tuple(leaf[3] for leaf in INPUTS[2:])
+
+    def loss(*inputs):
+        return (feed_forward(*inputs) * jnp.asarray(SLOPE)).sum()
+
+    def plain(x, gate, up, down):
+        return (((jax.nn.silu(x @ gate) * (x @ up)) @ down) * jnp.asarray(SLOPE)).sum()
+
+    every = (0, 1, 2, 3)
+    ours = jax.value_and_grad(loss, every)(INPUTS[0], *leaves)
+    expected = jax.value_and_grad(plain, every)(INPUTS[0], *leaves)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected
+    )
