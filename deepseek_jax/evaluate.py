@@ -1,0 +1,62 @@
+"""Command: score a checkpoint on held-out text and print a table."""
+
+import dataclasses
+import json
+
+import tyro
+
+from deepseek_jax.checkpoint.manager import read_config, resolve
+from deepseek_jax.core.config import from_dict
+from deepseek_jax.core.errors import InputError, run_command
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.evaluation.suite import compressors, held_out
+from deepseek_jax.evaluation.tasks import open_task
+from deepseek_jax.models.build import build
+from deepseek_jax.serving.language import load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Score a checkpoint: loss, perplexity and bits per byte, beside two compressors'."""
+
+    checkpoint: str
+    """A run directory (its newest good checkpoint is used) or one of its checkpoints."""
+    data: str | None = None
+    """stdlib, or text, JSONL or Parquet files by glob; by default what training held out."""
+    batch_size: int = 16
+    """Rows that are scored at a time."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def main(argv: list[str]) -> None:
+    """Print the scores."""
+    arguments = tyro.cli(
+        Arguments, args=argv, prog="python -m deepseek_jax.evaluate",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    directory = resolve(arguments.checkpoint)
+    config, lm = read_config(directory), load(directory)
+    dataset = open_task(config, lm.tokenizer, arguments.data)
+    # In the precision of training, so that the scores are those that training printed.
+    model = build(lm.config, from_dict(Precision, config["precision"], "precision"))
+    scores = {"data": arguments.data or "held out", "tokens": 0}
+    scores |= held_out(model, lm.params, dataset, arguments.batch_size)
+    scores |= compressors(dataset.held_out_text())
+    if arguments.json:
+        print(json.dumps(scores))
+        return
+    columns = [(name.replace("_", " "), _cell(value)) for name, value in scores.items()]
+    columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+    for row in zip(*columns, strict=True):
+        print("  ".join(row))
+
+
+def _cell(value: str | int | float) -> str:
+    return value if isinstance(value, str) else f"{value:,.{4 if isinstance(value, float) else 0}f}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,64 @@
+"""Contract: what the command prints and how it refuses bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_jax import evaluate
+from deepseek_jax.core.errors import run_command
+from deepseek_jax.evaluation.suite import held_out
+from deepseek_jax.evaluation.tasks import open_task
+
+
+def test_prints_a_table_and_json(run, capsys):
+    run_command(evaluate.main, ["--checkpoint", run.directory])
+    names, values = capsys.readouterr().out.splitlines()
+    assert names.split("  ")[-3:] == ["bits per byte", "gzip -9", "xz -9e"]
+    assert len(names) == len(values)
+    run_command(evaluate.main, ["--checkpoint", f"{run.directory}/checkpoints/1", "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    dataset = open_task(run.config, run.tokenizer, None)
+    expected = held_out(run.model, run.params, dataset, 16)
+    assert {name: scores[name] for name in expected} == expected
+    assert f"{expected['loss']:.4f}" in values
+
+
+def test_scores_named_files(run, capsys):
+    path = f"{run.directory}/*.txt"
+    run_command(evaluate.main, ["--checkpoint", run.directory, "--data", path, "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["data"] == path
+    assert scores["tokens"] == sum(len(text.encode()) + 1 for text in run.texts.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere: no such directory"),
+        (["--checkpoint", "RUN", "--batch-size", "0"], "--batch-size is 0"),
+        (["--checkpoint", "RUN", "--data", "no.txt"], "no such file"),
+        (["--checkpoint", "RUN", "--batchsize", "2"], "Unrecognized options: --batchsize"),
+        (["--checkpoint", "RUN", "--batch-size", "two"], "batch-size"),
+        ([], "--checkpoint"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(run, capsys, flags, message):
+    flags = [run.directory if flag == "RUN" else flag for flag in flags]
+    with pytest.raises(SystemExit) as exit_:
+        run_command(evaluate.main, flags)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_runs_as_a_module(run):
+    command = [sys.executable, "-m", "deepseek_jax.evaluate", "--checkpoint", run.directory]
+    done = subprocess.run([*command, "--data", "no.txt"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "no such file" in done.stderr
+    assert done.stderr.count("\n") == 1

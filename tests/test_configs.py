@@ -1,0 +1,50 @@
+"""Contract: every file in configs/ loads, says its command, and its model has shapes."""
+
+import pathlib
+
+import jax
+import pytest
+
+from deepseek_jax.core.config import from_dict, load_config, override, to_dict
+from deepseek_jax.models.build import build
+from deepseek_jax.models.counts import num_params
+from deepseek_jax.training.recipe import TrainConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return load_config(ROOT / request.param, TrainConfig)
+
+
+def test_there_is_a_quickstart():
+    assert "configs/quickstart.py" in CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_docstring_has_the_command(path):
+    docstring = (ROOT / path).read_text().split('"""')[1]
+    assert f"python -m deepseek_jax.train --config {path}" in docstring
+
+
+def test_survives_json(config):
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_takes_flags(config):
+    assert override(config, ["--seed", "5"], prog="train").seed == 5
+
+
+def test_model_has_shapes(config):
+    model = build(config.model, config.precision)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.tree.structure(shapes) == jax.tree.structure(model.shapes)
+    total, active = num_params(model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total >= active > 0
+    moe = config.model.moe
+    assert (active < total) == (moe is not None and moe.router.num_active_experts < moe.num_experts)
+    tokens = jax.ShapeDtypeStruct((1, 16), "int32")
+    output = jax.eval_shape(model.apply, shapes, tokens)
+    assert output.hidden.shape == (1, 16, config.model.embed_dim)
