@@ -78,7 +78,7 @@ def sigmoid_routes(
     ranking = scores + bias.reshape((1,) * (scores.ndim - 1) + bias.shape)
     if num_groups > 1:
         ranking = _limit_to_groups(ranking, num_groups, num_active_groups, best=2)
-    probabilities = scores / scores.sum(-1, keepdims=True)
+    probabilities = scores / (scores.sum(-1, keepdims=True) + 1e-20)
     return Routes(*_choose(ranking, scores, num_active, normalize, scale), probabilities)
 
 
