@@ -154,6 +154,5 @@ def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
             raise InputError(f"{other}; stop it or choose another run directory") from None
         os.register_at_fork(after_in_child=file.close)  # a worker that outlives us must not hold it
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        print(os.getpid(), file=file, flush=True)
         yield

@@ -2,10 +2,8 @@
 
 Every Orbax call of the package stands in this file (its v1 API still moves). In memory blocks are
 stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `layer_1/x`, `layer_2/x`,
-...: independent of scan, mesh and stages, and readable in pieces. A checkpoint holds
-
-  state/ (Orbax)   config.json   meta.json (step, data position, leaves)   tokenizer files
-  manifest.json (see integrity.py)
+...: independent of scan, mesh and stages, and readable in pieces. Beside Orbax's state/ stand
+config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json.
 """
 
 import dataclasses
@@ -73,8 +71,7 @@ class Manager:
     def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
         self.directory = pathlib.Path(directory).absolute()
         self._config, self._layers = config, layers
-        self._good: set[int] = set()  # steps that this process wrote or verified
-        self._bad: set[int] = set()
+        self._good, self._bad = set(), set()  # steps that this process wrote or verified
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         try:
@@ -100,7 +97,7 @@ class Manager:
         files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
         stored = unflatten_dict({name: x for name, x in arrays.items() if x.size}, sep="/")
         try:
-            with _context():
+            with _context():  # Orbax copies what it is given before it returns
                 response = ocp.save_async(self.directory / f"{step}.saving", stored)
         except Exception as error:
             raise self._failure(step, error) from error
@@ -197,7 +194,9 @@ def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) 
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink; the cores are training
-    context.array.saving.storage_options.chunk_byte_size = 2**26  # about one big expert a chunk
+    split = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=2**26, shard_axes=(0,))
+    # Big stacks of experts are read in pieces: by expert, not across them.
+    context.array.saving.scoped_storage_options_creator = lambda _, x: split if x.ndim > 2 else None
     context.pytree.loading.partial_load = True
     return context
 
@@ -215,16 +214,15 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
-    """By path: copies of the arrays, one a layer, and the kinds of the PRNG keys."""
+    """By path: the arrays on the host, one a layer, and the kinds of the PRNG keys."""
     leaves = tree.flatten(state)
     keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
     leaves |= {name: jax.random.key_data(leaves[name]) for name in keys}
     jax.copy_to_host_async(leaves)  # every transfer starts before the first is waited for
     arrays = {}
     for name, leaf in leaves.items():
-        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        # A copy in either case: the next step overwrites the state while Orbax is still writing.
-        array = jnp.copy(leaf) if elsewhere and not leaf.is_fully_replicated else np.array(leaf)
+        here = getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated
+        array = np.asarray(leaf) if here else leaf
         rows = _rows(name, array.shape, layers)
         arrays |= {row: array[i] for i, row in enumerate(rows)} if rows else {name: array}
     return arrays, keys

@@ -21,10 +21,7 @@ FILES = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl")
 
 
 class RunLog:
-    """Writes a run directory's metrics.jsonl, eval.jsonl, expert_load.jsonl and tensorboard/.
-
-    Only the first process of a job writes anything.
-    """
+    """Writes a run's JSON lines and tensorboard/; only the first process of a job does."""
 
     def __init__(self, run_dir: str | pathlib.Path):
         self._run_dir = pathlib.Path(run_dir)
@@ -49,12 +46,12 @@ class RunLog:
         """Forget what follows `step` (-1: everything) and a torn last line; call on resuming."""
         self.close()
         self._purge = step + 1
-        for path in [self._run_dir / name for name in FILES if self._on]:
-            if path.exists():
-                temporary = path.with_name(f"{path.name}.tmp")
-                with path.open("rb") as old, temporary.open("wb") as new:
-                    new.writelines(line for line in old if _stands(line, step))
-                temporary.replace(path)
+        paths = [self._run_dir / name for name in FILES if self._on]
+        for path in filter(pathlib.Path.exists, paths):
+            temporary = path.with_name(f"{path.name}.tmp")
+            with path.open("rb") as old, temporary.open("wb") as new:
+                new.writelines(line for line in old if _stands(line, step))
+            temporary.replace(path)
 
     def close(self) -> None:
         """Close the files; a later call opens them again."""

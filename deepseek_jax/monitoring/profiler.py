@@ -20,10 +20,9 @@ from jax.sharding import AxisType
 # Chips of TPU v2, v3 and 7 (2,307) show up as two devices.
 # fmt: off
 PEAKS = {
-    "TPU7": 1153.5, "TPU v6": 918, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459,
-    "TPU v4": 275, "TPU v3": 61.5,
-    "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756,
-    "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+    "TPU7": 1153.5, "TPU v6": 918, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v4": 275,
+    "TPU v3": 61.5, "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200": 989,
+    "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
 }
 # fmt: on
 
@@ -44,7 +43,7 @@ def matmul_peak(seconds: float = 0.8) -> Peak:
     one = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=jax.local_devices()[:1])
     with jax.set_mesh(one):  # in place of the caller's mesh, which would share the work out
         rates = _rates(seconds)
-    name = max(rates, key=rates.__getitem__)
+    name = max(rates, key=rates.get)
     # A CPU is one machine a process, into however many devices it is split.
     parts = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
     return Peak(rates[name] * parts, f"measured, {name}")
@@ -77,8 +76,7 @@ class Profiler:
 
     def __init__(self, run_dir: str | pathlib.Path, first: int, last: int):
         self.directory = pathlib.Path(run_dir) / "profile"
-        self._first, self._last = first, last
-        self._tracing = False
+        self._first, self._last, self._tracing = first, last, False
 
     def before(self, step: int) -> None:
         """Call before `step` starts, with earlier work finished (jax.block_until_ready)."""

@@ -7,7 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-SHOWN = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tok/s", "mfu": "MFU {:.1%}"}
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+    "left": "ETA {}",
+    "held_out": "{:.3f} bits/byte",
+}
 
 
 class Progress:
@@ -18,8 +24,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._open = False  # whether the cursor stands behind a live line
-        self._last: dict[str, float] = {}
-        self._bits_per_byte: float | None = None
+        self._last: dict[str, Any] = {}
         self._start: tuple[int, float] | None = None  # step and time of the first call
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -29,14 +34,11 @@ class Progress:
         self._last |= {key: float(metrics[key]) for key in SHOWN if metrics.get(key) is not None}
         if not self._live and step % self._log_every and step != self._num_steps:
             return
-        parts = [f"step {step}/{self._num_steps}"]
-        parts += [text.format(self._last[key]) for key, text in SHOWN.items() if key in self._last]
         if step > first:
             left = (self._num_steps - step) * (now - began) / (step - first)
-            parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
-        if self._bits_per_byte is not None:
-            parts.append(f"held-out {self._bits_per_byte:.3f} bits/byte")
-        text = "  ".join(parts)
+            self._last["left"] = datetime.timedelta(seconds=round(left))
+        known = [text.format(self._last[key]) for key, text in SHOWN.items() if key in self._last]
+        text = "  ".join([f"step {step}/{self._num_steps}", *known])
         if self._live:
             text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
         self._open = self._live
@@ -44,7 +46,7 @@ class Progress:
 
     def evaluation(self, bits_per_byte: float) -> None:
         """Show this from now on as the last evaluation."""
-        self._bits_per_byte = float(bits_per_byte)
+        self._last["held_out"] = float(bits_per_byte)
 
     def say(self, text: str) -> None:
         """Print a line of its own above the live line."""

@@ -115,8 +115,7 @@ def _facts(series: dict[str, list], config: dict, model: Decoder | None) -> dict
 def _grid(count: int, columns: int, height: float) -> tuple[Figure, list]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    width = 6 if columns == 1 else 11
-    figure = Figure(figsize=(width, height * rows), dpi=130, layout="constrained")
+    figure = Figure((6 if columns == 1 else 11, height * rows), dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for spare in axes[count:]:
         spare.set_visible(False)

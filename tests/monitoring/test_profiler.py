@@ -42,7 +42,7 @@ def test_a_cpu_is_measured_once_whatever_it_is_split_into():
     with jax.set_mesh(mesh):  # a mesh around must not spread the matmul
         peak = matmul_peak(seconds=0.01)
     assert 1e8 < peak.flops < 1e15
-    assert peak.how.startswith("measured, ") and "float32" in peak.how
+    assert peak.how.startswith("measured, ") and "float" in peak.how
 
 
 def test_a_trace_becomes_a_table(tmp_path):

@@ -33,7 +33,7 @@ def test_a_line_a_log_interval_where_there_is_no_terminal(clock):
     assert stream.getvalue().splitlines() == [
         "step 10/25  loss 5.0000  8,130 tok/s  MFU 31.2%  ETA 0:00:30",
         "step 20/25  loss 5.0000  8,130 tok/s  MFU 31.2%  ETA 0:00:10",
-        "step 25/25  loss 5.0000  8,130 tok/s  MFU 31.2%  ETA 0:00:00  held-out 2.100 bits/byte",
+        "step 25/25  loss 5.0000  8,130 tok/s  MFU 31.2%  ETA 0:00:00  2.100 bits/byte",
     ]
 
 
