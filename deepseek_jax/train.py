@@ -12,27 +12,21 @@ from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.models.build import build
-from deepseek_jax.models.counts import num_params
+from deepseek_jax.models.counts import describe, num_params
 from deepseek_jax.parallel.mesh import make_mesh, start_processes
 from deepseek_jax.serving.language import LanguageModel
-from deepseek_jax.training.loop import Lent, abstract_state, train
+from deepseek_jax.training.loop import Lent, train
+from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import TrainConfig
-from deepseek_jax.training.state import memory_table
-
-USAGE = "%(prog)s --config FILE [--run-dir DIR] [--section.field value ...] [--dry-run]"
+from deepseek_jax.training.state import abstract_state, memory_table
 
 
 def main(argv: list[str]) -> None:
     """Train as the command line says; ends the process with the loop's exit code."""
-    parser = argparse.ArgumentParser(
-        prog="train", usage=USAGE, description=__doc__, allow_abbrev=False, add_help=False
-    )
-    parser.add_argument(
-        "--config", help="a Python file with get_config(), e.g. configs/quickstart.py"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show what would run, from shapes only"
-    )
+    parser = argparse.ArgumentParser(prog="train", allow_abbrev=False, add_help=False)
+    parser.usage = "train --config FILE [--run-dir DIR] [--section.field value ...] [--dry-run]"
+    parser.add_argument("--config", help="a Python file with get_config(): configs/quickstart.py")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, from shapes")
     parser.add_argument("--profile-steps", metavar="A:B", help="trace these steps for xprof")
     own, rest = parser.parse_known_args(argv)
     if own.config is None:
@@ -48,7 +42,9 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(own.config).stem}")
     start_processes()
     if jax.process_index() == 0:
-        print(headline(config), flush=True)
+        dtype, why = compute_dtype(config.precision)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        print(f"{dtype.name} ({why}); {devices}; {describe(config.model)}", flush=True)
     if own.dry_run:
         print(dry_run(config))
         return
@@ -56,7 +52,8 @@ def main(argv: list[str]) -> None:
         code = train(config, Lent(held_out, closing), profile_steps)
     except KeyboardInterrupt:  # before the first step: nothing to save
         code = 130
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def _span(text: str | None) -> tuple[int, int] | None:
@@ -68,29 +65,14 @@ def _span(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def headline(config: TrainConfig) -> str:
-    """The precision and why, the devices, the model's size."""
-    dtype, why = compute_dtype(config.precision)
-    total, active = num_params(build(config.model, config.precision))
-    devices = jax.devices()
-    return (
-        f"{dtype.name} ({why}), parameters {config.precision.params}; {len(devices)} x "
-        f"{devices[0].device_kind}; {total:,} parameters, {active:,} active a token"
-    )
-
-
 def dry_run(config: TrainConfig) -> str:
     """The resolved config, parameters with their shardings, bytes a device; from shapes only."""
     model = build(config.model, config.precision)
     total, active = num_params(model)
-    state = abstract_state(config, model, make_mesh(config.mesh), config.plans()[0])
-    return "\n".join(
-        [
-            json.dumps(core_config.to_dict(config), indent=2),
-            memory_table(state),
-            f"parameters: {total:,} in total, {active:,} active a token",
-        ]
-    )
+    resolved = json.dumps(core_config.to_dict(config), indent=2)
+    optimizer = make_optimizer(config.filled_stages()[0].optimizer, model.specs)
+    table = memory_table(abstract_state(model, optimizer, make_mesh(config.mesh)))
+    return f"{resolved}\n{table}\nparameters: {total:,} in total, {active:,} active a token"
 
 
 def closing(model, params, dataset, config) -> str:

@@ -38,44 +38,41 @@ class Language:
 
 
 def make_language(config: Language, model: Model) -> Objective:
-    """The objective of a decoder.
+    """The objective of a decoder on the batches of data/loader.
 
-    Terms, each over what its weight counts: `loss` (next-token cross-entropy, without z),
-    `cross_entropy` (with z: what is trained), `z_loss`, `mtp_loss`, `mtp_loss_2`, ..., and over all
-    layers `router/sequence_loss` (a sequence), `router/uniform_loss` (a microbatch: not a sum over
-    tokens, so it depends on the number of accumulation steps) and `router/z_loss` (a token).
-    Batches and their weights: data/loader.
+    Terms: `loss` (next-token cross-entropy), `cross_entropy` (with z: what is trained), `z_loss`,
+    `mtp_loss`, `mtp_loss_2`, ... are means over tokens; summed over layers, and averaged over what
+    stands here, `router/sequence_loss` (sequences), `router/z_loss` (tokens) and
+    `router/uniform_loss` (microbatches: no sum over tokens, it changes with accumulation_steps).
+    Raises InputError when model.moe is set and no layer has it.
     """
     num_mtp = model.config.num_mtp_layers if config.mtp_weight else 0
     depths = {f"mtp_loss_{d}" if d > 1 else "mtp_loss": d for d in range(1, num_mtp + 1)}
     coefficients = {"cross_entropy": 1.0}
     coefficients |= dict.fromkeys(depths, config.mtp_weight / max(num_mtp, 1))
-    moe, biased = model.config.moe, _biased_blocks(model, num_mtp)
-    balance = {}
+    moe, bias_rates = model.config.moe, {}
     if moe is not None:
-        balance = {
-            "router/sequence_loss": moe.balance.sequence_weight,
-            "router/uniform_loss": moe.balance.uniform_weight,
-            "router/z_loss": moe.balance.z_weight,
-        }
-        if model.config.num_dense_layers >= model.config.num_layers and not biased:
+        if not any("/moe/" in path for path in tree.flatten(model.shapes)):
             raise InputError(
                 f"model.moe is set, but num_dense_layers ({model.config.num_dense_layers}) leaves "
                 f"none of the {model.config.num_layers} layers to it: lower it or drop model.moe"
             )
-    coefficients |= {term: weight for term, weight in balance.items() if weight}
+        for name in ("sequence", "uniform", "z"):
+            if weight := getattr(moe.balance, f"{name}_weight"):
+                coefficients[f"router/{name}_loss"] = weight
+        biases = [path for path in tree.flatten(model.shapes) if is_router_bias(path)]
+        trained = [path for path in biases if num_mtp or not path.startswith("mtp_")]
+        blocks = [path.removesuffix("/moe/router/bias") for path in trained]
+        bias_rates = dict.fromkeys(blocks, moe.balance.bias_rate)
 
     def weights_fn(batch: dict[str, Any]) -> dict[str, jax.Array]:
-        per_depth = batch["weights"].sum((0, 1))
-        valid = batch["segments"] > 0
+        per_depth, valid = batch["weights"].sum((0, 1)), batch["segments"] > 0
         weights = dict.fromkeys(("loss", "cross_entropy", "z_loss"), per_depth[0])
         weights |= {name: per_depth[d] for name, d in depths.items()}
         if moe is not None:
-            weights |= {
-                "router/sequence_loss": valid.any(1).sum().astype(jnp.float32),
-                "router/uniform_loss": jnp.float32(1),
-                "router/z_loss": valid.sum().astype(jnp.float32),
-            }
+            weights["router/sequence_loss"] = valid.any(1).sum().astype(jnp.float32)
+            weights["router/uniform_loss"] = jnp.float32(1)
+            weights["router/z_loss"] = valid.sum().astype(jnp.float32)
         return weights
 
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
@@ -99,21 +96,10 @@ def make_language(config: Language, model: Model) -> Objective:
         sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
         sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
         if moe is not None:
-            blocks = output.routing.values()
-            sums |= {
-                "router/sequence_loss": sum(r.sequence_loss.sum() for r in blocks),
-                "router/uniform_loss": sum(r.uniform_loss.sum() for r in blocks),
-                "router/z_loss": sum(r.z_loss.sum() for r in blocks),
-            }
+            for name in ("sequence_loss", "uniform_loss", "z_loss"):
+                parts = (getattr(block, name).sum() for block in output.routing.values())
+                sums[f"router/{name}"] = sum(parts)
         over = weights_fn(batch)
-        return {name: (sums[name], over[name]) for name in sums}, {"routing": output.routing}
+        return {name: (sums[name], over[name]) for name in sums}, output.routing
 
-    rate = moe.balance.bias_rate if moe is not None else 0.0
-    return Objective(loss_fn, weights_fn, coefficients, {path: rate for path in biased if rate})
-
-
-def _biased_blocks(model: Model, num_mtp: int) -> list[str]:
-    """The paths of the blocks that train and whose router has a bias."""
-    paths = (path for path in tree.flatten(model.specs) if is_router_bias(path))
-    blocks = [path.removesuffix("/moe/router/bias") for path in paths]
-    return [block for block in blocks if num_mtp or not block.startswith("mtp_")]
+    return Objective(loss_fn, weights_fn, coefficients, bias_rates)

@@ -4,13 +4,12 @@ What a weight gets is decided from its Spec, never from its rank, because layers
 stacked:
 
 - Muon takes what a matmul reduces and outputs, as batches of matrices; embeddings and the head
-  ("vocab"), norms and biases stay with AdamW. An update has the size of an AdamW update (its root
-  mean square is 0.2), so learning rates carry over.
+  ("vocab"), norms and biases stay with AdamW. Its updates have AdamW's size (a root mean square of
+  0.2), so learning rates carry over. Its momentum is Nesterov's.
 - Weight decay takes every matrix, embeddings and head included, and no norm or bias.
 - The router bias is not trained here (see training/step): no decay, no optimizer memory.
 
-Left out of optax on purpose: its AdamW has no dtype for the second moment, and its Muon keeps the
-bias's memory and a different Adam. The result is an optax transformation all the same.
+optax's own have no dtype for second moments; this is an optax transformation all the same.
 """
 
 import dataclasses
@@ -25,6 +24,13 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.core.precision import Dtype
 from deepseek_jax.training.schedule import Cosine, Schedule
+
+LIMITS = {  # of both optimizers' fields: from, below
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("b1", "b2", "momentum"), (0, 1)),
+    **dict.fromkeys(("eps", "clip_norm"), (1e-30, math.inf)),
+    **dict.fromkeys(("max_skipped", "newton_schulz_steps"), (1, math.inf)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,21 +60,11 @@ class _Descent:
     """Consecutive steps skipped for non-finite gradients after which the run stops."""
 
     def __post_init__(self):
-        if self.learning_rate < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"optimizer.learning_rate ({self.learning_rate}), warmup_steps "
-                f"({self.warmup_steps}) and weight_decay ({self.weight_decay}) must be at least 0."
-            )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
-            raise ValueError(
-                f"optimizer.b1 ({self.b1}) and b2 ({self.b2}) must lie in [0, 1), eps "
-                f"({self.eps}) above 0."
-            )
-        if (self.clip_norm is not None and self.clip_norm <= 0) or self.max_skipped < 1:
-            raise ValueError(
-                f"optimizer.clip_norm ({self.clip_norm}) must be above 0 or None, max_skipped "
-                f"({self.max_skipped}) at least 1."
-            )
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value < high:
+                upper = "" if math.isinf(high) else f" and below {high}"
+                raise ValueError(f"optimizer.{name} is {value}; it must be at least {low}{upper}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,16 +77,7 @@ class Muon(_Descent):
     """Muon for matrices, experts included; AdamW (b1, b2, eps) for the rest."""
 
     momentum: float = 0.95
-    nesterov: bool = True
     newton_schulz_steps: int = 5
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.momentum < 1 or self.newton_schulz_steps < 1:
-            raise ValueError(
-                f"optimizer.momentum ({self.momentum}) must lie in [0, 1), newton_schulz_steps "
-                f"({self.newton_schulz_steps}) be at least 1."
-            )
 
 
 def is_router_bias(path: str) -> bool:
@@ -105,7 +92,14 @@ def make_optimizer(config: AdamW | Muon, specs: Any) -> optax.GradientTransforma
     already clipped. State: {"count", "mu", "nu"}; mu and nu are trees like params with None where
     a weight has no such memory.
     """
-    kinds = tree.map_with_path(lambda path, spec: _kind(config, path, spec), specs)
+
+    def kind(path: str, spec: Spec) -> str:
+        if is_router_bias(path):
+            return "none"
+        matrix = spec.reduced and spec.outputs and "vocab" not in spec.axes
+        return "muon" if isinstance(config, Muon) and matrix else "adam"
+
+    kinds = tree.map_with_path(kind, specs)
 
     def moments(params: Any, dtype: Dtype, owners: tuple[str, ...]) -> Any:
         return jax.tree.map(
@@ -125,75 +119,55 @@ def make_optimizer(config: AdamW | Muon, specs: Any) -> optax.GradientTransforma
         def of_leaf(param, grad, mu, nu, kind, spec):
             if kind == "none":
                 return jnp.zeros_like(param), None, None
-            grad, wide_mu = grad.astype(jnp.float32), mu.astype(jnp.float32)
+            grad, new_mu, new_nu = grad.astype(jnp.float32), mu.astype(jnp.float32), None
             if kind == "muon":
-                direction, new_mu = _muon(config, grad, wide_mu, spec)
-                new_nu = None
+                direction, new_mu = _muon(config, grad, new_mu, spec)
             else:
-                direction, new_mu, new_nu = _adam(config, grad, wide_mu, nu, count)
+                direction, new_mu, new_nu = _adam(config, grad, new_mu, nu, count)
                 new_nu = new_nu.astype(nu.dtype)
             if spec.reduced or "vocab" in spec.axes:
                 direction = direction + config.weight_decay * param.astype(jnp.float32)
             return -learning_rate * direction, new_mu.astype(mu.dtype), new_nu
 
-        updates, mu, nu = _unzip(params, of_leaf, grads, state["mu"], state["nu"], kinds, specs)
+        structure = jax.tree.structure(params)
+        trees = (params, grads, state["mu"], state["nu"], kinds, specs)
+        rows = zip(*(structure.flatten_up_to(t) for t in trees), strict=True)
+        results = zip(*(of_leaf(*row) for row in rows), strict=True)
+        updates, mu, nu = (structure.unflatten(leaves) for leaves in results)
         return updates, {"count": count, "mu": mu, "nu": nu}
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _kind(config: AdamW | Muon, path: str, spec: Spec) -> str:
-    if is_router_bias(path):
-        return "none"
-    matrix = spec.reduced and spec.outputs and "vocab" not in spec.axes
-    return "muon" if isinstance(config, Muon) and matrix else "adam"
-
-
-def _unzip(params: Any, of_leaf: Any, *trees: Any) -> tuple[Any, Any, Any]:
-    """`of_leaf` over params and trees of the same shape, as three trees."""
-    structure = jax.tree.structure(params)
-    columns = [structure.flatten_up_to(t) for t in (params, *trees)]
-    results = [of_leaf(*row) for row in zip(*columns, strict=True)]
-    first, second, third = zip(*results, strict=True)
-    return tuple(structure.unflatten(part) for part in (first, second, third))
 
 
 def _adam(config, grad, mu, nu, count):
     mu = config.b1 * mu + (1 - config.b1) * grad
     nu = config.b2 * nu.astype(jnp.float32) + (1 - config.b2) * grad * grad
     time = count.astype(jnp.float32)
-    mean = mu / (1 - config.b1**time)
-    spread = jnp.sqrt(nu / (1 - config.b2**time))
-    return mean / (spread + config.eps), mu, nu
+    spread = jnp.sqrt(nu / (1 - config.b2**time)) + config.eps
+    return mu / (1 - config.b1**time) / spread, mu, nu
 
 
 def _muon(config, grad, mu, spec):
-    # An average instead of the paper's sum: the orthogonal factor does not see the difference,
-    # and a change from AdamW to Muon between stages keeps its scale.
+    # An average instead of the paper's sum: the orthogonal factor does not see the difference.
     mu = config.momentum * mu + (1 - config.momentum) * grad
-    ahead = config.momentum * mu + (1 - config.momentum) * grad if config.nesterov else mu
-    batch = tuple(i for i in range(grad.ndim) if i not in spec.reduced + spec.outputs)
-    order = (*batch, *spec.reduced, *spec.outputs)
-    rows, columns = (
-        math.prod(grad.shape[i] for i in dims) for dims in (spec.reduced, spec.outputs)
-    )
+    ahead = config.momentum * mu + (1 - config.momentum) * grad
+    batch = [i for i in range(grad.ndim) if i not in spec.reduced + spec.outputs]
+    # The smaller side first, so that the Gram matrix is small: the iteration commutes with it.
+    sides = [
+        (math.prod(grad.shape[i] for i in dims), dims) for dims in (spec.reduced, spec.outputs)
+    ]
+    (small, rows), (large, columns) = sorted(sides)
+    order = (*batch, *rows, *columns)
     turned = ahead.transpose(order)
-    matrices = turned.reshape(-1, rows, columns)
-    if rows > columns:  # the Gram matrix of the smaller side: the iteration commutes with this
-        matrices = matrices.swapaxes(1, 2)
-    matrices = orthogonal_factor(matrices, config.newton_schulz_steps)
-    if rows > columns:
-        matrices = matrices.swapaxes(1, 2)
+    factor = orthogonal_factor(turned.reshape(-1, small, large), config.newton_schulz_steps)
     back = sorted(range(grad.ndim), key=order.__getitem__)
-    direction = matrices.reshape(turned.shape).transpose(back)
-    return 0.2 * math.sqrt(max(rows, columns)) * direction, mu
+    return 0.2 * math.sqrt(large) * factor.reshape(turned.shape).transpose(back), mu
 
 
 def orthogonal_factor(matrices: jax.Array, num_steps: int) -> jax.Array:
-    """[N, rows, columns] with their singular values brought near 1 (Newton-Schulz, quintic).
+    """[N, rows, columns] with singular values brought near 1 (0.7 to 1.2 after 5 steps).
 
-    Jordan's coefficients: after 5 steps singular values lie between about 0.7 and 1.2. Fastest
-    when rows <= columns.
+    Newton-Schulz with Jordan's quintic coefficients; fastest when rows <= columns.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     norms = jnp.sqrt(jnp.sum(matrices * matrices, (1, 2), keepdims=True))

@@ -31,7 +31,7 @@ class Stage:
     """A part of a run; None takes the run's own value.
 
     Its schedule runs over its own steps. Its data begin where the stage before stopped, unless
-    `data` or `sequence_length` changed. The optimizer's memory goes on, unless its kind changed.
+    `data` or `sequence_length` changed. The optimizer's memory goes on.
     """
 
     name: str = "train"
@@ -45,25 +45,14 @@ class Stage:
     batch_ramp: tuple[BatchStep, ...] = ()
     """Other batch sizes from given steps of the stage on, ascending (V3: 3,072 to 15,360)."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A stage with nothing left open."""
-
-    name: str
-    first_step: int
-    """Steps of the run before it."""
-    steps: int
-    sequence_length: int
-    data: Data
-    optimizer: Optimizer
-    objective: Language
-    batches: tuple[BatchStep, ...]
-    """Batch sizes, the first from step 0 of the stage."""
+    def sizes(self) -> tuple[BatchStep, ...]:
+        """A filled stage's batch sizes, the first from step 0 on."""
+        rows, parts = self.batch_size, self.accumulation_steps
+        return (BatchStep(step=0, batch_size=rows, accumulation_steps=parts), *self.batch_ramp)
 
     def batch_at(self, step: int) -> BatchStep:
-        """What applies to the run's step `step`, counted from 0."""
-        return [b for b in self.batches if self.first_step + b.step <= step][-1]
+        """The batch of a filled stage's step, counted from 0."""
+        return [size for size in self.sizes() if size.step <= step][-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,72 +85,49 @@ class TrainConfig:
     stages: tuple[Stage, ...] = (Stage(),)
 
     def __post_init__(self):
-        if not self.stages:
-            raise ValueError("stages is empty; a run has at least one, stages=(Stage(),).")
-        if self.log_every < 1 or self.eval_every < 0 or self.save_every < 0:
+        if self.log_every < 1 or min(self.eval_every, self.save_every) < 0:
             raise ValueError(
                 f"log_every ({self.log_every}) must be at least 1, eval_every ({self.eval_every}) "
                 f"and save_every ({self.save_every}) at least 0 (0 switches them off)."
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2^32 - 1.")
-        for index, plan in enumerate(self.plans()):
-            _check_plan(plan, f"stages[{index}]: " if len(self.stages) > 1 else "")
-
-    def plans(self) -> tuple[Plan, ...]:
-        """The stages in turn, every open field filled from the top level."""
-        plans, first = [], 0
-        for stage in self.stages:
-            start = BatchStep(
-                step=0,
-                batch_size=_or(stage.batch_size, self.batch_size),
-                accumulation_steps=_or(stage.accumulation_steps, self.accumulation_steps),
-            )
-            plan = Plan(
-                name=stage.name,
-                first_step=first,
-                steps=_or(stage.steps, self.steps),
-                sequence_length=_or(stage.sequence_length, self.sequence_length),
-                data=_or(stage.data, self.data),
-                optimizer=_or(stage.optimizer, self.optimizer),
-                objective=_or(stage.objective, self.objective),
-                batches=(start, *stage.batch_ramp),
-            )
-            plans.append(plan)
-            first += plan.steps
-        return tuple(plans)
-
-    def total_steps(self) -> int:
-        """The steps of all stages."""
-        return sum(plan.steps for plan in self.plans())
-
-
-def _or(value, default):
-    return default if value is None else value
-
-
-def _check_plan(plan: Plan, where: str) -> None:
-    """Raise ValueError, a full sentence with the numbers, if the stage cannot be run."""
-    if plan.steps < 1:
-        raise ValueError(f"{where}steps is {plan.steps}; there must be at least 1.")
-    if plan.sequence_length < 2:
-        raise ValueError(
-            f"{where}sequence_length is {plan.sequence_length}; it must be at least 2: a token and "
-            "its successor."
-        )
-    for size in plan.batches:
-        if size.batch_size < 1 or size.accumulation_steps < 1:
+        if not (self.stages and 0 <= self.seed < 2**32):
+            raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
+        filled = self.filled_stages()
+        for index, stage in enumerate(filled):
+            _check_stage(stage, f"stages[{index}]: " if len(filled) > 1 else "")
+        chosen = [stage.optimizer for stage in filled]
+        memories = {(type(o), o.momentum_dtype, o.variance_dtype) for o in chosen}
+        if len(memories) > 1:
             raise ValueError(
-                f"{where}batch_size ({size.batch_size}) and accumulation_steps "
-                f"({size.accumulation_steps}) must be at least 1."
+                "the stages' optimizers must be of one kind with one choice of dtypes, or they "
+                "cannot take up each other's memory; another run can start from this one's."
             )
-        if size.batch_size % size.accumulation_steps:
-            raise ValueError(
-                f"{where}batch_size ({size.batch_size}) must be a multiple of accumulation_steps "
-                f"({size.accumulation_steps})."
-            )
-    starts = [size.step for size in plan.batches]
+
+    def filled_stages(self) -> tuple[Stage, ...]:
+        """The stages with the run's own values in place of None."""
+        names = [field.name for field in dataclasses.fields(Stage)]
+
+        def filled(stage: Stage) -> Stage:
+            own = {name: getattr(self, name) for name in names if getattr(stage, name) is None}
+            return dataclasses.replace(stage, **own)
+
+        return tuple(map(filled, self.stages))
+
+
+def _check_stage(stage: Stage, where: str) -> None:
+    """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
+    if stage.steps < 1:
+        raise ValueError(f"{where}steps is {stage.steps}; there must be at least 1.")
+    if stage.sequence_length < 2:
+        length = stage.sequence_length
+        raise ValueError(f"{where}sequence_length is {length}; it must be at least 2.")
+    starts = [size.step for size in stage.sizes()]
     if starts != sorted(set(starts)):
-        raise ValueError(
-            f"{where}batch_ramp starts at steps {starts[1:]}; they must ascend from above 0."
-        )
+        raise ValueError(f"{where}batch_ramp's steps {starts[1:]} must ascend from above 0.")
+    for size in stage.sizes():
+        rows, parts = size.batch_size, size.accumulation_steps
+        if rows < 1 or parts < 1 or rows % parts:
+            raise ValueError(
+                f"{where}batch_size ({rows}) and accumulation_steps ({parts}) must be at least 1, "
+                "and the first a multiple of the second."
+            )

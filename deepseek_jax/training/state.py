@@ -1,6 +1,7 @@
 """What training carries from step to step, how it lies on a mesh, and what that takes."""
 
 import math
+import re
 from typing import Any
 
 import flax.struct
@@ -10,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core import tree
+from deepseek_jax.models.build import Model
 from deepseek_jax.parallel.sharding import tree_shardings
 
 
@@ -40,37 +42,24 @@ def initial_state(
     params: Any, optimizer: optax.GradientTransformation, loss_scale: float
 ) -> TrainState:
     """The state before the first step."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=None,
-        loss_scale=jnp.asarray(loss_scale, jnp.float32),
-        good_steps=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-    )
+    zero, scale = jnp.zeros((), jnp.int32), jnp.asarray(loss_scale, jnp.float32)
+    return TrainState(zero, params, optimizer.init(params), None, scale, zero, zero)
 
 
-def place(mesh: Mesh, specs: Any, abstract: TrainState) -> TrainState:
-    """The state's shapes with shardings: the optimizer's trees like the parameters they follow."""
-    like_params = tree_shardings(mesh, specs, abstract.params)
+def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's shapes and shardings, nothing computed.
+
+    The optimizer's trees lie like the parameters they follow.
+    """
+    state = jax.eval_shape(lambda params: initial_state(params, optimizer, 1.0), model.shapes)
+    like_params = tree.flatten(tree_shardings(mesh, model.specs, model.shapes))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def placed(leaf: Any, sharding: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        parameter = re.sub("^(params|opt_state/[a-z]+)/", "", path)
+        return leaf.update(sharding=like_params.get(parameter, everywhere))
 
-    def follow(part: Any) -> Any:  # a tree like params may lack leaves
-        if not isinstance(part, dict):
-            return placed(part, everywhere)
-        return jax.tree.map(
-            lambda s, leaf: None if leaf is None else placed(leaf, s), like_params, part
-        )
-
-    state = jax.tree.map(lambda leaf: placed(leaf, everywhere), abstract.replace(params=None))
-    return state.replace(
-        params=follow(abstract.params),
-        opt_state={name: follow(part) for name, part in abstract.opt_state.items()},
-    )
+    return tree.map_with_path(placed, state)
 
 
 def memory_table(state: TrainState) -> str:
@@ -80,17 +69,12 @@ def memory_table(state: TrainState) -> str:
         leaves = jax.tree.leaves(part)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-    params = tree.flatten(state.params)
-    width = max(map(len, params))
     rows = [
-        f"{path:{width}}  {x.dtype!s:8}  {list(x.shape)!s:22}  {x.sharding.spec}"
-        for path, x in params.items()
+        f"{path:42} {x.dtype!s:8} {list(x.shape)!s:20} {x.sharding.spec}"
+        for path, x in tree.flatten(state.params).items()
     ]
     weights, memory = local(state.params), local(state.opt_state)
-    return "\n".join(
-        [
-            *rows,
-            f"bytes a device: parameters {weights:,}, optimizer {memory:,}, gradients {weights:,}; "
-            f"together {2 * weights + memory:,} (activations not counted)",
-        ]
+    return "\n".join(rows) + (
+        f"\nbytes a device: parameters {weights:,}, optimizer {memory:,}, gradients {weights:,}; "
+        f"together {2 * weights + memory:,} (activations not counted)"
     )

@@ -16,25 +16,21 @@ import optax
 from deepseek_jax.core import tree
 from deepseek_jax.monitoring.routing import router_metrics
 from deepseek_jax.training.optimizer import is_router_bias
-from deepseek_jax.training.schedule import Factor
 from deepseek_jax.training.state import TrainState
 
 
 class Objective(NamedTuple):
-    """What is minimized.
-
-    Attributes:
-      loss_fn: (params, batch, key) -> (sums, aux): sums is {term: (sum, weight)} with float32
-        scalars; aux is {"routing": {path of a block: layers.moe.Routing}}, possibly empty.
-      weights_fn: batch -> {term: weight}, the weights that loss_fn gives, from the batch alone.
-      coefficients: {term: its factor in the loss}; other terms are only reported.
-      bias_rates: {path of a block: step of its router bias}; other biases stay.
-    """
+    """What is minimized."""
 
     loss_fn: Callable[[Any, Any, jax.Array], tuple[dict[str, tuple], dict[str, Any]]]
+    """(params, batch, key) -> (sums, aux): sums is {term: (sum, weight)}, float32 scalars; aux is
+    {path of a block: its layers.moe.Routing}."""
     weights_fn: Callable[[Any], dict[str, jax.Array]]
+    """batch -> {term: weight}: loss_fn's weights, from the batch alone."""
     coefficients: dict[str, float]
+    """{term: its factor in the loss}; other terms are only reported."""
     bias_rates: dict[str, float]
+    """{path of a block: step of its router bias}; other biases stay."""
 
 
 # (params, batch, key, loss scale) -> (gradients of scale * loss, {term: its mean}, aux).
@@ -44,42 +40,44 @@ Gradients = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, dict[str, jax.
 def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradients:
     """The gradient function that differentiates one microbatch after another."""
 
-    def scaled(params, batch, key, weights, scale):
+    def scaled_loss(params, batch, key, weights, scale):
         sums, aux = objective.loss_fn(params, batch, key)
-        loss = sum(c * sums[term][0] / weights[term] for term, c in objective.coefficients.items())
-        return loss * scale, ({term: total for term, (total, _) in sums.items()}, aux)
+        sums = {term: total for term, (total, _) in sums.items()}
+        loss = sum(c * sums[term] / weights[term] for term, c in objective.coefficients.items())
+        return loss * scale, (sums, aux)
 
-    differentiate = jax.grad(scaled, has_aux=True)
+    differentiate = jax.grad(scaled_loss, has_aux=True)
 
-    def gradients(params, batch, key, scale):
-        if accumulation_steps == 1:
-            weights = _never_zero(objective.weights_fn(batch))
-            grads, (sums, aux) = differentiate(params, batch, key, weights, scale)
-            return grads, {term: total / weights[term] for term, total in sums.items()}, aux
+    def whole(params, batch, key, scale):
+        weights = _never_zero(objective.weights_fn(batch))
+        return weights, *differentiate(params, batch, key, weights, scale)
+
+    def in_parts(params, batch, key, scale):
         parts = jax.tree.map(lambda x: _microbatches(x, accumulation_steps), batch)
         per_part = jax.vmap(objective.weights_fn)(parts)
         weights = _never_zero(jax.tree.map(lambda w: w.sum(0), per_part))
 
-        def add(total, part):
+        def of_part(part):
             grads, rest = differentiate(params, part, key, weights, scale)
-            wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            return jax.tree.map(jnp.add, total, (wide, rest)), None
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), rest
 
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(differentiate, params, first, key, weights, scale)
-        zero = (
-            jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes[0]),
-            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1]),
-        )
-        (grads, (sums, aux)), _ = jax.lax.scan(add, zero, parts)
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, of_part(part)), None
+
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return weights, *jax.lax.scan(add, zero, parts)[0]
+
+    def gradients(params, batch, key, scale):
+        compute = whole if accumulation_steps == 1 else in_parts
+        weights, grads, (sums, aux) = compute(params, batch, key, scale)
         return grads, {term: total / weights[term] for term, total in sums.items()}, aux
 
     return gradients
 
 
 def _microbatches(rows: jax.Array, count: int) -> jax.Array:
-    """[B, ...] as [count, B / count, ...]: every count-th row, so that a batch split over devices
-    stays split over all of them."""
+    """[B, ...] as [count, B / count, ...], each split over the devices as the batch was."""
     return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
 
 
@@ -92,7 +90,7 @@ def make_train_step(
     gradients: Gradients,
     objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
-    learning_rate: Factor,
+    learning_rate: Callable[[jax.Array], jax.Array],
     *,
     clip_norm: float | None = None,
     loss_scale_growth: int | None = None,
@@ -105,18 +103,13 @@ def make_train_step(
     step whose loss or gradient is not finite changes nothing but the counters (and halves the
     loss scale).
 
-    Args:
-      gradients: how they are computed, e.g. `make_gradients(objective)`.
-      objective: whose coefficients and bias rates apply.
-      optimizer: takes clipped gradients and `learning_rate=`.
-      learning_rate: of state.step, the number of steps done before this one.
-      clip_norm: the longest the whole gradient may be.
-      loss_scale_growth: finite steps after which a float16 loss scale doubles; None: no scaling.
+    `learning_rate` is a function of state.step, the steps done before this one. After
+    `loss_scale_growth` finite steps the loss scale doubles; None: no scaling.
     """
 
     def train_step(state, batch, key):
         scale = state.loss_scale if loss_scale_growth else jnp.float32(1)
-        grads, means, aux = gradients(state.params, batch, key, scale)
+        grads, means, routing = gradients(state.params, batch, key, scale)
         total_loss = sum(c * means[term] for term, c in objective.coefficients.items())
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / scale
         finite = jnp.isfinite(norm) & jnp.isfinite(total_loss)
@@ -129,57 +122,38 @@ def make_train_step(
             grads, state.opt_state, state.params, learning_rate=rate
         )
         params = optax.apply_updates(state.params, updates)
-        params = _balance_routers(params, aux.get("routing", {}), objective.bias_rates)
-        loss_scale, good_steps = _next_scale(state, finite, loss_scale_growth)
+        params = _balance_routers(params, routing, objective.bias_rates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
             (state.params, state.opt_state),
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        routing = aux.get("routing", {})
-        metrics = {
-            **means,
-            **router_metrics(routing),
-            "total_loss": total_loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "skipped": skipped,
-        }
-        if loss_scale_growth:
-            metrics["loss_scale"] = state.loss_scale
+        metrics = {**means, **router_metrics(routing), "total_loss": total_loss, "skipped": skipped}
+        metrics |= {"learning_rate": rate, "grad_norm": norm}
+        metrics |= {"loss_scale": scale} if loss_scale_growth else {}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        metrics["expert_load"] = {path: block.counts for path, block in routing.items()}
         state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            loss_scale=loss_scale,
-            good_steps=good_steps,
-            skipped=skipped,
+            step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped
         )
-        return state, {**metrics, "expert_load": {path: r.counts for path, r in routing.items()}}
+        return _rescaled(state, finite, loss_scale_growth), metrics
 
     return train_step
 
 
-def _next_scale(state, finite, growth):
+def _rescaled(state: TrainState, finite: jax.Array, growth: int | None) -> TrainState:
     if not growth:
-        return state.loss_scale, state.good_steps
+        return state
     good_steps = jnp.where(finite, state.good_steps + 1, 0)
     grow = good_steps >= growth
     up = jnp.where(grow, jnp.minimum(state.loss_scale * 2, 2.0**24), state.loss_scale)
-    down = jnp.maximum(state.loss_scale / 2, 1.0)
-    return jnp.where(finite, up, down), jnp.where(grow, 0, good_steps)
+    scale = jnp.where(finite, up, jnp.maximum(state.loss_scale / 2, 1.0))
+    return state.replace(loss_scale=scale, good_steps=jnp.where(grow, 0, good_steps))
 
 
 def _balance_routers(params: Any, routing: dict[str, Any], rates: dict[str, float]) -> Any:
-    """Params whose router biases moved one step toward even load (V3, section 2.1.2).
-
-    Raises ValueError when a router that should be balanced is not in `routing`.
-    """
-    missing = sorted(set(rates) - set(routing))
-    if missing:
-        raise ValueError(f"no routing counts came for {missing}; there are {sorted(routing)}")
+    """Params whose router biases moved one step toward even load (V3, section 2.1.2)."""
 
     def moved(path, leaf):
         block = path.removesuffix("/moe/router/bias")
@@ -190,7 +164,6 @@ def _balance_routers(params: Any, routing: dict[str, Any], rates: dict[str, floa
         # sign(mean - count), exactly: integers against the mean's floor and ceiling.
         below = counts < -(-total // num_experts)
         above = counts > total // num_experts
-        direction = below.astype(leaf.dtype) - above.astype(leaf.dtype)
-        return leaf + rates[block] * direction
+        return leaf + rates[block] * (below.astype(leaf.dtype) - above.astype(leaf.dtype))
 
     return tree.map_with_path(moved, params)
