@@ -93,12 +93,6 @@ def newest_good(directory: pathlib.Path) -> int | None:
     return None
 
 
-def is_step(path: pathlib.Path) -> bool:
-    """Whether a directory is one checkpoint, sound or not (rather than a run or several)."""
-    inside = (path / MANIFEST).exists() or (path / "state").is_dir() or path.name.isdecimal()
-    return inside and not (path / "checkpoints").is_dir()
-
-
 def resolve(path: str | pathlib.Path) -> pathlib.Path:
     """The step directory that a run, checkpoints or step directory stands for, verified.
 
@@ -107,11 +101,12 @@ def resolve(path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give a run directory or a checkpoint in it")
-    if is_step(path):
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    inside = (path / MANIFEST).exists() or (path / "state").is_dir() or path.name.isdecimal()
+    if inside and directory is path:
         if reason := damage(path):
             raise InputError(f"{path}: this checkpoint is damaged: {reason}")
         return path
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     step = newest_good(directory)
     if step is None:
         raise InputError(f"{path}: there is no checkpoint here; give a run directory that has some")

@@ -152,8 +152,9 @@ def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
 
 def _draw(axes: Any, key: str, points: list[tuple[int, float]], color: str) -> None:
     steps, values = np.array(points, float).reshape(-1, 2).T
-    window = len(values) // 60 * (key != "learning_rate")
-    if window:  # a mean of neighbors, of fewer at the ends, over the pale curve
+    if (
+        window := len(values) // 60 * (key != "learning_rate")
+    ):  # a mean of neighbors, of fewer at the ends, over the pale curve
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         ones = np.ones(2 * window + 1)
         counts = np.convolve(np.ones(len(values)), ones)[window:-window]
@@ -161,7 +162,8 @@ def _draw(axes: Any, key: str, points: list[tuple[int, float]], color: str) -> N
     dots = {"marker": "o", "markersize": 4} if len(values) < 40 else {}
     label = "held-out" if key.startswith("eval/") else "training"
     axes.plot(steps, values, color=color, linewidth=1.8, label=label, **dots)
-    axes.locator_params(axis="x", nbins=5)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str, Figure]]:
@@ -187,9 +189,8 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
         maps.append((title, stacked[:, part].mean(1), None))
     moments = _maps(maps, 3, 0.9 + 0.18 * min(len(labels), 60), "expert", "", half)
     ticks = range(0, len(labels), -(-len(labels) // 20))
-    for axes in moments.axes[: len(maps)]:
-        first = axes.get_subplotspec().is_first_col()
-        axes.set_yticks(ticks, [labels[i] if first else "" for i in ticks])
+    for index, axes in enumerate(moments.axes[: len(maps)]):
+        axes.set_yticks(ticks, ["" if index % 3 else labels[i] for i in ticks])
     bins = np.array_split(np.arange(len(steps)), min(COLUMNS, len(steps)))
     columns = np.stack([stacked[:, part].mean(1) for part in bins], -1)  # [layers, experts, bins]
     extent = (steps[0], max(steps[-1], steps[0] + 1), columns.shape[1] - 0.5, -0.5)
@@ -208,6 +209,7 @@ def _maps(cells: list, columns: int, height: float, x: str, y: str, half: float)
     for axes, (title, image, extent) in zip(grid, cells, strict=True):
         drawn = axes.imshow(image, aspect="auto", extent=extent, **look)
         _label(axes, title, x, y)
-    bar = figure.colorbar(drawn, ax=grid, extend="max" if half == 1 else "both", aspect=30)
+    shape = {"aspect": 6 * figure.get_figheight(), "extendfrac": 0.15 / figure.get_figheight()}
+    bar = figure.colorbar(drawn, ax=grid, extend="max" if half == 1 else "both", **shape)
     _label(bar.ax, "", "", "load / even load")
     return figure
