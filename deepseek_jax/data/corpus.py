@@ -96,7 +96,9 @@ def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path
     def build(directory: pathlib.Path) -> None:
         index = array.array("Q")
         with open(directory / "tokens.bin", "wb") as out:
-            for document in _encoded(source, tokenizer):
+            stream = _encoded(source, tokenizer)
+            total = sources.num_bytes(source)
+            for document in _shown(stream, lambda d: d.num_bytes, "tokenizing", total):
                 out.write(document.tokens.astype(dtype).tobytes())
                 index.extend((document.hash, document.num_bytes, len(document.tokens)))
             meta = {"dtype": dtype.str, "tokens": out.tell() // dtype.itemsize}
@@ -112,20 +114,15 @@ def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
     if isinstance(source, sources.Records):
         yield from records.read(source.path)
         return
-    ends = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
-    total, waiting = sources.num_bytes(source), None
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-        Progress("tokenizing", total) as progress,
-    ):
+    waiting = None
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for batch in itertools.chain(_batched(sources.documents(source)), [None]):
             texts = batch and [document.text for document in batch]
             ahead = batch and (batch, pool.submit(tokenizer.encode_batch, texts))
-            for document, ids in zip(waiting[0], waiting[1].result()) if waiting else ():  # noqa: B905
-                size = len(document.text.encode())
-                tokens = np.concatenate([ends[0], np.array(ids, np.int64), ends[1]])
-                yield Encoded(key_hash(document.key), size, tokens)
-                progress.add(size)
+            if waiting:
+                for document, ids in zip(waiting[0], waiting[1].result(), strict=True):
+                    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id])
+                    yield Encoded(key_hash(document.key), len(document.text.encode()), tokens)
             waiting = ahead
 
 
@@ -167,11 +164,10 @@ def open_bpe(
 def _scan(source: sources.Plain) -> tuple[np.ndarray, np.ndarray]:
     """The hash and the size of every document, in one pass over them."""
     hashes, sizes = array.array("Q"), array.array("q")
-    with Progress("reading", sources.num_bytes(source)) as progress:
-        for document in sources.documents(source):
-            hashes.append(key_hash(document.key))
-            sizes.append(len(document.text.encode()))
-            progress.add(sizes[-1])
+    stream = sources.documents(source)
+    for document in _shown(stream, lambda d: sizes[-1], "reading", sources.num_bytes(source)):
+        hashes.append(key_hash(document.key))
+        sizes.append(len(document.text.encode()))
     return np.array(hashes), np.array(sizes)
 
 
@@ -209,36 +205,23 @@ def _cached(
         return load(path)
 
 
-class Progress:
-    """A line on stderr for work that takes more than a few seconds."""
-
-    def __init__(self, verb: str, total: int | None):
-        self._verb, self._total, self._done = verb, total, 0
-        self._start = time.monotonic()
-        self._live = sys.stderr.isatty()
-        self._next = self._start + (3 if self._live else 10)
-        self._shown = False
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._shown and self._live:
-            print(file=sys.stderr)
-
-    def add(self, num_bytes: int) -> None:
-        """Count bytes that are done."""
-        self._done += num_bytes
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next, self._shown = now + (1 if self._live else 10), True
-        rate, of, eta = self._done / (now - self._start), "", ""
-        if self._total:
-            left = int(max(self._total - self._done, 0) / rate)
-            of, eta = f" of {self._total / 1e6:,.0f}", f", {left // 60}:{left % 60:02d} left"
-        line = f"{self._verb}: {self._done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{eta}"
-        print(
-            f"\r{line}   " if self._live else line, end="" if self._live else "\n", file=sys.stderr
-        )
-        sys.stderr.flush()
+def _shown(
+    items: Iterable[T], size: Callable[[T], int], verb: str, total: int | None
+) -> Iterator[T]:
+    """The items, and on stderr how far they are when they take more than a few seconds."""
+    live = sys.stderr.isatty()
+    pause, end = (1, "   \r") if live else (10, "\n")
+    done, start = 0, time.monotonic()
+    last = start
+    for item in items:
+        yield item
+        done, now = done + size(item), time.monotonic()
+        if now - last > pause:
+            last, rate = now, done / (now - start) / 1e6
+            line = f"{verb}: {done / 1e6:,.1f} MB, {rate:.1f} MB/s"
+            if total:
+                left = int(max(total - done, 0) / 1e6 / rate)
+                line += f", {min(done / total, 1):.0%}, {left // 60}:{left % 60:02d} left"
+            print(line, end=end, file=sys.stderr, flush=True)
+    if live and last > start:
+        print(file=sys.stderr)

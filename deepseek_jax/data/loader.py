@@ -5,10 +5,15 @@ one integer, whatever the batch size, the number of processes or of workers.
 """
 
 import dataclasses
+import functools
+import multiprocessing
 import os
 import pathlib
+import signal
+import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -140,28 +145,42 @@ def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
     return open_tokenizer(config.tokenizer)
 
 
-class _Cut:
-    """Element k is this process's part of the batch k steps after the start."""
-
-    def __init__(self, train: Mixed, start: int, batch_size: int, own: np.ndarray):
-        self._train, self._start, self._batch_size, self._own = train, start, batch_size, own
-
-    def __len__(self) -> int:
-        return 2**48  # rows never end
-
-    def __getitem__(self, step: int) -> Batch:
-        return self._train.batch(self._start + step * self._batch_size + self._own)
-
-
 class Batches(Iterator[Batch]):
     """Batches made ahead, by a thread or by processes; `close()` ends these."""
 
     def __init__(self, iterator: grain.DatasetIterator):
-        # Grain's clean-up fails once the interpreter's own has begun: `finalize` runs before.
-        self._iterator, self.close = iterator, weakref.finalize(self, iterator.close)
+        # Grain's clean-up fails once the interpreter's own has begun: `finalize` runs before, and
+        # must then hold the only reference.
+        self._held = [iterator]
+        self.close = weakref.finalize(self, _close, self._held)
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        return next(self._held[0])
+
+
+def _part(train: Mixed, first: np.ndarray, batch_size: int, step: int) -> Batch:
+    return train.batch(first + step * batch_size)
+
+
+def _close(held: list[grain.DatasetIterator]) -> None:
+    held.pop().close()
+
+
+def _serve(worker: int, num_workers: int) -> None:
+    """Make a worker end with the main process, however that ends, and never before it.
+
+    Ctrl-C reaches all processes; the main one saves, and still needs batches until it has.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(
+        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
+    ).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def batches(
@@ -183,8 +202,10 @@ def batches(
         flags.FLAGS.mark_as_parsed()
     size = batch_size // process_count
     own = np.arange(process_index * size, (process_index + 1) * size)
-    source = grain.MapDataset.source(_Cut(dataset.train, start, batch_size, own))
+    cut = functools.partial(_part, dataset.train, start + own, batch_size)
+    source = grain.MapDataset.range(2**48).map(cut)  # rows never end
     stream = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        stream = stream.mp_prefetch(options, worker_init_fn=_serve)
     return Batches(iter(stream))

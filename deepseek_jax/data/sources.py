@@ -172,8 +172,7 @@ def _json_documents(file: File, field: str) -> Iterator[Document]:
                 raise InputError(f"{where}: a line of over 256 MiB; is this JSON Lines?")
             content = text.decoded(line, file.path, number).removeprefix("\ufeff")
             if content.strip():
-                for piece in text.text_pieces(_field(content, field, where)):
-                    yield Document(f"{file.key}:{number}", piece)
+                yield Document(f"{file.key}:{number}", _field(content, field, where))
 
 
 def _field(content: str, field: str, where: str) -> str:
@@ -218,8 +217,7 @@ def _parquet_documents(file: File, column: str) -> Iterator[Document]:
                 raise InputError(f"{file.path}: column {column!r} holds {kind}, not strings")
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
-                    for piece in text.text_pieces(value.as_py() or ""):
-                        yield Document(f"{file.key}:{row}", piece)
+                    yield Document(f"{file.key}:{row}", value.as_py() or "")
                     row += 1
     except UnicodeDecodeError:
         raise InputError(f"{file.path}: row {row}: column {column!r} is not UTF-8") from None

@@ -1,7 +1,7 @@
 """Text files as documents: which files, their text in pieces, and the line where they are broken.
 
-A file larger than 1 MiB becomes several documents, cut after a line where there is one; nothing is
-ever read whole, so one file of 2 GB and ten thousand tiny ones take the same memory.
+A file larger than 1 MiB becomes several documents, cut after a line where there is one: one file
+of 2 GB and ten thousand tiny ones take the same memory.
 """
 
 import collections
@@ -106,17 +106,6 @@ def _cut(block: bytes) -> int:
         return end
     starts = (i for i in range(len(block) - 1, len(block) - 5, -1) if block[i] & 0xC0 != 0x80)
     return next(starts, 0) or len(block)
-
-
-def text_pieces(text: str) -> Iterator[str]:
-    """A text that is already in memory, in pieces of at most a million characters."""
-    start = 0
-    while start < len(text):
-        end = start + MIB
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
 
 
 def standard_library_files() -> list[File]:

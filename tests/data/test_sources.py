@@ -50,7 +50,6 @@ def test_pieces_join_to_the_file(tmp_path_factory, data, limit):
             pieces = list(text._pieces(path, alone))
             assert "".join(pieces) == data
             assert all(len(piece.encode()) <= limit for piece in pieces)
-        assert "".join(text.text_pieces(data)) == data
 
 
 def test_a_lone_file_is_many_documents_and_one_of_many_files_stays_together(tmp_path):
