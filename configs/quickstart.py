@@ -10,7 +10,7 @@ from deepseek_jax.data.sources import StandardLibrary
 from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE
-from deepseek_jax.layers.router import Balance, Sigmoid
+from deepseek_jax.layers.router import Sigmoid
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.training.optimizer import AdamW
 from deepseek_jax.training.recipe import TrainConfig
@@ -31,7 +31,6 @@ def get_config() -> TrainConfig:
                 expert_dim=128,
                 router=Sigmoid(num_active_experts=4),
                 num_shared_experts=1,
-                balance=Balance(bias_rate=0.01),
             ),
             num_dense_layers=1,
             num_mtp_layers=1,

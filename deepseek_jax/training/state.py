@@ -42,8 +42,10 @@ def initial_state(
     params: Any, optimizer: optax.GradientTransformation, loss_scale: float
 ) -> TrainState:
     """The state before the first step."""
-    zero, scale = jnp.zeros((), jnp.int32), jnp.asarray(loss_scale, jnp.float32)
-    return TrainState(zero, params, optimizer.init(params), None, scale, zero, zero)
+    # Three zeros: donated buffers must not be one.
+    step, good_steps, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+    scale = jnp.asarray(loss_scale, jnp.float32)
+    return TrainState(step, params, optimizer.init(params), None, scale, good_steps, skipped)
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -1,0 +1,176 @@
+"""Reference, invariance and learning: the language objective on a tiny V3-shaped decoder."""
+
+import dataclasses
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.core import tree
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.layers.router import Balance
+from deepseek_jax.models.build import build
+from deepseek_jax.training.language import Language, make_language
+from deepseek_jax.training.optimizer import AdamW, make_optimizer
+from deepseek_jax.training.state import initial_state
+from deepseek_jax.training.step import make_gradients, make_train_step
+
+KEY = jax.random.key(0)
+BALANCE = Balance(bias_rate=0.01, sequence_weight=0.2, uniform_weight=0.3, z_weight=0.4)
+ROUTER = ("router/sequence_loss", "router/uniform_loss", "router/z_loss")
+# Rows of 12: packed, short, full; the four microbatches hold very different numbers of tokens.
+ROWS = ((5, 7), (3,), (12,), (2, 2, 2), (12,), (12,), (1,), (4, 8))
+
+
+def tiny(**fields):
+    fields = {"num_layers": 2, "num_dense_layers": 1, "num_mtp_layers": 1} | fields
+    config = cases.decoder("mla", "sigmoid", num_shared_experts=1, **fields)
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance=BALANCE))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(tiny(), Precision(compute="float32"))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return cases.random_params(model.shapes, 0)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return cases.make_batch(ROWS, 12, 2, 0, 61)
+
+
+@pytest.fixture(scope="module")
+def objective(model):
+    return make_language(Language(mtp_weight=0.5, z_weight=0.1, chunk=7), model)
+
+
+@pytest.fixture(scope="module")
+def gradients(objective):
+    """(params, batch, coefficients, parts) -> (gradients, means, routing)."""
+
+    def compute(params, batch, coefficients, parts):
+        chosen = objective._replace(coefficients=coefficients)
+        return make_gradients(chosen, parts)(params, batch, KEY, jnp.float32(1))
+
+    return jax.jit(compute, static_argnums=3)
+
+
+def test_coefficients_come_from_the_configs(objective):
+    assert objective.coefficients == {
+        "cross_entropy": 1.0,
+        "mtp_loss": 0.5,
+        "router/sequence_loss": 0.2,
+        "router/uniform_loss": 0.3,
+        "router/z_loss": 0.4,
+    }
+    assert objective.bias_rates == {"segment_1/block": 0.01, "mtp_0/block": 0.01}
+
+
+def test_terms_are_means_of_what_the_model_gives(model, params, batch, objective, gradients):
+    means = gradients(params, batch, objective.coefficients, 1)[1]
+    output = jax.jit(model.apply)(
+        params,
+        batch["tokens"],
+        segments=batch["segments"],
+        positions=batch["positions"],
+        next_tokens=batch["targets"][..., :1],
+    )
+    expected, square = {}, None
+    for depth, (name, hidden) in enumerate(
+        {"loss": output.hidden, "mtp_loss": output.mtp[0]}.items()
+    ):
+        logits = np.asarray(hidden, np.float64) @ params["head"]["weight"].astype(np.float64)
+        lse = np.log(np.exp(logits).sum(-1))
+        chosen = np.take_along_axis(logits, batch["targets"][..., depth, None], -1)[..., 0]
+        weights = batch["weights"][..., depth]
+        expected[name] = (weights * (lse - chosen)).sum() / weights.sum()
+        square = (weights * lse**2).sum() / weights.sum() if square is None else square
+    expected["z_loss"] = square
+    expected["cross_entropy"] = expected["loss"] + 0.1 * square
+    over = {"sequence_loss": len(ROWS), "uniform_loss": 1, "z_loss": sum(map(sum, ROWS))}
+    for name, weight in over.items():
+        sums = [float(getattr(block, name).sum()) for block in output.routing.values()]
+        assert len(sums) == 2
+        expected[f"router/{name}"] = sum(sums) / weight
+    assert sorted(means) == sorted(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(means[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_four_microbatches_give_the_gradient_of_one(params, batch, objective, gradients):
+    sums = {k: v for k, v in objective.coefficients.items() if k != "router/uniform_loss"}
+    coefficients = dict.fromkeys(objective.coefficients, 0.0) | sums
+    one = gradients(params, batch, coefficients, 1)
+    many = gradients(params, batch, coefficients, 4)
+    for path, leaf in tree.flatten(one[0]).items():
+        error = np.abs(leaf - tree.flatten(many[0])[path]).max()
+        assert error <= 1e-6 * max(1.0, float(np.abs(leaf).max())), path
+    for term, mean in one[1].items():
+        if term != "router/uniform_loss":
+            np.testing.assert_allclose(mean, many[1][term], rtol=1e-6, err_msg=term)
+    for path, block in one[2].items():
+        np.testing.assert_array_equal(block.counts, many[2][path].counts)
+        assert int(block.counts.sum()) == 2 * sum(map(sum, ROWS))  # tokens x top-2
+
+
+def test_every_term_is_positive_and_moves_what_it_should(params, batch, objective, gradients):
+    parts = {
+        "cross_entropy": "segment_0/block/attention/q/weight",
+        "mtp_loss": "mtp_0/projection/weight",
+        **dict.fromkeys(ROUTER, "segment_1/block/moe/router/weight"),
+    }
+    for term, path in parts.items():
+        alone = dict.fromkeys(objective.coefficients, 0.0) | {term: 1.0}
+        grads, means, _ = gradients(params, batch, alone, 1)
+        assert float(means[term]) > 0, term
+        assert np.abs(tree.flatten(grads)[path]).max() > 1e-6, term
+        assert not np.abs(tree.flatten(grads)["segment_1/block/moe/router/bias"]).any(), term
+
+
+def test_mtp_switched_off_needs_no_mtp_layer(model):
+    objective = make_language(Language(mtp_weight=0.0), model)
+    assert "mtp_loss" not in objective.coefficients
+    assert objective.bias_rates == {"segment_1/block": 0.01}
+
+
+def test_every_depth_has_its_name_and_share():
+    model = build(tiny(num_mtp_layers=3))
+    coefficients = make_language(Language(mtp_weight=0.3), model).coefficients
+    assert [coefficients[f"mtp_loss{d}"] for d in ("", "_2", "_3")] == pytest.approx([0.1] * 3)
+
+
+def test_experts_without_a_layer_are_refused():
+    model = build(tiny(num_dense_layers=2, num_mtp_layers=0))
+    with pytest.raises(InputError, match="leaves none of the 2 layers"):
+        make_language(Language(), model)
+
+
+def test_a_tiny_model_learns_a_batch_by_heart(model, batch):
+    optimizer = make_optimizer(AdamW(weight_decay=0.0), model.specs)
+    objective = make_language(Language(), model)
+    step = jax.jit(
+        make_train_step(
+            make_gradients(objective), objective, optimizer, lambda _: 5e-3, clip_norm=1.0
+        ),
+        donate_argnums=0,
+    )
+    state = initial_state(model.init(KEY), optimizer, 1.0)
+    losses = []
+    for _ in range(150):
+        state, metrics = step(state, batch, KEY)
+        losses.append((float(metrics["loss"]), float(metrics["mtp_loss"])))
+    assert losses[0][0] == pytest.approx(np.log(61), rel=0.02)
+    assert losses[-1][0] < 0.6  # the first token of a document tells nothing of the second
+    assert losses[-1][1] < 0.6
+    for block in ("segment_1/block", "mtp_0/block"):
+        bias = np.asarray(tree.flatten(state.params)[f"{block}/moe/router/bias"])
+        steps = bias / BALANCE.bias_rate
+        np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+        assert np.abs(steps).max() > 1
