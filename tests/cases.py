@@ -43,10 +43,11 @@ ROUTERS = {
     "sigmoid_grouped": Sigmoid(num_active_experts=2, num_groups=4, num_active_groups=2, scale=2.5),
     "hierarchical": Hierarchical(num_active_experts=2, num_groups=2, scale=2.0),
 }
-WIDER = {  # for 12 experts
+MORE = {  # outside the product; the first for 12 experts
     "two_groups_of_three": Hierarchical(
         num_active_experts=4, num_groups=3, num_active_groups=2, normalize=True
     ),
+    "everyone": Sigmoid(num_active_experts=8),
 }
 DISPATCHES = {"dropless": Dropless(), "capacity": Capacity(factor=0.75)}
 
@@ -66,7 +67,7 @@ def decoder(
         moe = MoE(
             num_experts=num_experts,
             expert_dim=16,
-            router=(ROUTERS | WIDER)[router],
+            router=(ROUTERS | MORE)[router],
             num_shared_experts=num_shared_experts,
             dispatch=DISPATCHES[dispatch],
         )
