@@ -133,7 +133,8 @@ def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
     """{file name: (heading, text, figure)} of everything that is a curve."""
     drawn, known = {}, {key for *_, keys in PANELS for key in keys}
     others = sorted(key for key in series if key.endswith("loss") and key not in known)
-    table = [*PANELS, *(("training", key, "", (key,)) for key in others)]
+    table = list(PANELS)
+    table += [("router" if "router/" in key else "training", key, "", (key,)) for key in others]
     for name, (heading, text) in PICTURES.items():
         panels = [p for p in table if p[0] == name and any(key in series for key in p[3])]
         if panels:
