@@ -129,7 +129,8 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
 def _from_union(members: tuple, data: Any, where: str) -> Any:
     if isinstance(data, dict):
         tag = data.get("type")
-        by_name = {m.__name__: m for m in members if dataclasses.is_dataclass(m)}
+        classes = (m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m))
+        by_name = {m.__name__: m for m in classes}
         if tag not in by_name:
             raise InputError(f"{where}.type is {tag!r}, not one of {sorted(by_name)}")
         return _from_fields(by_name[tag], data, where)
@@ -162,7 +163,7 @@ def _from_fields(kind: Any, data: Any, where: str) -> Any:
     for given, item in data.items():
         if given == "type":
             continue
-        name = MIGRATIONS.get((kind.__name__, given), given)
+        name = str(MIGRATIONS.get((kind.__name__, given), given))
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

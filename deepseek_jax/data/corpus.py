@@ -117,8 +117,8 @@ def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
     waiting = None
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for batch in itertools.chain(_batched(sources.documents(source)), [None]):
-            texts = batch and [document.text for document in batch]
-            ahead = batch and (batch, pool.submit(tokenizer.encode_batch, texts))
+            texts = [document.text for document in batch or ()]
+            ahead = (batch, pool.submit(tokenizer.encode_batch, texts)) if batch else None
             if waiting:
                 for document, ids in zip(waiting[0], waiting[1].result(), strict=True):
                     tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id])

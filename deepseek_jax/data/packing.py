@@ -105,7 +105,7 @@ def drawn_bits(numbers: np.ndarray, *key: int) -> np.ndarray:
     """64 random bits for each number [n] and key (splitmix64), uint64 [n]."""
     bits = np.zeros(1, np.uint64)
     for part in (*key, numbers):
-        bits = (bits ^ np.atleast_1d(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         bits = bits ^ (bits >> np.uint64(31))

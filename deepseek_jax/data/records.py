@@ -82,7 +82,8 @@ def read(path: str) -> Iterator[Encoded]:
             for first in range(0, count, step):
                 for record in reader.read(first, min(first + step, count)):
                     tokens = np.frombuffer(record, dtype, offset=HEADER.size)
-                    yield Encoded(*HEADER.unpack_from(record), tokens)
+                    number, size_of_text = HEADER.unpack_from(record)
+                    yield Encoded(number, size_of_text, tokens)
 
 
 def _sha256(path: pathlib.Path) -> str:

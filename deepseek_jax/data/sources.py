@@ -84,8 +84,8 @@ class Part:
 
     def weights(self, rows: np.ndarray) -> np.ndarray:
         """The weight at each row number."""
-        points = self.schedule or ((0, self.weight),)
-        return np.interp(rows, *zip(*points, strict=True))
+        places, weights = zip(*self.schedule or ((0, self.weight),), strict=True)
+        return np.interp(rows, places, weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

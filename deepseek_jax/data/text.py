@@ -121,8 +121,9 @@ def standard_library_files() -> list[File]:
 @functools.lru_cache(maxsize=1)
 def distinct(files: tuple[File, ...]) -> list[File]:
     """The files, without those that share over 30 % of their lines with one already kept."""
-    owners = collections.defaultdict(list)  # line -> numbers of the kept files that have it
-    kept = []
+    # line -> numbers of the kept files that have it
+    owners: dict[bytes, list[int]] = collections.defaultdict(list)
+    kept: list[File] = []
     for file in files:
         data = file.path.read_bytes()
         lines = [line.strip() for line in data.splitlines() if line.strip()]

