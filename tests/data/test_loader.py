@@ -93,6 +93,16 @@ def test_held_out_documents_are_whole_and_counted_exactly(folder):
     assert all(content[:9] not in stream for content in held)
 
 
+def test_bpe_learns_from_the_training_side_only(tmp_path):
+    words = {f" {i:06b}".replace("0", "a").replace("1", "b") for i in range(40)}
+    for word in words:
+        (tmp_path / f"{word}.txt").write_text(word * 30)
+    dataset = _open(_data(tmp_path, tokenizer=BPE(vocab_size=2000)), tmp_path)
+    held = {f" {word}" for word in dataset.held_out_text().decode().split()}
+    assert 0 < len(held) < 40
+    assert {word for word in words if len(dataset.tokenizer.encode(word)) > 1} == held
+
+
 def test_a_mixture_holds_out_of_every_part_and_one_tokenizer_serves_all(folder):
     dataset = _open(_mixture(folder), folder)
     text = dataset.held_out_text()
@@ -119,8 +129,10 @@ def test_the_cache_follows_contents_and_survives_damage(folder):
     made = sorted((folder / "cache").glob("*/tokens.bin"))
     _open(_data(folder), folder)
     assert sorted((folder / "cache").glob("*/tokens.bin")) == made
-    made[0].write_bytes(made[0].read_bytes()[:-1])  # a torn file
+    whole = made[0].read_bytes()
+    made[0].write_bytes(whole[:-2])  # a torn file
     _same(_open(_data(folder), folder).train_row(0), first.train_row(0))
+    assert made[0].read_bytes() == whole
     changed = folder / "0.txt"
     changed.write_text(changed.read_text().replace("0", "9"))  # same size, perhaps same second
     _open(_data(folder), folder)

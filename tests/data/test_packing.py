@@ -97,6 +97,11 @@ def test_epochs_and_seeds_draw_other_orders():
     assert (rows.batch(np.arange(10) + rows.num_rows)["tokens"] != first[0]).any()
 
 
+def test_rows_of_one_long_document_do_not_follow_each_other():
+    first = Rows(Made([900] * 3), 1e-9, 8, 1, 0).batch(np.arange(200))["tokens"][:, 0]
+    assert np.mean(np.diff(first) == 8) < 0.1
+
+
 def test_shapes_and_dtypes_are_the_contract():
     batch = Rows(Made([9] * 40), 0.2, 8, 3, 0).batch(np.arange(5))
     want = {

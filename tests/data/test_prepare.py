@@ -17,12 +17,12 @@ from deepseek_jax.data.tokenizer import BPE
 
 def _run(folder, *more: str, pattern: str = "*.txt"):
     argv = ["--input", f"{folder}/{pattern}", "--output", f"{folder}/out", "--tokenizer", "bpe:300"]
-    prepare.main([*argv, "--shard-size", "1KB", "--held-out", "0.3", *more])
+    prepare.main([*argv, "--shard-size", "1KB", "--held-out", "0.6", *more])
     return folder / "out"
 
 
 def _open(folder, source, **more):
-    config = Data(source=source, held_out=0.3, cache_dir=f"{folder}/cache", **more)
+    config = Data(source=source, held_out=0.6, cache_dir=f"{folder}/cache", **more)
     return open_data(config, sequence_length=32, num_targets=2, seed=1)
 
 
@@ -37,6 +37,7 @@ def test_records_hold_what_the_source_holds(folder, capsys):
     through = _open(folder, Records(path=str(out)))
     assert through.tokenizer.files() == direct.tokenizer.files()
     for side in ("training", "held out"):
+        assert len(_documents(direct, side)) > 2
         assert _documents(through, side) == _documents(direct, side)
     assert through.eval_bytes == direct.eval_bytes
     assert through.held_out_text() == direct.held_out_text()

@@ -94,6 +94,7 @@ def test_bpe_is_trained_alike_twice_and_holds_its_size():
 def _word_level(path, *names: str) -> str:
     vocab = {name: i for i, name in enumerate([*names, "the", "[UNK]"])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.enable_truncation(2)
     model.enable_padding(length=50)
     model.save(str(path))
@@ -104,7 +105,7 @@ def test_a_file_with_one_end_token_uses_it_for_both_and_is_never_cut_or_padded(t
     path = _word_level(tmp_path / "tokenizer.json", "a", "<|endoftext|>")
     tokenizer = open_tokenizer(TokenizerFile(path=str(tmp_path)))
     assert tokenizer.bos_id == tokenizer.eos_id == 1
-    assert len(tokenizer.encode_batch(["the"])[0]) == 1
+    assert [len(ids) for ids in tokenizer.encode_batch(["the the the", "the"])] == [3, 1]
     named = open_tokenizer(TokenizerFile(path=path, bos="a"))
     assert (named.bos_id, named.eos_id) == (0, 1)
     named.save(tmp_path / "saved")
