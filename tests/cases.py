@@ -43,11 +43,12 @@ ROUTERS = {
     "sigmoid_grouped": Sigmoid(num_active_experts=2, num_groups=4, num_active_groups=2, scale=2.5),
     "hierarchical": Hierarchical(num_active_experts=2, num_groups=2, scale=2.0),
 }
-MORE = {  # outside the product; the first for 12 experts
+MORE = {  # outside the product; the first for 12 experts, the last for 1024
     "two_groups_of_three": Hierarchical(
         num_active_experts=4, num_groups=3, num_active_groups=2, normalize=True
     ),
     "everyone": Sigmoid(num_active_experts=8),
+    "thousand": Hierarchical(num_active_experts=2, num_groups=32),
 }
 DISPATCHES = {"dropless": Dropless(), "capacity": Capacity(factor=0.75)}
 

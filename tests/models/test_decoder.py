@@ -110,6 +110,15 @@ def test_whole_models_are_the_reference(whole, name):
     assert_matches(case, case.batch, case.apply(case.params, case.batch), case.expected)
 
 
+def test_a_thousand_experts_on_two_levels():
+    """More experts than choices: only the chosen experts' weights are read."""
+    config = cases.decoder("gqa_window", "thousand", num_experts=1024)
+    case = cases.case(config, margin=1e-7)
+    assert_matches(case, case.batch, case.apply(case.params, case.batch), case.expected)
+    counts = case.expected.routing["segment_0/block"][0].counts
+    assert (counts > 0).sum() > 60
+
+
 def test_without_segments_every_row_is_one_document(whole):
     case = whole["v2"]
     tokens = case.batch["tokens"]

@@ -74,6 +74,7 @@ MODELS = {
     "v3-yarn": ("DeepseekV3", v3(V3_YARN)),
     "v3-odd-yarn-halves": ("DeepseekV3", v3(ODD_YARN, None, interleaved=False, normalize=False)),
     "llama": ("Llama", dense(num_kv_heads=2, tie_embeddings=True, rope_theta=500.0)),
+    "llama-yarn": ("Llama", dense(num_kv_heads=2, yarn=Yarn(factor=4.0, original_length=16))),
     "qwen2": ("Qwen2", dense(num_kv_heads=1, bias=True)),
     "mistral": ("Mistral", dense(num_kv_heads=4, window=7)),
 }  # fmt: skip
@@ -86,6 +87,8 @@ def hf_config(family, config):
     if a.yarn is not None:
         rope |= dataclasses.asdict(a.yarn) | {"rope_type": "yarn"}
         rope["original_max_position_embeddings"] = rope.pop("original_length")
+        if family == "Llama":  # there cosine and sine carry what DeepSeek's softmax scale does
+            del rope["mscale"], rope["mscale_all_dim"]
     words = {
         "vocab_size": config.vocab_size, "hidden_size": config.embed_dim,
         "num_hidden_layers": config.num_layers, "num_attention_heads": a.num_heads,

@@ -88,6 +88,18 @@ def test_group_limits_hold():
         assert max(visited) <= config.num_active_groups
 
 
+def test_excluded_groups_never_win():
+    """Also where every biased score is negative: what is excluded counts as -inf, not as 0."""
+    choice = {"num_active": 2, "normalize": False, "scale": 1.0}
+    choice |= {"num_groups": 4, "num_active_groups": 1}
+    even, low = (
+        routing.sigmoid_routes(jnp.asarray(LOGITS), jnp.full(E, bias), **choice).experts
+        for bias in (0.0, -5.0)
+    )
+    np.testing.assert_array_equal(np.sort(even, -1), np.sort(low, -1))
+    assert (np.asarray(low)[..., 0] // 2 == np.asarray(low)[..., 1] // 2).all()
+
+
 def test_v3_weights_come_from_unbiased_scores():
     logits = jnp.zeros((1, 1, 4))
     bias = jnp.asarray([0.0, 0.3, 0.2, -1.0])
