@@ -2,7 +2,11 @@
 
 import pathlib
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("data", deadline=None)  # machines are shared
+hypothesis.settings.load_profile("data")
 
 WORDS = "the quick brown fox jumps over the lazy dog while 深度求索 learns; naïve café 🦊 x1 = 42\n"
 
