@@ -2,7 +2,8 @@
 
     python -m deepseek_jax.train --config configs/quickstart.py
 
-MLA, shared and routed experts, sigmoid router balanced by a bias, one MTP layer, 12 M parameters.
+Latent attention, 32 experts top-4 beside a shared one, a sigmoid router balanced by its bias, one
+MTP layer: 9.9 M parameters. Ten minutes on two CPU cores end well below gzip -9 on held-out files.
 """
 
 from deepseek_jax.data.loader import Data
@@ -10,9 +11,10 @@ from deepseek_jax.data.sources import StandardLibrary
 from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE
-from deepseek_jax.layers.router import Sigmoid
+from deepseek_jax.layers.router import Balance, Sigmoid
 from deepseek_jax.models.decoder import Decoder
-from deepseek_jax.training.optimizer import AdamW
+from deepseek_jax.training.language import Language
+from deepseek_jax.training.optimizer import Muon
 from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.schedule import WSD
 
@@ -22,25 +24,29 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=Decoder(
             vocab_size=vocab_size,
-            embed_dim=256,
-            num_layers=5,
-            attention=MLA(num_heads=4, kv_rank=128, nope_dim=48, rope_dim=16, value_dim=64),
-            mlp_dim=768,
+            embed_dim=192,
+            num_layers=4,
+            attention=MLA(num_heads=4, kv_rank=96, nope_dim=32, rope_dim=16, value_dim=48),
+            mlp_dim=512,
             moe=MoE(
-                num_experts=16,
-                expert_dim=128,
+                num_experts=32,
+                expert_dim=96,
                 router=Sigmoid(num_active_experts=4),
                 num_shared_experts=1,
+                balance=Balance(bias_rate=0.005),
             ),
             num_dense_layers=1,
             num_mtp_layers=1,
-            init_scale=0.03,
+            init_scale=0.04,
+            unroll=4,
         ),
         data=Data(source=StandardLibrary(), tokenizer=BPE(vocab_size=vocab_size)),
-        optimizer=AdamW(learning_rate=3e-3, warmup_steps=50, schedule=WSD(decay_fraction=0.3)),
-        steps=700,
+        optimizer=Muon(learning_rate=8e-3, warmup_steps=10, schedule=WSD(decay_fraction=0.6)),
+        objective=Language(mtp_weight=0.2, chunk=512),
+        steps=240,
         batch_size=16,
         sequence_length=256,
-        eval_every=200,
-        save_every=200,
+        log_every=2,
+        eval_every=80,
+        save_every=80,
     )

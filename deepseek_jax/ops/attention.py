@@ -4,6 +4,7 @@
 nothing better applies), cuDNN through `jax.nn.dot_product_attention` on GPU, splash on TPU.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -77,25 +78,102 @@ def _fastest(q: Array, k: Array, v: Array) -> Implementation:
     return "blocks"
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _blocks(q, k, v, segments, scale, window):
-    """Blocks of queries against only the keys that they can see: half the work of the square."""
-    length = q.shape[1]
-    block = max(128, -(-length // 8))  # at most 8 blocks: each is its own code in the program
-    outputs = []
+    """Blocks of queries against only the keys that they can see: half the work of the square.
+
+    The backward pass makes the weights anew from each row's log-sum-exp (as FlashAttention does,
+    arXiv 2205.14135), so a block's square is stored nowhere.
+    """
+    return _blocks_forward(q, k, v, segments, scale, window)[0]
+
+
+def _spans(length, window):
+    """(first query, end, first key) of each block; at most 8, each is code of its own."""
+    block = max(128, -(-length // 8))
     for start in range(0, length, block):
-        end = min(start + block, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        query = jnp.arange(start, end)[None, :, None]
-        key = jnp.arange(first, end)[None, None, :]
-        mask = query >= key
-        if window is not None:
-            mask &= query - key < window
-        if segments is not None:
-            mask &= segments[:, start:end, None] == segments[:, None, first:end]
-        outputs.append(
-            masked_attention(q[:, start:end], k[:, first:end], v[:, first:end], mask, scale)
+        yield (
+            start,
+            min(start + block, length),
+            0 if window is None else max(0, start - window + 1),
         )
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _heads_first(q, k, v, scale):
+    """q [B, K, G, T, H], scaled; k and v [B, K, T, H]: products then need no transposition."""
+    batch, length, num_heads, width = q.shape
+    num_kv_heads = k.shape[2]
+    q = (q * scale).astype(q.dtype)
+    q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width)
+    return q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _scores(q, k, segments, span, window):
+    start, end, first = span
+    query, key = jnp.arange(start, end)[None, :, None], jnp.arange(first, end)[None, None, :]
+    mask = query >= key
+    if window is not None:
+        mask &= query - key < window
+    if segments is not None:
+        mask &= segments[:, start:end, None] == segments[:, None, first:end]
+    scores = _dot("bkgth,bksh->bkgts", q[:, :, :, start:end], k[:, :, first:end])
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _dot(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _blocks_forward(q, k, v, segments, scale, window):
+    heads = _heads_first(q, k, v, scale)
+    outputs, sums = [], []
+    for span in _spans(q.shape[1], window):
+        scores = _scores(*heads[:2], segments, span, window)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        values = heads[2][:, :, span[2] : span[1]]
+        outputs.append(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), values) / total)
+        sums.append(top + jnp.log(total))
+    out = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(*q.shape[:3], v.shape[-1]).astype(v.dtype)
+    return out, (q, k, v, segments, out, jnp.concatenate(sums, axis=3))
+
+
+def _blocks_backward(scale, window, residuals, slope):
+    q, k, v, segments, out, log_sums = residuals
+    qh, kh, vh = _heads_first(q, k, v, scale)
+    by_head = (*qh.shape[:-1], v.shape[-1])
+    slope = slope.swapaxes(1, 2).reshape(by_head)
+    shared = (slope.astype(jnp.float32) * out.swapaxes(1, 2).reshape(by_head)).sum(-1)[..., None]
+    q_slopes = []
+    k_slope, v_slope = jnp.zeros(kh.shape, jnp.float32), jnp.zeros(vh.shape, jnp.float32)
+    for span in _spans(q.shape[1], window):
+        start, end, first = span
+        rows, keys = slice(start, end), slice(first, end)
+        scores = _scores(qh, kh, segments, span, window)
+        weights = jnp.exp(scores - log_sums[:, :, :, rows])
+        change = _dot("bkgth,bksh->bkgts", slope[:, :, :, rows], vh[:, :, keys])
+        change = weights * (change - shared[:, :, :, rows])
+        # Apart, or XLA:CPU fuses the exponentials into the transpositions below.
+        weights, change = jax.lax.optimization_barrier(
+            (weights.astype(v.dtype), change.astype(q.dtype))
+        )
+        q_slopes.append(_dot("bkgts,bksh->bkgth", change, kh[:, :, keys]))
+        k_part = _dot("bkgts,bkgth->bksh", change, qh[:, :, :, rows])
+        v_part = _dot("bkgts,bkgth->bksh", weights, slope[:, :, :, rows])
+        k_slope = k_slope.at[:, :, keys].add(k_part)
+        v_slope = v_slope.at[:, :, keys].add(v_part)
+    q_slope = jnp.concatenate(q_slopes, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape) * scale
+    return (
+        q_slope.astype(q.dtype),
+        k_slope.swapaxes(1, 2).astype(k.dtype),
+        v_slope.swapaxes(1, 2).astype(v.dtype),
+        None,
+    )
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _cudnn(q, k, v, segments, scale, window):
