@@ -4,9 +4,9 @@
 
 Both train the same model on the same tokens with AdamW: V3-shaped, hidden 256, 4 layers of which 1
 dense, 16 experts top-4 and 2 shared of width 128, MLA, vocabulary 8192, batch 8 x 256. `wide` is
-hidden 1024. Steps are interleaved (ours, theirs, ours, ...) and medians printed, since the machine's
-speed drifts. The limit is the best matmul at 2048^3, interleaved too: bf16 -> bf16, bf16 -> f32, f32,
-and torch's. Each peer measurement takes torch's fastest dtype and experts backend, tried first.
+hidden 1024. Steps are interleaved (ours, theirs, ours, ...) and medians printed, since the
+machine's speed drifts. The limit is the best matmul at 2048^3, interleaved too: bf16 -> bf16,
+bf16 -> f32, f32, and torch's. Torch runs in its fastest dtype and experts backend, tried first.
 """
 
 import argparse
@@ -165,8 +165,13 @@ def matmuls(size: int = 2048) -> dict[str, tuple[Callable, int]]:
     }.items():
         x, y = jnp.asarray(a, source), jnp.asarray(b, source)
         for part, equation in letters.items():
-            f = jax.jit(lambda x, y, e=equation, t=target: jnp.einsum(e, x, y, preferred_element_type=t))
-            actions[f"jax {name} {part}"] = (lambda f=f, x=x, y=y: f(x, y).block_until_ready(), flops)
+            f = jax.jit(
+                lambda x, y, e=equation, t=target: jnp.einsum(e, x, y, preferred_element_type=t)
+            )
+            actions[f"jax {name} {part}"] = (
+                lambda f=f, x=x, y=y: f(x, y).block_until_ready(),
+                flops,
+            )
     if torch is not None:
         for dtype in (torch.bfloat16, torch.float32):
             x, y = torch.from_numpy(a).to(dtype), torch.from_numpy(b).to(dtype)
@@ -191,11 +196,13 @@ def main() -> None:
     if not arguments.no_peer:
         tried = {}
         for dtype in ("float32", "bfloat16"):
-            for backend in ("grouped_mm", "batched_mm", "eager"):
+            for backend in ("grouped_mm", "eager"):
                 step = theirs(config, tokens, dtype, backend)
                 step()
                 tried[dtype, backend] = (min(seconds(step) for _ in range(2)), step)
-                print(f"transformers {dtype} {backend}: {tried[dtype, backend][0]:.3f} s", flush=True)
+                print(
+                    f"transformers {dtype} {backend}: {tried[dtype, backend][0]:.3f} s", flush=True
+                )
         best = min(tried, key=lambda key: tried[key][0])
         actions[f"transformers {' '.join(best)}"] = tried[best][1]
     limits = matmuls()
@@ -213,19 +220,23 @@ def main() -> None:
     model = build(config, precision)
     flops = counts.train_flops_per_token(model, LENGTH) * BATCH * LENGTH
     total, active = counts.num_params(model)
-    print(f"\n{arguments.config}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active, "
-          f"{flops / 1e9:.0f} GFLOP a step of {BATCH * LENGTH} tokens; "
-          f"compute {compute_dtype(precision)[0]}; compiled in {compile_seconds:.1f} s; "
-          f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB "
-          "(this process, peers included)")
+    print(
+        f"\n{arguments.config}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active, "
+        f"{flops / 1e9:.0f} GFLOP a step of {BATCH * LENGTH} tokens; "
+        f"compute {compute_dtype(precision)[0]}; compiled in {compile_seconds:.1f} s; "
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB "
+        "(this process, peers included)"
+    )
     for name, rate in rates.items():
         print(f"  {name:24s} {rate / 1e9:8.0f} GFLOP/s")
     print(f"  limit: {limit}")
     print(f"{'':36s} {'tokens/s':>9s} {'ms/step':>8s} {'of limit':>8s} {'ours/it':>8s}")
     for name in actions:
-        print(f"{name:36s} {BATCH * LENGTH / medians[name]:9.0f} {1e3 * medians[name]:8.0f} "
-              f"{flops / medians[name] / rates[limit]:8.1%} "
-              f"{medians[name] / medians['ours']:8.2f}")
+        print(
+            f"{name:36s} {BATCH * LENGTH / medians[name]:9.0f} {1e3 * medians[name]:8.0f} "
+            f"{flops / medians[name] / rates[limit]:8.1%} "
+            f"{medians[name] / medians['ours']:8.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -37,22 +37,22 @@ def write(
     """Write one side's documents as shards of about `shard_bytes`; their rows of the manifest."""
     rows: list[dict[str, Any]] = []
     writer, held = None, 0
-    for _, num_bytes, tokens in documents:
-        if writer is None:
-            name = f"{side}-{len(rows):05d}.array_record"
-            rows.append({"file": name, "split": side, "documents": 0, "tokens": 0, "bytes": 0})
-            writer, held = (
-                require(MODULE).ArrayRecordWriter(str(directory / name), "group_size:1"),
-                0,
-            )
-        writer.write(HEADER.pack(SIDES[side], num_bytes) + tokens.tobytes())
-        for name, more in (("documents", 1), ("tokens", len(tokens)), ("bytes", int(num_bytes))):
-            rows[-1][name] += more
-        held += tokens.nbytes
-        if held >= shard_bytes:
-            writer = writer.close()
-    if writer is not None:
-        writer.close()
+    try:
+        for _, num_bytes, tokens in documents:
+            if writer is None:
+                name = f"{side}-{len(rows):05d}.array_record"
+                rows.append({"file": name, "split": side, "documents": 0, "tokens": 0, "bytes": 0})
+                writer = require(MODULE).ArrayRecordWriter(str(directory / name), "group_size:1")
+            writer.write(HEADER.pack(SIDES[side], num_bytes) + tokens.tobytes())
+            for what, more in (("documents", 1), ("tokens", len(tokens)), ("bytes", num_bytes)):
+                rows[-1][what] += more
+            held += tokens.nbytes
+            if held >= shard_bytes:
+                writer, held = writer.close(), 0
+        if writer is not None:
+            writer.close()
+    except RuntimeError as error:  # the library's, for a full disk too
+        raise InputError(f"{directory}: cannot write a shard ({error})") from None
     return [{**row, "sha256": _sha256(directory / row["file"])} for row in rows]
 
 

@@ -39,17 +39,21 @@ class Model:
     def init(self, key: Array) -> Any:
         """Fresh parameters. A leaf depends on the key and its own path alone."""
 
-        def start(path: str, declared: Declared) -> Array:
-            shape, dtype = declared.value.shape, declared.value.dtype
-            if declared.init != "normal":
-                return jnp.full(shape, float(declared.init == "ones"), dtype)
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return (jax.random.normal(own, shape) * self.config.init_scale).astype(dtype)
+        def make() -> Any:
+            leaves, alike = tree.flatten(self.declared, is_leaf=_is_declared), {}
+            for path, leaf in leaves.items():
+                if leaf.init == "normal":
+                    alike.setdefault(leaf.value.shape, []).append(path)
+            values = {p: jnp.full_like(d.value, float(d.init == "ones")) for p, d in leaves.items()}
+            for shape, paths in alike.items():  # compiled once for all leaves of a shape
+                names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
+                drawn = jax.vmap(lambda own, shape=shape: jax.random.normal(own, shape))(keys)
+                for path, value in zip(paths, drawn * self.config.init_scale, strict=True):
+                    values[path] = value.astype(leaves[path].value.dtype)
+            return jax.tree.unflatten(jax.tree.structure(self.shapes), values.values())
 
-        # One program: made one by one, every shape of leaf would compile its own.
-        return jax.jit(
-            lambda: tree.map_with_path(start, self.declared, is_leaf=_is_declared)
-        )()
+        return jax.jit(make)()
 
     def apply(
         self,

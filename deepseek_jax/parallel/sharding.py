@@ -23,7 +23,7 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
 
 
 def weight_sharding(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> NamedSharding:
-    """How a weight lies on the mesh. A mesh axis serves one dimension, and only if it divides it."""
+    """How a weight lies on the mesh: an axis serves one dimension, and only if it divides it."""
     taken: set[str] = set()
     entries: list[str | None] = []
     for name, size in zip(spec.axes, shape, strict=True):
