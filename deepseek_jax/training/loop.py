@@ -11,6 +11,7 @@ is saved, and the same command resumes. A second signal kills at once.
 
 import contextlib
 import functools
+import io
 import pathlib
 import signal
 import time
@@ -87,7 +88,8 @@ class _Run:
         self.layers = layer_table(config.model)
         self.manager = Manager(self.run_dir / "checkpoints", config.checkpoint, self.layers)
         self.log = RunLog(self.run_dir)
-        self.progress = Progress(self.total, log_every=config.log_every)
+        stream = None if jax.process_index() == 0 else io.StringIO()  # only one speaks
+        self.progress = Progress(self.total, log_every=config.log_every, stream=stream)
         self.profiler = Profiler(self.run_dir, *trace) if trace else None
         self.peak = matmul_peak().flops
         self.tokens, self.seconds, self.since = 0, 0.0, 0.0  # done since the last logged step

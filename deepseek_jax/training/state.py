@@ -42,8 +42,7 @@ def initial_state(
     params: Any, optimizer: optax.GradientTransformation, loss_scale: float
 ) -> TrainState:
     """The state before the first step."""
-    # Three zeros: donated buffers must not be one.
-    step, good_steps, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
+    step, good_steps, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers
     scale = jnp.asarray(loss_scale, jnp.float32)
     return TrainState(step, params, optimizer.init(params), None, scale, good_steps, skipped)
 
