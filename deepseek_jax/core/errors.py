@@ -9,12 +9,17 @@ class InputError(Exception):
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a command's `main(argv)`; bad input prints one line on stderr and exits with code 2."""
+    """Run a command's `main(argv)`; bad input prints one line on stderr and exits with code 2.
+
+    Ctrl-C exits with code 130, a reader that went away (`... | head`) with 141.
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader of our output went away (`... | head`): not our error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(141) from None
