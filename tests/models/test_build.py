@@ -14,7 +14,6 @@ from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import num_params, train_flops_per_token
 from deepseek_jax.models.decoder import layer_table
 
-FAST = {"xla_backend_optimization_level": 0}
 CONFIG = cases.decoder(
     "mla_q_rank", "sigmoid_grouped", num_shared_experts=1, num_layers=5, num_dense_layers=2,
     num_mtp_layers=1, init_scale=0.2,
@@ -36,16 +35,16 @@ def loss_of(case, model):
 def plain():
     """Loss and gradients of the plain model."""
     case = cases.case(CONFIG)
-    differentiate = jax.jit(jax.value_and_grad(loss_of(case, case.model)), compiler_options=FAST)
+    differentiate = jax.jit(jax.value_and_grad(loss_of(case, case.model)))
     return case, differentiate(case.params)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("dots", 1), ("full", 1), ("none", 2), ("full", 8)])
+@pytest.mark.parametrize(("remat", "unroll"), [("dots", 1), ("full", 2), ("none", 8)])
 def test_remat_and_unrolling_change_nothing(plain, remat, unroll):
     case, (value, gradients) = plain
     config = dataclasses.replace(CONFIG, remat=remat, unroll=unroll)
     model = build(config, Precision(compute="float32"))
-    differentiate = jax.jit(jax.value_and_grad(loss_of(case, model)), compiler_options=FAST)
+    differentiate = jax.jit(jax.value_and_grad(loss_of(case, model)))
     other_value, other_gradients = differentiate(case.params)
     assert float(value) == pytest.approx(float(other_value), rel=1e-6)
     for path, gradient in tree.flatten(gradients).items():
@@ -171,7 +170,7 @@ def half_precision(config, compute):
     """Each real token's cosine between hidden states in half precision and the reference's."""
     case = cases.case(config)
     model = build(config, Precision(compute=compute))
-    run = jax.jit(lambda p, b: cases.forward(model, p, b), compiler_options=FAST)
+    run = jax.jit(lambda p, b: cases.forward(model, p, b))
     output = run(case.params, case.batch)
     assert output.hidden.dtype == jnp.dtype(compute)
     assert model.logits(case.params, output.hidden).dtype == jnp.float32

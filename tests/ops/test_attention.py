@@ -47,7 +47,7 @@ def compiled(implementation, window, packed):
         )
         return out, pull(jnp.asarray(SLOPE, out.dtype))
 
-    return jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(attend)
 
 
 @pytest.mark.parametrize("packed", [False, True])
