@@ -78,20 +78,17 @@ def _one_line(error: BaseException) -> str:
 def override(config: T, argv: list[str], prog: str, description: str = "") -> T:
     """The config with command-line flags (`--model.num-layers 4`) applied by tyro.
 
-    Unknown flags and wrong types end the process with tyro's message and exit code 2; values that
-    contradict each other raise InputError.
+    Unknown flags, wrong types and values that contradict each other end the process with tyro's
+    message and exit code 2.
     """
-    try:
-        return tyro.cli(
-            type(config),
-            default=config,
-            args=argv,
-            prog=prog,
-            description=description,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
-    except ValueError as error:
-        raise InputError(_one_line(error)) from None
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=argv,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
 
 
 def to_dict(value: Any) -> Any:

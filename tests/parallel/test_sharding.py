@@ -1,0 +1,114 @@
+"""Sharded = single-device: a training step on every mesh axis, alone and in pairs; round trips."""
+
+import cases
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.core import tree
+from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES, Spec
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.models.build import build
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.parallel.sharding import place_batch, tree_shardings, weight_sharding
+from deepseek_jax.training.language import Language, make_language
+from deepseek_jax.training.step import make_gradients
+
+MODEL = build(
+    cases.decoder("mla_q_rank", "sigmoid_grouped", num_shared_experts=1, num_mtp_layers=1)
+)
+ROWS, LENGTH = 8, 12
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, MODEL.config.vocab_size, (ROWS, LENGTH + 2)).astype(np.int32)
+    segments = np.where(np.arange(LENGTH) < 5, 1, 2) * np.ones((ROWS, 1), int)
+    return {
+        "tokens": tokens[:, :-2],
+        "targets": np.stack([tokens[:, 1:-1], tokens[:, 2:]], -1),
+        "weights": np.ones((ROWS, LENGTH, 2), np.float32),
+        "segments": segments.astype(np.int32),
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH)),
+    }
+
+
+def gradients(mesh):
+    """Gradients, means and routing counts of one batch on a mesh, as NumPy."""
+    objective = make_language(Language(), MODEL)
+    with jax.set_mesh(mesh):
+        shardings = tree_shardings(mesh, MODEL.specs, MODEL.shapes)
+        params = jax.device_put(MODEL.init(jax.random.key(0)), shardings)
+        placed = place_batch(mesh, batch())
+        step = jax.jit(make_gradients(objective))
+        grads, means, aux = step(params, placed, jax.random.key(1), np.float32(1))
+    counts = {path: routing.counts for path, routing in aux.items()}
+    return jax.device_get((tree.flatten(grads), means, counts))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return gradients(make_mesh(MeshShape(), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"expert": 8},
+        {"tensor": 2, "data": 1},
+        {"slice": 2, "data": 4},
+        {"fsdp": 2, "expert": 4},
+        {"expert": 2, "tensor": 2, "data": 2},
+        {"context": 2, "data": 4},
+    ],
+    ids=lambda axes: "-".join(f"{axis}{size}" for axis, size in axes.items()),
+)
+def test_gradients_equal_those_of_one_device(axes, alone):
+    shape = MeshShape(**({"data": 1} | axes))
+    count = int(np.prod([getattr(shape, axis) for axis in MESH_AXES]))
+    grads, means, counts = gradients(make_mesh(shape, jax.devices()[:count]))
+    for path, expected in alone[2].items():
+        np.testing.assert_array_equal(counts[path], expected)
+    for name, expected in alone[1].items():
+        np.testing.assert_allclose(means[name], expected, rtol=1e-5, atol=1e-7, err_msg=name)
+    for path, expected in alone[0].items():
+        scale = np.abs(expected).max() + 1e-12
+        np.testing.assert_allclose(grads[path] / scale, expected / scale, atol=2e-5, err_msg=path)
+
+
+def test_parameters_are_really_spread():
+    mesh = make_mesh(MeshShape(fsdp=2, expert=2, tensor=2))
+    shardings = tree.flatten(tree_shardings(mesh, MODEL.specs, MODEL.shapes))
+    shapes = tree.flatten(MODEL.shapes)
+    path = "segment_0/block/moe/experts/gate"
+    whole, part = shapes[path].shape, shardings[path].shard_shape(shapes[path].shape)
+    assert np.prod(whole) == 8 * np.prod(part)
+
+
+def test_an_axis_that_does_not_divide_a_dimension_leaves_it_whole():
+    mesh = make_mesh(MeshShape(tensor=8))
+    spec = Spec(axes=("embed", "mlp"), reduced=(0,), outputs=(1,))
+    assert weight_sharding(mesh, spec, (4, 12)).spec == jax.sharding.PartitionSpec()
+    assert weight_sharding(mesh, spec, (4, 16)).spec == jax.sharding.PartitionSpec(None, "tensor")
+
+
+def test_batches_are_spread_over_every_batch_axis():
+    mesh = make_mesh(MeshShape(slice=2, fsdp=2, expert=2, data=1))
+    placed = place_batch(mesh, batch())["tokens"]
+    assert placed.sharding.shard_shape(placed.shape)[0] == 1
+    assert set(placed.sharding.spec[0]) == set(BATCH_AXES)
+    np.testing.assert_array_equal(placed, batch()["tokens"])
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 3}, {"data": 16}, {"data": 4}])
+def test_meshes_that_do_not_fit_say_how_many_devices_there_are(shape):
+    with pytest.raises(InputError, match="there are 8"):
+        make_mesh(MeshShape(**shape))
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 0}, {"fsdp": -1, "data": -1}, {"tensor": -2}])
+def test_impossible_meshes_are_refused(shape):
+    with pytest.raises(ValueError, match="at least 1"):
+        MeshShape(**shape)
