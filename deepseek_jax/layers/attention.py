@@ -64,6 +64,8 @@ class GQA:
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
                 f"({self.num_kv_heads})."
             )
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 1.")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary turns pairs.")
         if self.window is not None and self.window < 1:

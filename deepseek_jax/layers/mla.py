@@ -39,6 +39,8 @@ class MLA:
                 "num_heads, kv_rank, nope_dim, rope_dim, value_dim and q_rank must be at least 1; "
                 f"they are {sizes} and {self.q_rank}."
             )
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 1.")
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim ({self.rope_dim}) must be even: rotary turns pairs.")
 

@@ -70,6 +70,10 @@ class Balance:
     z_weight: float = 0.0
     """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)."""
 
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 0:
+            raise ValueError(f"no rate or weight of {self} may be negative.")
+
 
 def check_router(router: Router, num_experts: int) -> None:
     """Raise ValueError unless the router's choices exist among `num_experts` experts."""
@@ -79,6 +83,8 @@ def check_router(router: Router, num_experts: int) -> None:
             f"router.num_active_experts is {top}, but there are num_experts = {num_experts}: "
             "it must lie between 1 and that."
         )
+    if router.scale <= 0:
+        raise ValueError(f"router.scale is {router.scale}; it must be above 0.")
     if groups < 1 or num_experts % groups:
         raise ValueError(
             f"router.num_groups ({groups}) must divide num_experts ({num_experts}) evenly."

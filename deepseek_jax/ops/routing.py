@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# DeepSeek adds 1e-20; its square, which the gradient divides by, would underflow float32.
+TINY = 1e-18
+
 
 class Routes(NamedTuple):
     """Where tokens go: expert ids, their weights, and the distribution they were chosen from."""
@@ -42,7 +45,7 @@ def _choose(
     experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), num_active)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        weights = weights / (weights.sum(-1, keepdims=True) + TINY)
     return experts, weights * scale
 
 
@@ -78,7 +81,7 @@ def sigmoid_routes(
     ranking = scores + bias.reshape((1,) * (scores.ndim - 1) + bias.shape)
     if num_groups > 1:
         ranking = _limit_to_groups(ranking, num_groups, num_active_groups, best=2)
-    probabilities = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    probabilities = scores / (scores.sum(-1, keepdims=True) + TINY)
     return Routes(*_choose(ranking, scores, num_active, normalize, scale), probabilities)
 
 
@@ -105,7 +108,7 @@ def hierarchical_routes(
     weights = jnp.take_along_axis(inside, local, axis=-1).reshape(*logits.shape[:-1], num_active)
     experts = (groups[..., None] * size + local).reshape(*logits.shape[:-1], num_active)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        weights = weights / (weights.sum(-1, keepdims=True) + TINY)
     probabilities = probabilities.reshape(logits.shape)
     return Routes(experts.astype(jnp.int32), weights * scale, probabilities)
 

@@ -26,7 +26,9 @@ WHOLE = {
         "gqa_window", "two_groups_of_three", "capacity", num_experts=12, num_layers=2,
         num_mtp_layers=1, tie_embeddings=True,
     ),
-    "dense": cases.decoder("gqa_bias", None, num_layers=2, tie_embeddings=True),
+    "dense": cases.decoder(
+        "gqa_bias", None, num_layers=2, num_mtp_layers=1, tie_embeddings=True
+    ),
 }  # fmt: skip
 
 
@@ -107,6 +109,13 @@ def test_every_combination_is_the_reference_and_causal(index, attention, router,
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_models_are_the_reference(whole, name):
     case = whole[name]
+    assert_matches(case, case.batch, case.apply(case.params, case.batch), case.expected)
+
+
+@pytest.mark.parametrize("name", ["v3", "window"])
+def test_longer_rows_are_the_reference(name):
+    """More than one block of queries, experts whose fixed tile overflows."""
+    case = cases.case(WHOLE[name], rows=((150,), (100, 40)), length=150, margin=5e-6)
     assert_matches(case, case.batch, case.apply(case.params, case.batch), case.expected)
 
 

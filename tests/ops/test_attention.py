@@ -96,6 +96,26 @@ def test_half_precision_keeps_its_dtype_and_a_float32_softmax(dtype):
     assert (ours * expected).sum() / np.sqrt((ours**2).sum() * (expected**2).sum()) > 0.9999
 
 
+def test_no_square_waits_for_the_backward_pass():
+    def kept(implementation):
+        pull = jax.eval_shape(
+            lambda *x: jax.vjp(
+                lambda *x: causal_attention(*x, None, scale=1.0, implementation=implementation), *x
+            )[1],
+            *map(jnp.asarray, (Q, KEYS, VALUES)),
+        )
+        return max(leaf.size for leaf in jax.tree.leaves(pull))
+
+    assert kept("reference") >= B * N * T * T  # the test can see one
+    assert kept("blocks") <= Q.size
+
+
+def test_scores_of_any_size_stay_finite():
+    inputs = tuple(jnp.asarray(100 * x) for x in (Q, KEYS, VALUES))
+    for array in jax.tree.leaves(compiled("blocks", 140, True)(*inputs)):
+        assert np.isfinite(array).all()
+
+
 def test_the_mask_by_hand():
     segments = jnp.asarray([[1, 1, 1, 2, 0]])
     mask = causal_mask(segments, 5, 2)[0].astype(int)
