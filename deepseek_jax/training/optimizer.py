@@ -152,28 +152,26 @@ def _muon(config, grad, mu, spec):
     mu = config.momentum * mu + (1 - config.momentum) * grad
     ahead = config.momentum * mu + (1 - config.momentum) * grad
     batch = [i for i in range(grad.ndim) if i not in spec.reduced + spec.outputs]
-    # The smaller side first, so that the Gram matrix is small: the iteration commutes with it.
-    sides = [
-        (math.prod(grad.shape[i] for i in dims), dims) for dims in (spec.reduced, spec.outputs)
-    ]
-    (small, rows), (large, columns) = sorted(sides)
-    order = (*batch, *rows, *columns)
+    order = (*batch, *spec.reduced, *spec.outputs)
+    rows, columns = (math.prod(grad.shape[i] for i in d) for d in (spec.reduced, spec.outputs))
     turned = ahead.transpose(order)
-    factor = orthogonal_factor(turned.reshape(-1, small, large), config.newton_schulz_steps)
+    factor = orthogonal_factor(turned.reshape(-1, rows, columns), config.newton_schulz_steps)
     back = sorted(range(grad.ndim), key=order.__getitem__)
-    return 0.2 * math.sqrt(large) * factor.reshape(turned.shape).transpose(back), mu
+    return 0.2 * math.sqrt(max(rows, columns)) * factor.reshape(turned.shape).transpose(back), mu
 
 
 def orthogonal_factor(matrices: jax.Array, num_steps: int) -> jax.Array:
     """[N, rows, columns] with singular values brought near 1 (0.7 to 1.2 after 5 steps).
 
-    Newton-Schulz with Jordan's quintic coefficients; fastest when rows <= columns.
+    Newton-Schulz with Jordan's quintic coefficients, on the smaller side's Gram matrices.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[1] <= matrices.shape[2]
+    gram_of, times = ("nij,nkj->nik", "nij,njk->nik") if wide else ("nji,njk->nik", "njk,nij->nik")
     norms = jnp.sqrt(jnp.sum(matrices * matrices, (1, 2), keepdims=True))
     matrices = matrices / (norms + 1e-30)  # far below any gradient: zero stays zero
     for _ in range(num_steps):
-        gram = jnp.einsum("nij,nkj->nik", matrices, matrices)
+        gram = jnp.einsum(gram_of, matrices, matrices)
         polynomial = b * gram + c * jnp.einsum("nij,njk->nik", gram, gram)
-        matrices = a * matrices + jnp.einsum("nij,njk->nik", polynomial, matrices)
+        matrices = a * matrices + jnp.einsum(times, polynomial, matrices)
     return matrices
