@@ -110,7 +110,7 @@ def test_v3_weights_come_from_unbiased_scores():
 
 def test_extreme_logits_stay_finite():
     logits = jnp.asarray(LOGITS) * 1e4
-    for config in ROUTERS.values():
+    for config in cases.ROUTERS.values():
 
         def loss(logits, config=config):
             routes = chosen_by(config, logits)
