@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        "tpu": ["jax[tpu]", "tokamax"],
+        "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "notebook": ["jupytext", "nbclient", "ipykernel"],
         "test": [

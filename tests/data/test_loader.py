@@ -68,7 +68,8 @@ def test_rows_are_the_same_for_every_batch_size_process_count_and_restart(folder
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_worker_processes_change_nothing(folder, num_workers):
     dataset = _open(_mixture(folder), folder)
-    for batch, other in zip(_rows(dataset, 7, num_workers=num_workers), _rows(dataset, 7)):  # noqa: B905
+    made = _rows(dataset, 7, num_workers=num_workers)
+    for batch, other in zip(made, _rows(dataset, 7), strict=True):
         _same(batch, other)
     mine = {"process_index": 1, "process_count": 2}
     halves = _rows(dataset, 3, num_workers=num_workers, **mine), _rows(dataset, 3, **mine)
