@@ -2,14 +2,17 @@
 
     python benchmarks/train_step.py [--config tiny|wide] [--rounds 5] [--no-peer]
 
-Both train the same model on the same tokens with AdamW: V3-shaped, hidden 256, 4 layers of which 1
+All train the same model on the same tokens with AdamW: V3-shaped, hidden 256, 4 layers of which 1
 dense, 16 experts top-4 and 2 shared of width 128, MLA, vocabulary 8192, batch 8 x 256. `wide` is
-hidden 1024. Steps are interleaved (ours, theirs, ours, ...) and medians printed, since the
-machine's speed drifts. The limit is the best matmul at 2048^3, interleaved too: bf16 -> bf16,
-bf16 -> f32, f32, and torch's. Torch runs in its fastest dtype and experts backend, tried first.
+hidden 1024. Each runs in a process of its own, with and without huge pages (core/memory.py; `train`
+uses them, transformers' users would have to ask); steps take turns and medians are printed, since
+the machine's speed drifts. Torch runs in its fastest dtype and experts backend, tried first. The
+limit is the best matmul at 2048^3, in turns too: bf16 -> bf16, bf16 -> f32, f32, and torch's.
 """
 
 import argparse
+import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -25,6 +28,7 @@ try:
 except ImportError:
     torch = None
 
+from deepseek_jax.core.memory import TUNABLES
 from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE
@@ -98,7 +102,6 @@ def ours(config: Decoder, tokens: np.ndarray, precision: Precision) -> tuple[Cal
         holder[0], metrics = compiled(holder[0], data, jax.random.key(1))
         assert np.isfinite(float(metrics["loss"]))
 
-    take.compiled = compiled
     return take, seconds
 
 
@@ -180,6 +183,64 @@ def matmuls(size: int = 2048) -> dict[str, tuple[Callable, int]]:
     return actions
 
 
+def serve(pipe, kind: str, width: str, options: tuple) -> None:
+    """One process: prepares its actions, says what they are, then times one whenever asked."""
+    config, told = decoder(width), {}
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, LENGTH + 1))
+    tokens = tokens.astype(np.int32)
+    if kind == "limits":
+        found = matmuls()
+        actions = {name: action for name, (action, _) in found.items()}
+        told = {name: flops for name, (_, flops) in found.items()}
+    elif kind == "ours":
+        action, told["compiled"] = ours(config, tokens, Precision(compute=options[0]))
+        actions = {kind: action}
+    else:
+        actions = {kind: theirs(config, tokens, *options)}
+    for action in actions.values():
+        action()
+    pipe.send(told)
+    while (name := pipe.recv()) is not None:
+        pipe.send(seconds(actions[name]))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+
+
+class Contender:
+    """A process that `serve`s; `seconds(name)` is how long one of its actions takes now."""
+
+    def __init__(self, kind: str, width: str, *options: str, huge_pages: bool = True):
+        os.environ["GLIBC_TUNABLES"] = TUNABLES if huge_pages else ""
+        self._pipe, theirs = multiprocessing.Pipe()
+        arguments = (theirs, kind, width, options)
+        self._process = multiprocessing.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.told = self._pipe.recv()
+
+    def seconds(self, name: str) -> float:
+        self._pipe.send(name)
+        return self._pipe.recv()
+
+    def end(self) -> float:
+        """The most memory that it held, in GB."""
+        self._pipe.send(None)
+        peak = self._pipe.recv()
+        self._process.join()
+        return peak
+
+
+def fastest_peer(width: str) -> tuple[str, str]:
+    """The dtype and experts backend in which transformers is fastest here."""
+    tried = {}
+    for dtype in ("float32", "bfloat16"):
+        for backend in ("grouped_mm", "eager"):
+            peer = Contender("transformers", width, dtype, backend)
+            tried[dtype, backend] = min(peer.seconds("transformers") for _ in range(3))
+            peer.end()
+            print(f"transformers {dtype} {backend}: {tried[dtype, backend]:.3f} s", flush=True)
+    return min(tried, key=tried.get)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=("tiny", "wide"), default="tiny")
@@ -187,56 +248,49 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--no-peer", action="store_true")
     arguments = parser.parse_args()
-    config = decoder(arguments.config)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, LENGTH + 1))
-    tokens = tokens.astype(np.int32)
-    precision = Precision(compute=arguments.precision)
-    actions, compile_seconds = {}, 0.0
-    actions["ours"], compile_seconds = ours(config, tokens, precision)
+    width = arguments.config
+    multiprocessing.set_start_method("spawn")
+    rows = {
+        "ours": Contender("ours", width, arguments.precision),
+        "ours, small pages": Contender("ours", width, arguments.precision, huge_pages=False),
+    }
     if not arguments.no_peer:
-        tried = {}
-        for dtype in ("float32", "bfloat16"):
-            for backend in ("grouped_mm", "eager"):
-                step = theirs(config, tokens, dtype, backend)
-                step()
-                tried[dtype, backend] = (min(seconds(step) for _ in range(2)), step)
-                print(
-                    f"transformers {dtype} {backend}: {tried[dtype, backend][0]:.3f} s", flush=True
-                )
-        best = min(tried, key=lambda key: tried[key][0])
-        actions[f"transformers {' '.join(best)}"] = tried[best][1]
-    limits = matmuls()
-    for action in [*actions.values(), *(action for action, _ in limits.values())]:
-        action()
-    times: dict[str, list[float]] = {name: [] for name in [*actions, *limits]}
+        best = fastest_peer(width)
+        name = f"transformers {' '.join(best)}"
+        rows[name] = Contender("transformers", width, *best, huge_pages=False)
+        rows[f"{name}, huge pages"] = Contender("transformers", width, *best)
+    limits = Contender("limits", width)
+    times: dict[str, list[float]] = {name: [] for name in [*rows, *limits.told]}
     for _ in range(arguments.rounds):
-        for name, action in [*actions.items(), *((n, a) for n, (a, _) in limits.items())]:
-            times[name].append(seconds(action))
+        for name, row in rows.items():
+            times[name].append(row.seconds(name.partition(",")[0].partition(" ")[0]))
+        for name in limits.told:
+            times[name].append(limits.seconds(name))
     medians = {name: statistics.median(t) for name, t in times.items()}
-    rates = {name: limits[name][1] / medians[name] for name in limits}
+    rates = {name: limits.told[name] / medians[name] for name in limits.told}
     # The limit that a step is held to is a forward product; dX and dW are printed for reading.
     forward = {n: r for n, r in rates.items() if not n.endswith(("dX", "dW"))}
     limit = max(forward, key=forward.get)
-    model = build(config, precision)
+    precision = Precision(compute=arguments.precision)
+    model = build(decoder(width), precision)
     flops = counts.train_flops_per_token(model, LENGTH) * BATCH * LENGTH
     total, active = counts.num_params(model)
     print(
-        f"\n{arguments.config}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active, "
+        f"\n{width}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active, "
         f"{flops / 1e9:.0f} GFLOP a step of {BATCH * LENGTH} tokens; "
-        f"compute {compute_dtype(precision)[0]}; compiled in {compile_seconds:.1f} s; "
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB "
-        "(this process, peers included)"
+        f"compute {compute_dtype(precision)[0]}; compiled in {rows['ours'].told['compiled']:.1f} s"
     )
     for name, rate in rates.items():
         print(f"  {name:24s} {rate / 1e9:8.0f} GFLOP/s")
     print(f"  limit: {limit}")
-    print(f"{'':36s} {'tokens/s':>9s} {'ms/step':>8s} {'of limit':>8s} {'ours/it':>8s}")
-    for name in actions:
+    print(f"{'':42s} {'tokens/s':>9s} {'ms/step':>8s} {'of limit':>8s} {'ours/it':>8s} {'GB':>5s}")
+    for name, row in rows.items():
         print(
-            f"{name:36s} {BATCH * LENGTH / medians[name]:9.0f} {1e3 * medians[name]:8.0f} "
+            f"{name:42s} {BATCH * LENGTH / medians[name]:9.0f} {1e3 * medians[name]:8.0f} "
             f"{flops / medians[name] / rates[limit]:8.1%} "
-            f"{medians[name] / medians['ours']:8.2f}"
+            f"{medians[name] / medians['ours']:8.2f} {row.end():5.2f}"
         )
+    limits.end()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax
 
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
+from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.models.build import build
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
     config = core_config.override(config, rest, prog="train", description=parser.format_help())
     if not config.run_dir:
         config = dataclasses.replace(config, run_dir=f"runs/{pathlib.Path(own.config).stem}")
+    if not own.dry_run:
+        restart_with_huge_pages("deepseek_jax.train")
     start_processes()
     if jax.process_index() == 0:
         dtype, why = compute_dtype(config.precision)

@@ -38,9 +38,10 @@ def compute_dtype(precision: Precision) -> tuple[jnp.dtype, str]:
     platform = jax.default_backend()
     if platform != "cpu":
         return jnp.dtype(jnp.bfloat16), f"auto: {platform} has bfloat16 matrix units"
-    if "amx_bf16" in _cpu_flags():
-        return jnp.dtype(jnp.bfloat16), "auto: this CPU has AMX bfloat16 matrix units"
-    return jnp.dtype(jnp.float32), "auto: this CPU has no bfloat16 matrix units"
+    found = {"amx_bf16", "avx512_bf16"} & _cpu_flags()
+    if found:
+        return jnp.dtype(jnp.bfloat16), f"auto: this CPU multiplies bfloat16 ({min(found)})"
+    return jnp.dtype(jnp.float32), "auto: this CPU has no bfloat16 arithmetic"
 
 
 def _cpu_flags() -> set[str]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.ops.experts import feed_forward
+from deepseek_jax.ops.matmul import matmul, scaled
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -100,8 +101,7 @@ class RMSNorm(nn.Module):
         scale = weight(self, "scale", (x.shape[-1],), (self.axis,), init="ones")
         x32 = x.astype(jnp.float32)
         normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
-        return normal.astype(x.dtype) * scale
+        return scaled(normal.astype(x.dtype), scale)
 
 
 class Projection(nn.Module):
@@ -127,7 +127,10 @@ class Projection(nn.Module):
             self.offset = weight(self, "bias", shape, axes, init="zeros")
 
     def __call__(self, x: Array) -> Array:
-        y = einsum(self.equation, x, self.weight, self.dtypes.compute)
+        x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], -1)
+        w = self.weight.reshape(x.shape[-1], -1)
+        outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
+        y = matmul(x, w).reshape(*x.shape[:2], *outputs)
         if self.bias:
             y = y + self.offset.astype(y.dtype).reshape(
                 (1,) * (y.ndim - self.offset.ndim) + self.offset.shape
@@ -148,7 +151,7 @@ class SwiGLU(nn.Module):
         inward = ("btd,df->btf", (d, f), ("embed", "mlp"), self.dtypes)
         outward = ("btf,fd->btd", (f, d), ("mlp", "embed"), self.dtypes)
         leaves = (
-            Projection(*parts, name=name).weight.astype(x.dtype)
+            Projection(*parts, name=name).weight
             for name, parts in (("gate", inward), ("up", inward), ("down", outward))
         )
         return feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape)

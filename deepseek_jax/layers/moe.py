@@ -96,7 +96,7 @@ class Experts(nn.Module):
         inward = ("experts", "embed", "expert_mlp"), (e, d, f)
         outward = ("experts", "expert_mlp", "embed"), (e, f, d)
         leaves = (
-            weight(self, name, shape, axes, reduced=(1,), outputs=(2,)).astype(x.dtype)
+            weight(self, name, shape, axes, reduced=(1,), outputs=(2,))
             for name, (axes, shape) in {"gate": inward, "up": inward, "down": outward}.items()
         )
         return routed_experts(x, experts, weights, *leaves, capacity=capacity)

@@ -14,6 +14,7 @@ from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes
 from deepseek_jax.layers.moe import Dropless
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, empty_cache
+from deepseek_jax.ops.matmul import dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +85,12 @@ class Model:
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The output projection, in the arithmetic's dtype."""
         if self.config.tie_embeddings:
-            return params["embedding"]["weight"].T.astype(self.dtypes.compute)
-        return params["head"]["weight"].astype(self.dtypes.compute)
+            return params["embedding"]["weight"].T
+        return params["head"]["weight"]
 
     def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states."""
-        return jnp.einsum(
-            "btd,dv->btv", hidden, self.head(params), preferred_element_type=jnp.float32
-        )
+        return dot("btd,dv->btv", hidden, self.head(params).astype(hidden.dtype))
 
     def init_cache(self, batch_size: int, length: int) -> tuple:
         """An empty cache for `length` positions a row."""

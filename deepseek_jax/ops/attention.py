@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core.extras import require
+from deepseek_jax.ops.matmul import dot
 
 Implementation = Literal["reference", "blocks", "cudnn", "splash"]
 MASKED = -1e30  # finite: a row with nothing to attend gives a uniform softmax, never NaN
@@ -116,12 +117,8 @@ def _scores(q, k, segments, span, window):
         mask &= query - key < window
     if segments is not None:
         mask &= segments[:, start:end, None] == segments[:, None, first:end]
-    scores = _dot("bkgth,bksh->bkgts", q[:, :, :, start:end], k[:, :, first:end])
+    scores = dot("bkgth,bksh->bkgts", q[:, :, :, start:end], k[:, :, first:end])
     return jnp.where(mask[:, None, None], scores, MASKED)
-
-
-def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _blocks_forward(q, k, v, segments, scale, window):
@@ -133,7 +130,7 @@ def _blocks_forward(q, k, v, segments, scale, window):
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         values = heads[2][:, :, span[2] : span[1]]
-        outputs.append(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), values) / total)
+        outputs.append(dot("bkgts,bksh->bkgth", weights.astype(v.dtype), values) / total)
         sums.append(top + jnp.log(total))
     out = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4)
     out = out.reshape(*q.shape[:3], v.shape[-1]).astype(v.dtype)
@@ -153,15 +150,15 @@ def _blocks_backward(scale, window, residuals, slope):
         rows, keys = slice(start, end), slice(first, end)
         scores = _scores(qh, kh, segments, span, window)
         weights = jnp.exp(scores - log_sums[:, :, :, rows])
-        change = _dot("bkgth,bksh->bkgts", slope[:, :, :, rows], vh[:, :, keys])
+        change = dot("bkgth,bksh->bkgts", slope[:, :, :, rows], vh[:, :, keys])
         change = weights * (change - shared[:, :, :, rows])
         # Apart, or XLA:CPU fuses the exponentials into the transpositions below.
         weights, change = jax.lax.optimization_barrier(
             (weights.astype(v.dtype), change.astype(q.dtype))
         )
-        q_slopes.append(_dot("bkgts,bksh->bkgth", change, kh[:, :, keys]))
-        k_part = _dot("bkgts,bkgth->bksh", change, qh[:, :, :, rows])
-        v_part = _dot("bkgts,bkgth->bksh", weights, slope[:, :, :, rows])
+        q_slopes.append(dot("bkgts,bksh->bkgth", change, kh[:, :, keys]))
+        k_part = dot("bkgts,bkgth->bksh", change, qh[:, :, :, rows])
+        v_part = dot("bkgts,bkgth->bksh", weights, slope[:, :, :, rows])
         k_slope = k_slope.at[:, :, keys].add(k_part)
         v_slope = v_slope.at[:, :, keys].add(v_part)
     q_slope = jnp.concatenate(q_slopes, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape) * scale

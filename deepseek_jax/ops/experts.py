@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.ops.matmul import dot, rows, turned, weight_slope
+
 Implementation = Literal["reference", "ragged", "tiles", "few"]
 TILE_SLACK = 1.25  # a fixed tile's rows over an expert's even share
 OVERFLOW_ROWS = 64  # rows of one overflow tile
@@ -70,6 +72,8 @@ def routed_experts(
             plan = make_plan(experts, num_experts)
     weights = jnp.where(experts < num_experts, weights, 0.0)
     chosen = implementation or _fastest(x, experts, num_experts)
+    if chosen != "tiles":  # which narrows them itself, so that their slopes stay wide
+        gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
     if chosen == "reference":
         y = _every_expert(x, experts, weights, gate, up, down)
     elif chosen == "few":
@@ -78,9 +82,9 @@ def routed_experts(
         plan = plan if capacity is None else make_plan(experts, num_experts)
         y = _ragged(x, plan, weights, gate, up, down)
     else:
-        rows = capacity or _even_rows(experts.size, num_experts)
-        rows = min(rows, x.shape[0])
-        y = _tiles(rows, capacity is None, x, weights, gate, up, down, plan, experts)
+        size = capacity or _even_rows(experts.size, num_experts)
+        size = min(size, x.shape[0])
+        y = _tiles(size, capacity is None, x, weights, gate, up, down, plan, experts)
     return y, dispatched, dropped
 
 
@@ -99,30 +103,26 @@ def swiglu(gate: Float[Array, "*x F"], up: Float[Array, "*x F"]) -> Float[Array,
     return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
 
-def _dot(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
 def _every_expert(x, experts, weights, gate, up, down):
     """The reference: every expert on every token, weighted by what the router chose."""
     hot = experts[..., None] == jnp.arange(gate.shape[0])[None, None, :]
     mixing = jnp.where(hot, weights[..., None], 0.0).sum(1)
-    h = swiglu(_dot("nd,edf->enf", x, gate), _dot("nd,edf->enf", x, up)).astype(x.dtype)
-    return _dot("end,ne->nd", _dot("enf,efd->end", h, down), mixing).astype(x.dtype)
+    h = swiglu(dot("nd,edf->enf", x, gate), dot("nd,edf->enf", x, up)).astype(x.dtype)
+    return dot("end,ne->nd", dot("enf,efd->end", h, down), mixing).astype(x.dtype)
 
 
 def _few(x, experts, weights, gate, up, down):
     """Fewer assignments than experts: gather the chosen weights instead of sorting the tokens."""
     ids = jnp.minimum(experts, gate.shape[0] - 1)
-    h = swiglu(_dot("nd,nadf->naf", x, gate[ids]), _dot("nd,nadf->naf", x, up[ids]))
+    h = swiglu(dot("nd,nadf->naf", x, gate[ids]), dot("nd,nadf->naf", x, up[ids]))
     h = (h * weights[..., None]).astype(x.dtype)
-    return _dot("naf,nafd->nd", h, down[ids]).astype(x.dtype)
+    return dot("naf,nafd->nd", h, down[ids]).astype(x.dtype)
 
 
 def _ragged(x, plan, weights, gate, up, down):
     ragged = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
-    rows = x[plan.order // weights.shape[1]]
-    h = swiglu(ragged(rows, gate, plan.counts), ragged(rows, up, plan.counts))
+    tokens = x[plan.order // weights.shape[1]]
+    h = swiglu(ragged(tokens, gate, plan.counts), ragged(tokens, up, plan.counts))
     used = jnp.arange(plan.order.size) < plan.counts.sum()
     h = jnp.where(used[:, None], h * weights.reshape(-1)[plan.order][:, None], 0.0)
     y = ragged(h.astype(x.dtype), down, plan.counts)
@@ -132,8 +132,8 @@ def _ragged(x, plan, weights, gate, up, down):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiles(rows, overflow, x, weights, gate, up, down, plan, experts):
-    return _tiles_forward(rows, overflow, x, weights, gate, up, down, plan, experts)[0]
+def _tiles(size, overflow, x, weights, gate, up, down, plan, experts):
+    return _tiles_forward(size, overflow, x, weights, gate, up, down, plan, experts)[0]
 
 
 class _Slots(NamedTuple):
@@ -143,16 +143,16 @@ class _Slots(NamedTuple):
     kept: Array  # [N, A] whether the assignment has one
 
 
-def _slots(rows, weights, plan, experts):
+def _slots(size, weights, plan, experts):
     num_experts, num_active = plan.counts.shape[0], weights.shape[1]
-    inside = jnp.arange(rows)[None, :]
+    inside = jnp.arange(size)[None, :]
     place = jnp.minimum(plan.start[:, None] + inside, plan.order.size - 1)
     assignment = plan.order[place]
     used = inside < plan.counts[:, None]
     weight = jnp.where(used, weights.reshape(-1)[assignment], 0.0)
     rank = plan.place - jnp.pad(plan.start, (0, 1))[experts]
-    kept = (rank < rows) & (experts < num_experts)
-    slot = jnp.where(kept, experts * rows + rank, 0)
+    kept = (rank < size) & (experts < num_experts)
+    slot = jnp.where(kept, experts * size + rank, 0)
     return _Slots(assignment // num_active, weight, slot, kept)
 
 
@@ -165,40 +165,43 @@ def _combine(values, slots):
     return total
 
 
-def _overflow_tile(index, rows, plan, num_active):
+def _overflow_tile(index, size, plan, num_active):
     """The index-th overflow tile: its expert, its assignments, and which of them are real."""
-    tiles = -(-jnp.maximum(plan.counts - rows, 0) // OVERFLOW_ROWS)
+    tiles = -(-jnp.maximum(plan.counts - size, 0) // OVERFLOW_ROWS)
     ends = jnp.cumsum(tiles)
     expert = (index >= ends).sum()
-    first = rows + (index - (ends - tiles)[expert]) * OVERFLOW_ROWS
+    first = size + (index - (ends - tiles)[expert]) * OVERFLOW_ROWS
     inside = first + jnp.arange(OVERFLOW_ROWS)
     place = jnp.minimum(plan.start[expert] + inside, plan.order.size - 1)
     assignment = plan.order[place]
     return expert, assignment, assignment // num_active, inside < plan.counts[expert]
 
 
-def _num_overflow_tiles(rows, plan):
-    return (-(-jnp.maximum(plan.counts - rows, 0) // OVERFLOW_ROWS)).sum()
+def _num_overflow_tiles(size, plan):
+    return (-(-jnp.maximum(plan.counts - size, 0) // OVERFLOW_ROWS)).sum()
 
 
-def _tiles_forward(rows, overflow, x, weights, gate, up, down, plan, experts):
-    slots = _slots(rows, weights, plan, experts)
-    tile = x[slots.token]
-    g = _dot("erd,edf->erf", tile, gate).astype(x.dtype)
-    u = _dot("erd,edf->erf", tile, up).astype(x.dtype)
+def _tiles_forward(size, overflow, x, weights, gate, up, down, plan, experts):
+    like = jnp.zeros(0, gate.dtype)
+    gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
+    slots = _slots(size, weights, plan, experts)
+    tile = rows(x, slots.token)
+    g = dot("erd,edf->erf", tile, gate).astype(x.dtype)
+    u = dot("erd,edf->erf", tile, up).astype(x.dtype)
     h = (swiglu(g, u) * slots.weight[..., None]).astype(x.dtype)
-    y = _combine(_dot("erf,efd->erd", h, down), slots)
+    y = _combine(dot("erf,efd->erd", h, down), slots)
     if overflow:
 
         def one(index, y):
-            expert, assignment, token, real = _overflow_tile(index, rows, plan, weights.shape[1])
-            part = x[token]
-            h = swiglu(_dot("rd,df->rf", part, gate[expert]), _dot("rd,df->rf", part, up[expert]))
+            expert, assignment, token, real = _overflow_tile(index, size, plan, weights.shape[1])
+            part = rows(x, token)
+            g, u, d = (rows(w, expert) for w in (gate, up, down))
+            h = swiglu(dot("rd,df->rf", part, g), dot("rd,df->rf", part, u))
             h = h * jnp.where(real, weights.reshape(-1)[assignment], 0.0)[:, None]
-            return y.at[token].add(_dot("rf,fd->rd", h.astype(x.dtype), down[expert]))
+            return y.at[token].add(dot("rf,fd->rd", h.astype(x.dtype), d))
 
-        y = jax.lax.fori_loop(0, _num_overflow_tiles(rows, plan), one, y)
-    return y.astype(x.dtype), (x, weights, gate, up, down, plan, experts, g, u)
+        y = jax.lax.fori_loop(0, _num_overflow_tiles(size, plan), one, y)
+    return y.astype(x.dtype), (x, weights, gate, up, down, plan, experts, g, u, like)
 
 
 def _swiglu_slopes(g, u, h_slope, weight, dtype):
@@ -216,46 +219,48 @@ def _swiglu_slopes(g, u, h_slope, weight, dtype):
     return jax.lax.optimization_barrier(slopes)
 
 
-def _tiles_backward(rows, overflow, residuals, y_slope):
-    x, weights, gate, up, down, plan, experts, g, u = residuals
-    slots = _slots(rows, weights, plan, experts)
+def _tiles_backward(size, overflow, residuals, y_slope):
+    x, weights, gate, up, down, plan, experts, g, u, like = residuals
+    slots = _slots(size, weights, plan, experts)
     dtype, num_active = x.dtype, weights.shape[1]
-    tile, tile_slope = x[slots.token], y_slope[slots.token]
-    h_slope = _dot("erd,efd->erf", tile_slope, down)
+    tile, tile_slope = rows(x, slots.token), rows(y_slope, slots.token)
+    h_slope = dot("erd,efd->erf", tile_slope, down)
     g_slope, u_slope, slot_weight_slope, h = _swiglu_slopes(g, u, h_slope, slots.weight, dtype)
+    tile = turned(tile)
     slopes = (
-        _combine(_dot("erf,edf->erd", g_slope, gate) + _dot("erf,edf->erd", u_slope, up), slots),
+        _combine(dot("erf,edf->erd", g_slope, gate) + dot("erf,edf->erd", u_slope, up), slots),
         jnp.where(slots.kept, slot_weight_slope.reshape(-1)[slots.slot], 0.0),
-        _dot("erd,erf->edf", tile, g_slope),
-        _dot("erd,erf->edf", tile, u_slope),
-        _dot("erf,erd->efd", h, tile_slope),
+        dot("edr,erf->edf", tile, g_slope),
+        dot("edr,erf->edf", tile, u_slope),
+        dot("efr,erd->efd", turned(h), tile_slope),
     )
     if overflow:
 
         def one(index, slopes):
             x_slope, weight_slope, gate_slope, up_slope, down_slope = slopes
-            expert, assignment, token, real = _overflow_tile(index, rows, plan, num_active)
-            part, part_slope = x[token], y_slope[token]
+            expert, assignment, token, real = _overflow_tile(index, size, plan, num_active)
+            part, part_slope = rows(x, token), rows(y_slope, token)
             weight = jnp.where(real, weights.reshape(-1)[assignment], 0.0)
-            g, u = _dot("rd,df->rf", part, gate[expert]), _dot("rd,df->rf", part, up[expert])
-            h_slope = _dot("rd,fd->rf", part_slope, down[expert])
+            own_gate, own_up, own_down = (rows(w, expert) for w in (gate, up, down))
+            g, u = dot("rd,df->rf", part, own_gate), dot("rd,df->rf", part, own_up)
+            h_slope = dot("rd,fd->rf", part_slope, own_down)
             g_slope, u_slope, w_slope, h = _swiglu_slopes(g, u, h_slope, weight, dtype)
-            to_x = _dot("rf,df->rd", g_slope, gate[expert]) + _dot("rf,df->rd", u_slope, up[expert])
+            to_x = dot("rf,df->rd", g_slope, own_gate) + dot("rf,df->rd", u_slope, own_up)
             row, column = assignment // num_active, assignment % num_active
             return (
                 x_slope.at[token].add(to_x),
                 weight_slope.at[row, column].add(jnp.where(real, w_slope, 0.0)),
-                gate_slope.at[expert].add(_dot("rd,rf->df", part, g_slope)),
-                up_slope.at[expert].add(_dot("rd,rf->df", part, u_slope)),
-                down_slope.at[expert].add(_dot("rf,rd->fd", h, part_slope)),
+                gate_slope.at[expert].add(dot("rd,rf->df", part, g_slope)),
+                up_slope.at[expert].add(dot("rd,rf->df", part, u_slope)),
+                down_slope.at[expert].add(dot("rf,rd->fd", h, part_slope)),
             )
 
-        slopes = jax.lax.fori_loop(0, _num_overflow_tiles(rows, plan), one, slopes)
+        slopes = jax.lax.fori_loop(0, _num_overflow_tiles(size, plan), one, slopes)
     x_slope, weight_slope, *expert_slopes = slopes
     return (
         x_slope.astype(dtype),
         weight_slope.astype(weights.dtype),
-        *(slope.astype(gate.dtype) for slope in expert_slopes),
+        *(slope.astype(like.dtype) for slope in expert_slopes),
         None,
         None,
     )
@@ -276,23 +281,21 @@ def feed_forward(
 
 
 def _feed_forward(x, gate, up, down):
-    g, u = (_dot("nd,df->nf", x, w).astype(x.dtype) for w in (gate, up))
-    y = _dot("nf,fd->nd", swiglu(g, u).astype(x.dtype), down).astype(x.dtype)
-    return y, (x, gate, up, down, g, u)
+    like = jnp.zeros(0, gate.dtype)
+    gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
+    g, u = (dot("nd,df->nf", x, w).astype(x.dtype) for w in (gate, up))
+    y = dot("nf,fd->nd", swiglu(g, u).astype(x.dtype), down).astype(x.dtype)
+    return y, (x, gate, up, down, g, u, like)
 
 
 def _feed_forward_backward(residuals, y_slope):
-    x, gate, up, down, g, u = residuals
-    h_slope = _dot("nd,fd->nf", y_slope, down)
+    x, gate, up, down, g, u, like = residuals
+    h_slope = dot("nd,fd->nf", y_slope, down)
     every = jnp.ones(x.shape[:1], jnp.float32)
     g_slope, u_slope, _, h = _swiglu_slopes(g, u, h_slope, every, x.dtype)
-    x_slope = _dot("nf,df->nd", g_slope, gate) + _dot("nf,df->nd", u_slope, up)
-    slopes = (
-        _dot("nd,nf->df", x, g_slope),
-        _dot("nd,nf->df", x, u_slope),
-        _dot("nf,nd->fd", h, y_slope),
-    )
-    return x_slope.astype(x.dtype), *(slope.astype(gate.dtype) for slope in slopes)
+    x_slope = dot("nf,df->nd", g_slope, gate) + dot("nf,df->nd", u_slope, up)
+    pairs = ((x, g_slope), (x, u_slope), (h, y_slope))
+    return x_slope.astype(x.dtype), *(weight_slope(*pair).astype(like.dtype) for pair in pairs)
 
 
 feed_forward.defvjp(_feed_forward, _feed_forward_backward)

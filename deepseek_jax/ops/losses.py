@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.ops.matmul import dot, turned
+
 
 def token_losses(
     hidden: Float[Array, "N D"],
@@ -21,9 +23,10 @@ def token_losses(
 
     def of_chunk(_, inputs):
         chunk_hidden, chunk_targets = inputs
-        logits = jnp.dot(chunk_hidden, head, preferred_element_type=jnp.float32)
+        logits = dot("nd,dv->nv", chunk_hidden, head)
         return None, _negative_log_likelihood(logits, chunk_targets)[0]
 
+    head = head.astype(hidden.dtype)
     size, chunks = _chunks(chunk, hidden, targets)
     return jax.lax.scan(of_chunk, None, chunks)[1].reshape(-1)[:size]
 
@@ -45,12 +48,12 @@ def cross_entropy(
 
     def of_chunk(sums, inputs):
         chunk_hidden, chunk_targets, chunk_weights = inputs
-        logits = jnp.dot(chunk_hidden, head, preferred_element_type=jnp.float32)
+        logits = dot("nd,dv->nv", chunk_hidden, head)
         nll, lse = _negative_log_likelihood(logits, chunk_targets)
         parts = (chunk_weights * nll).sum(), (chunk_weights * lse**2).sum()
         return (sums[0] + parts[0], sums[1] + parts[1]), None
 
-    zero = jnp.zeros((), jnp.float32)
+    head, zero = head.astype(hidden.dtype), jnp.zeros((), jnp.float32)
     _, chunks = _chunks(chunk, hidden, targets, weights)
     (nll, z), _ = jax.lax.scan(of_chunk, (zero, zero), chunks)
     return nll + z_weight * z, nll, z
@@ -78,19 +81,20 @@ def _negative_log_likelihood(logits, targets):
 def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
     def of_chunk(sums, inputs):
         chunk_hidden, chunk_targets, chunk_weights = inputs
-        logits = jnp.dot(chunk_hidden, head, preferred_element_type=jnp.float32)
+        logits = dot("nd,dv->nv", chunk_hidden, narrow)
         nll, lse = _negative_log_likelihood(logits, chunk_targets)
         scale = chunk_weights * (1.0 + 2.0 * z_weight * lse)
         hot = jnp.arange(logits.shape[-1])[None, :] == chunk_targets[:, None]
         slope = jnp.exp(logits - lse[:, None]) * scale[:, None]
-        slope = (slope - jnp.where(hot, chunk_weights[:, None], 0.0)).astype(head.dtype)
-        hidden_slope = jnp.dot(slope, head.T, preferred_element_type=jnp.float32)
-        head_slope = jnp.dot(chunk_hidden.T, slope, preferred_element_type=jnp.float32)
+        slope = (slope - jnp.where(hot, chunk_weights[:, None], 0.0)).astype(hidden.dtype)
+        slope = jax.lax.optimization_barrier(slope)  # made once for both products
+        hidden_slope = dot("nv,dv->nd", slope, narrow)
+        head_slope = dot("dn,nv->dv", turned(chunk_hidden), slope)
         parts = (chunk_weights * nll).sum(), (chunk_weights * lse**2).sum()
         sums = (sums[0] + parts[0], sums[1] + parts[1], sums[2] + head_slope)
         return sums, hidden_slope  # float32 until scaled: float16 would lose small slopes
 
-    zero = jnp.zeros((), jnp.float32)
+    narrow, zero = head.astype(hidden.dtype), jnp.zeros((), jnp.float32)
     size, chunks = _chunks(chunk, hidden, targets, weights)
     start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
     (nll, z, head_slope), hidden_slope = jax.lax.scan(of_chunk, start, chunks)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -63,7 +64,8 @@ def rotation(
     size = 1.0
     if yarn is not None:
         size = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
-    return jnp.cos(angles) * size, jnp.sin(angles) * size
+    # Behind a barrier, or XLA on CPU evaluates them anew for every head that they turn.
+    return jax.lax.optimization_barrier((jnp.cos(angles) * size, jnp.sin(angles) * size))
 
 
 def rotate(

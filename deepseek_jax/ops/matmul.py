@@ -1,0 +1,85 @@
+"""Matrix products with float32 sums, in the forms that every backend runs fast.
+
+XLA on CPU takes bfloat16 operands as they are only in rows: [M, K] times [K, N] or [N, K]. Anything
+else it first widens to float32, at a third of the speed. A weight's slope sums over rows, so it
+needs one operand turned; `turned` makes that copy where XLA cannot fold it away again.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def dot(equation: str, *operands: Array) -> Array:
+    """An einsum that sums, and returns, float32."""
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def rows(x: Float[Array, "N ..."], index: Int[Array, "..."]) -> Float[Array, "..."]:
+    """x[index], for use where nothing is differentiated.
+
+    XLA on CPU moves bfloat16 by widening all of x, gathering, and narrowing again; bits just move.
+    """
+    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
+        return x[index]
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint16)[index], x.dtype)
+
+
+def turned(x: Float[Array, "*n R C"]) -> Float[Array, "*n C R"]:
+    """The transposed matrices; on CPU a copy of its own, in rows."""
+    x = jnp.swapaxes(x, -1, -2)
+    if jax.default_backend() != "cpu":
+        return x
+    # XLA marks a transposition by its layout, which only a change of shape makes it forget.
+    return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*n D"], w: Float[Array, "D F"]) -> Float[Array, "*n F"]:
+    """x @ w in x's dtype, summed in float32; the slope of w keeps w's own, wider dtype."""
+    return _matmul(x, w)[0]
+
+
+def _matmul(x, w):
+    narrow = w.astype(x.dtype)
+    y = dot("...d,df->...f", x, narrow).astype(x.dtype)
+    return y, (x, narrow, jnp.zeros(0, w.dtype))
+
+
+def _matmul_backward(residuals, slope):
+    x, narrow, like = residuals
+    x_slope = dot("...f,df->...d", slope, narrow).astype(x.dtype)
+    return x_slope, weight_slope(x, slope).astype(like.dtype)
+
+
+matmul.defvjp(_matmul, _matmul_backward)
+
+
+def weight_slope(x: Float[Array, "*n D"], slope: Float[Array, "*n F"]) -> Float[Array, "D F"]:
+    """The float32 slope of w in x @ w, from that of the product."""
+    if jax.default_backend() != "cpu":  # merging rows here would gather what a mesh shards
+        rows = tuple(range(x.ndim - 1))
+        return jnp.tensordot(x, slope, (rows, rows), preferred_element_type=jnp.float32)
+    x, slope = x.reshape(-1, x.shape[-1]), slope.reshape(-1, slope.shape[-1])
+    return dot("dn,nf->df", turned(x), slope)
+
+
+@jax.custom_vjp
+def scaled(x: Float[Array, "*n D"], scale: Float[Array, " D"]) -> Float[Array, "*n D"]:
+    """x times a vector, in x's dtype."""
+    return _scaled(x, scale)[0]
+
+
+def _scaled(x, scale):
+    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape), (x, scale)
+
+
+def _scaled_backward(residuals, slope):
+    x, scale = residuals
+    product = (slope.astype(jnp.float32) * x).reshape(-1, x.shape[-1])
+    # A sum over rows, as a product: XLA on CPU would add up one strided column after another.
+    total = jnp.ones((1, product.shape[0]), jnp.float32) @ product
+    return _scaled(slope, scale)[0], total[0].astype(scale.dtype)
+
+
+scaled.defvjp(_scaled, _scaled_backward)
