@@ -17,6 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 from jaxtyping import install_import_hook
 
+from deepseek_jax.core import precision
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = pathlib.Path(tempfile.gettempdir()) / "deepseek_jax_test_compilation"
 jax.config.update("jax_compilation_cache_dir", str(_cache))
@@ -26,3 +28,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 install_import_hook(
     ["deepseek_jax.ops", "deepseek_jax.layers", "deepseek_jax.models"], "beartype.beartype"
 )
+
+# Where a test says nothing of precision it is float32, whatever this CPU has.
+precision._cpu_flags = set

@@ -76,10 +76,13 @@ def _scaled(x, scale):
 
 def _scaled_backward(residuals, slope):
     x, scale = residuals
-    product = (slope.astype(jnp.float32) * x).reshape(-1, x.shape[-1])
-    # A sum over rows, as a product: XLA on CPU would add up one strided column after another.
-    total = jnp.ones((1, product.shape[0]), jnp.float32) @ product
-    return _scaled(slope, scale)[0], total[0].astype(scale.dtype)
+    product = slope.astype(jnp.float32) * x
+    if jax.default_backend() == "cpu":  # else it adds up one strided column after another
+        product = product.reshape(-1, x.shape[-1])
+        total = (jnp.ones((1, product.shape[0]), jnp.float32) @ product)[0]
+    else:
+        total = product.sum(tuple(range(x.ndim - 1)))
+    return _scaled(slope, scale)[0], total.astype(scale.dtype)
 
 
 scaled.defvjp(_scaled, _scaled_backward)

@@ -1,0 +1,54 @@
+"""Products: reference (float64 NumPy), forward and backward, in float32 and bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.ops.matmul import matmul, rows, scaled, turned, weight_slope
+
+RNG = np.random.default_rng(0)
+
+
+def drawn(shape, dtype="float32"):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32).astype(dtype)
+
+
+def exact(*arrays):
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lead", [(7,), (3, 5)])
+def test_matmul_and_its_slopes(lead, dtype):
+    """A weight's slope is summed and kept in float32 whatever the arithmetic's dtype."""
+    x, w, slope = drawn((*lead, 6), dtype), drawn((6, 4)), drawn((*lead, 4), dtype)
+    y, pull = jax.vjp(matmul, x, w)
+    x_slope, w_slope = pull(slope)
+    assert (y.dtype, x_slope.dtype, w_slope.dtype) == (x.dtype, x.dtype, w.dtype)
+    x64, w64, slope64 = exact(x, w.astype(dtype), slope)
+    rounding = 1e-6 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(exact(y)[0], x64 @ w64, rtol=rounding, atol=1e-6)
+    np.testing.assert_allclose(exact(x_slope)[0], slope64 @ w64.T, rtol=rounding, atol=1e-6)
+    expected = np.einsum("nd,nf->df", x64.reshape(-1, 6), slope64.reshape(-1, 4))
+    np.testing.assert_allclose(w_slope, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(weight_slope(x, slope), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaled_and_its_slopes(dtype):
+    x, scale, slope = drawn((3, 5, 6), dtype), drawn(6), drawn((3, 5, 6), dtype)
+    y, pull = jax.vjp(scaled, x, scale)
+    x_slope, scale_slope = pull(slope)
+    x64, scale64, slope64 = exact(x, scale.astype(dtype), slope)
+    rounding = 1e-6 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(exact(y)[0], x64 * scale64, rtol=rounding)
+    np.testing.assert_allclose(exact(x_slope)[0], slope64 * scale64, rtol=rounding)
+    np.testing.assert_allclose(scale_slope, (slope64 * x64).sum((0, 1)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_and_turned_move_every_bit(dtype):
+    x, index = drawn((5, 4, 3), dtype), jnp.array([[4, 0], [2, 2]])
+    np.testing.assert_array_equal(exact(rows(x, index))[0], exact(x[index])[0])
+    np.testing.assert_array_equal(exact(turned(x))[0], exact(x)[0].swapaxes(1, 2))
