@@ -194,7 +194,10 @@ def _splash(q, k, v, segments, scale, window):
     one = splash.CausalMask((length, length))
     if window is not None:
         one = splash.LocalMask((length, length), (window - 1, 0), 0)
-    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([one] * q.shape[2]))
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([one] * q.shape[2]),
+        interpret=jax.default_backend() == "cpu",  # slow: for tests
+    )
     heads_first = [
         jnp.swapaxes(x, 1, 2) for x in (q * scale, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2))
     ]

@@ -131,3 +131,35 @@ def test_a_row_that_may_attend_to_nothing_is_finite():
     out, pull = jax.vjp(lambda *x: masked_attention(*x, mask, SCALE), *inputs)
     for array in (out, *pull(out)):
         assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "widths", "window", "packed"),
+    [((4, 2), (48, 32), None, True), ((2, 2), (64, 64), 40, False)],
+    ids=["grouped, MLA's widths, packed", "window"],
+)
+def test_splash_is_the_reference_forward_and_backward(heads, widths, window, packed):
+    """The TPU kernel, interpreted."""
+    length = 128
+    shapes = [
+        (1, length, n, w) for n, w in zip((*heads, heads[1]), (*widths[:1], *widths), strict=True)
+    ]
+    q, k, v = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in shapes)
+    slope = jnp.asarray(RNG.normal(size=(1, length, heads[0], widths[1])), jnp.float32)
+    segments = jnp.repeat(jnp.array([[1, 2, 0]]), jnp.array([50, 70, 8]), axis=1)
+
+    def attend(implementation):
+        out, pull = jax.vjp(
+            lambda *x: causal_attention(
+                *x,
+                segments if packed else None,
+                scale=0.2,
+                window=window,
+                implementation=implementation,
+            ),
+            q, k, v,
+        )  # fmt: skip
+        return out, *pull(slope)
+
+    for mine, other in zip(attend("splash"), attend("reference"), strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
