@@ -46,6 +46,7 @@ from deepseek_jax.training.schedule import make_schedule
 from deepseek_jax.training.state import TrainState, abstract_state, initial_state
 from deepseek_jax.training.step import make_gradients, make_train_step
 
+FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 FREE = ("model/remat", "model/unroll")  # of the model, what a resumed run may change
 
 
@@ -104,7 +105,10 @@ class _Run:
                 if step >= end and stage is not self.stages[-1]:
                     continue
                 changed_data = self._open_data(before, stage)
-                position = 0 if changed_data and step == first else position
+                if changed_data and step == first:
+                    position = 0
+                else:
+                    self._check_data(step)
                 size = rows = run_step = None
                 while step < end:
                     changed = size != stage.batch_at(step - first)
@@ -205,6 +209,15 @@ class _Run:
                 raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         return changed
 
+    def _check_data(self, step: int) -> None:
+        """Refuse to go on with other data than a checkpoint's: its position would mean nothing."""
+        saved = self.manager.directory / str(step) / FINGERPRINT
+        if saved.exists() and saved.read_text() != self.dataset.fingerprint:
+            raise InputError(
+                f"the training data or their order changed since {saved.parent}: put the old files "
+                "and settings back, or start another run from its parameters with --init-from"
+            )
+
     def _rows(self, stage: Stage, size: BatchStep, position: int) -> Iterator[Any]:
         return batches(
             self.dataset,
@@ -279,6 +292,7 @@ class _Run:
 
     def _save(self, state: TrainState, step: int, position: int) -> None:
         config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
+        files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
         self.manager.save(step, state, position=position, config=config, files=files)
 
     def _finish(self, state: TrainState, step: int) -> None:
