@@ -154,8 +154,9 @@ class LanguageModel:
                 key, sampling,
             )  # fmt: skip
             tokens, positions = np.asarray(drawn), positions + 1
-            for i in np.flatnonzero(~ended):
-                show(int(i), texts[i].add(int(tokens[i])))
+            for i, text in enumerate(texts):
+                if not text.ended:
+                    show(i, text.add(int(tokens[i])))
         for i, text in enumerate(texts):
             show(i, text.finish())
         return [text.text for text in texts]
