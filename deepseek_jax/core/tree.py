@@ -24,11 +24,6 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any, **kwargs:
     )
 
 
-def num_elements(tree: Any) -> int:
-    """The number of numbers in all leaves (arrays or shapes)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def num_bytes(tree: Any) -> int:
     """The bytes that all leaves (arrays or shapes) take."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
