@@ -109,6 +109,14 @@ def test_poor_runs(tmp_path, given, found):
     assert pictures(tmp_path / "report/report.html") == found
 
 
+@pytest.mark.parametrize("config", ["{", '{"version": 99, "steps": 3}'])
+def test_a_config_that_cannot_be_read_costs_only_the_facts(tmp_path, config):
+    fill(tmp_path, steps=3)
+    (tmp_path / "config.json").write_text(config)
+    write_report(tmp_path)
+    assert {"loss", "expert_load"} <= pictures(tmp_path / "report/report.html")
+
+
 def test_nulls_torn_lines_and_another_versions_model(tmp_path):
     lines = ['{"step": 1, "loss": null}', '{"step": 2, "loss": 3.0, "mfu": null}', '{"step": 3, "l']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
