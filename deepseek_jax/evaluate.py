@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import math
 
+import jax
 import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.manager import read_config, resolve
 from deepseek_jax.core.config import from_dict
@@ -12,6 +15,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.evaluation.tasks import open_task
 from deepseek_jax.models.build import build
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.serving.language import load
 
 
@@ -43,7 +47,11 @@ def main(argv: list[str]) -> None:
     # In the precision of training, so that the scores are those that training printed.
     model = build(lm.config, from_dict(Precision, config["precision"], "precision"))
     scores = {"data": arguments.data or "held out", "tokens": 0}
-    scores |= held_out(model, lm.params, dataset, arguments.batch_size)
+    # As many devices as share the rows out evenly; each has all the weights.
+    devices = jax.devices()[: math.gcd(jax.device_count(), arguments.batch_size)]
+    with jax.set_mesh(mesh := make_mesh(MeshShape(), devices)):
+        params = jax.device_put(lm.params, NamedSharding(mesh, PartitionSpec()))
+        scores |= held_out(model, params, dataset, arguments.batch_size)
     scores |= compressors(dataset.held_out_text())
     if arguments.json:
         print(json.dumps(scores))
