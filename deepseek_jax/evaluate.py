@@ -8,7 +8,6 @@ import jax
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.checkpoint.manager import read_config, resolve
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
@@ -41,11 +40,10 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    directory = resolve(arguments.checkpoint)
-    config, lm = read_config(directory), load(directory)
-    dataset = open_task(config, lm.tokenizer, arguments.data)
+    lm = load(arguments.checkpoint)
+    dataset = open_task(lm.recorded, lm.tokenizer, arguments.data)
     # In the precision of training, so that the scores are those that training printed.
-    model = build(lm.config, from_dict(Precision, config["precision"], "precision"))
+    model = build(lm.config, from_dict(Precision, lm.recorded["precision"], "precision"))
     scores = {"data": arguments.data or "held out", "tokens": 0}
     # As many devices as share the rows out evenly; each has all the weights.
     devices = jax.devices()[: math.gcd(jax.device_count(), arguments.batch_size)]

@@ -96,6 +96,8 @@ class LanguageModel:
     params: Any
     tokenizer: Tokenizer
     config: Decoder
+    recorded: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The whole config of the run that it comes from, as JSON data."""
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays)."""
@@ -210,7 +212,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         precision = dataclasses.replace(precision, compute="float32")
     model = build(decoder, precision)
     params = manager.load_params(directory, model.shapes, layer_table(decoder))
-    return LanguageModel(model, params, load_tokenizer(directory), decoder)
+    return LanguageModel(model, params, load_tokenizer(directory), decoder, config)
 
 
 @functools.partial(jax.jit, static_argnums=0)
