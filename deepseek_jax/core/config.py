@@ -55,9 +55,8 @@ def load_config(path: str | pathlib.Path, kind: type[T]) -> T:
         where = f"{path}:{lines[-1]}" if lines else path
         raise InputError(f"{where}: {_one_line(error)}") from None
     if not isinstance(config, kind):
-        raise InputError(
-            f"{path}: get_config() returned {type(config).__name__}, not {kind.__name__}"
-        )
+        found = type(config).__name__
+        raise InputError(f"{path}: get_config() returned {found}, not {kind.__name__}")
     return config
 
 
