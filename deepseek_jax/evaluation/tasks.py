@@ -20,7 +20,7 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
     """The documents to score.
 
     Args:
-      config: the checkpoint's (its data, where files are cached, the length of a row).
+      config: the checkpoint's (its last stage's data and length of a row, where files are cached).
       tokenizer: the checkpoint's.
       name: None for the held-out side of the data it was trained on last; `stdlib` for that of the
         standard library; otherwise a file or glob of text, JSON Lines (field `text`) or Parquet
@@ -28,8 +28,8 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
 
     Raises InputError when there is no such data or it cannot be read.
     """
-    stages = [stage["data"] for stage in config.get("stages", []) if stage.get("data")]
-    stored = stages[-1] if stages else config.get("data")
+    last = {name: value for name, value in config["stages"][-1].items() if value is not None}
+    stored = last.get("data", config.get("data"))
     data = from_dict(Data, stored, "data") if stored else Data()
     if name is None and not stored:
         raise InputError("this checkpoint does not say what it was trained on; give --data")
@@ -41,7 +41,7 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
         _check_tokenizer(part.source, tokenizer)
     return open_data(
         data,
-        sequence_length=config["sequence_length"],
+        sequence_length=last.get("sequence_length", config["sequence_length"]),
         num_targets=1,
         seed=0,
         tokenizer=tokenizer,

@@ -20,8 +20,13 @@ def test_the_last_stages_data_come_first(run, tmp_path):
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.txt").write_text("second")
     data = run.config["data"] | {"source": {"type": "TextFiles", "paths": [f"{tmp_path}/*.txt"]}}
-    config = run.config | {"stages": [{"data": None}, {"data": data}]}
-    assert open_task(config, run.tokenizer, None).held_out_text() in (b"first", b"second")
+    own, given = {"data": None, "sequence_length": None}, {"data": data, "sequence_length": 16}
+    dataset = open_task(run.config | {"stages": [own, given]}, run.tokenizer, None)
+    assert dataset.held_out_text() in (b"first", b"second")
+    assert dataset.train_row(0)["tokens"].shape == (16,)  # the loop evaluates at this length
+    dataset = open_task(run.config | {"stages": [given, own]}, run.tokenizer, None)
+    assert dataset.held_out_text() == open_task(run.config, run.tokenizer, None).held_out_text()
+    assert dataset.train_row(0)["tokens"].shape == (run.config["sequence_length"],)
 
 
 def test_named_files_are_evaluated_whole(run, tmp_path):
