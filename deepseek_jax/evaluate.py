@@ -51,8 +51,11 @@ def main(argv: list[str]) -> None:
         params = jax.device_put(lm.params, NamedSharding(mesh, PartitionSpec()))
         scores |= held_out(model, params, dataset, arguments.batch_size)
     scores |= compressors(dataset.held_out_text())
-    if arguments.json:
-        print(json.dumps(scores))
+    if arguments.json:  # which has no NaN
+        known = {
+            k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in scores.items()
+        }
+        print(json.dumps(known))
         return
     columns = [(name.replace("_", " "), _cell(value)) for name, value in scores.items()]
     columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]

@@ -45,6 +45,15 @@ def test_rows_spread_over_the_devices_that_divide_them(run, capsys, monkeypatch,
     assert {name: scores[name] for name in alone} == pytest.approx(alone, rel=1e-6)
 
 
+def test_scores_that_are_not_finite_are_null_in_json(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "held_out", lambda *_: {"loss": float("nan"), "tokens": 3})
+    run_command(evaluate.main, ["--checkpoint", run.directory, "--json"])
+    out = capsys.readouterr().out
+    assert "NaN" not in out and json.loads(out)["loss"] is None
+    run_command(evaluate.main, ["--checkpoint", run.directory])
+    assert "nan" in capsys.readouterr().out
+
+
 def test_scores_named_files(run, capsys):
     path = f"{run.directory}/*.txt"
     run_command(evaluate.main, ["--checkpoint", run.directory, "--data", path, "--json"])
