@@ -65,7 +65,7 @@ class Manager:
     """The checkpoints under `directory`, saved and restored; the caller holds `lock_run`.
 
     `layers` says which paths of the state are stacked blocks, and of which layers. A state's leaves
-    are arrays, none of them empty.
+    are plain arrays (no typed PRNG keys), none of them empty.
     """
 
     def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
@@ -90,9 +90,9 @@ class Manager:
         self.wait()
         if step in self._good:  # a step's state is a function of the run: nothing can differ
             return
-        arrays, keys = _to_disk(state, self._layers)
+        arrays = _to_disk(state, self._layers)
         leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
-        meta = {"step": step, "position": position, "leaves": leaves, "keys": keys}
+        meta = {"step": step, "position": position, "leaves": leaves}
         texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
         files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
         partial = self.directory / f"{step}.saving"
@@ -205,15 +205,9 @@ def _rows(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None
     return None
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
-    """By path: the arrays on the host, one a layer, and the kinds of the PRNG keys."""
+def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
+    """By path: the arrays on the host, one a layer."""
     leaves = tree.flatten(state)
-    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
-    leaves |= {name: jax.random.key_data(leaves[name]) for name in keys}
     jax.copy_to_host_async(leaves)  # every transfer starts before the first is waited for
     arrays = {}
     for name, leaf in leaves.items():
@@ -221,7 +215,7 @@ def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, str]
         array = np.asarray(leaf) if here else leaf
         rows = _rows(name, array.shape, layers)
         arrays |= {row: array[i] for i, row in enumerate(rows)} if rows else {name: array}
-    return arrays, keys
+    return arrays
 
 
 def _one_row(sharding: Sharding) -> Sharding:
@@ -253,12 +247,11 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     }
     wanted, places = {}, {}
     for name, leaf in tree.flatten(abstract).items():
-        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-        rows, shape, lies = _rows(prefix + name, data.shape, layers), data.shape, sharding
+        rows, shape, lies = _rows(prefix + name, leaf.shape, layers), leaf.shape, sharding
         if rows:
             shape, lies = shape[1:], _one_row(sharding)
-        array = jax.ShapeDtypeStruct(shape, data.dtype, sharding=lies)
+        array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=lies)
         wanted |= dict.fromkeys(rows or [prefix + name], array)
         places[prefix + name] = rows, sharding
     if difference := tree.difference(wanted, theirs):
@@ -268,8 +261,5 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     values = []
     for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
         found = [loaded.pop(row) for row in rows or [name]]
-        value = _stack(sharding)(*found) if rows else found[0]
-        if kind := meta["keys"].get(name):
-            value = jax.random.wrap_key_data(value, impl=kind)
-        values.append(value)
+        values.append(_stack(sharding)(*found) if rows else found[0])
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta

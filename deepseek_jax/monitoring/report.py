@@ -26,7 +26,7 @@ LOOK = {
     "ytick.labelsize": 8.5, "xtick.major.size": 2, "ytick.major.size": 2, "grid.color": "#e6e9ee",
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip
-MOMENTS, COLUMNS = 6, 160  # maps of the whole run; columns of a layer's map over time
+PARTS = 6, 160  # maps of the whole run; columns of a layer's map over time
 
 PICTURES = {
     "loss": ("Learning", "Lower is better; bits a byte compare across tokenizers."),
@@ -101,7 +101,9 @@ def _facts(series: dict[str, list], config: dict, model: Decoder | None) -> dict
     """What stands at the top of the page; what a run lacks is left out."""
     facts = {"Steps": f"{max(points[-1][0] for points in series.values()):,}"}
     if config:
-        facts["Steps"] += f" of {config['steps']:,}"
+        stages = config.get("stages") or [{}]
+        total = sum(stage.get("steps") or config["steps"] for stage in stages)
+        facts["Steps"] += f" of {total:,}"
         facts["Batch"] = f"{config['batch_size']} x {config['sequence_length']:,} tokens"
     for key, name, form, last in (
         ("loss", "Training loss", ".4f", 20),
@@ -182,8 +184,9 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
     steps, labels = [row["step"] for row in loads], list(shares)
     stacked = np.stack(list(shares.values()))  # [layers, steps, experts]
     half = float(np.clip(np.percentile(np.abs(stacked - 1), 99), 0.1, 1.0))
+    parts, bins = (np.array_split(np.arange(len(steps)), min(n, len(steps))) for n in PARTS)
     maps = []
-    for part in np.array_split(np.arange(len(steps)), min(MOMENTS, len(steps))):
+    for part in parts:
         ends = sorted({steps[part[0]], steps[part[-1]]})
         title = "step " + " to ".join(f"{end:,}" for end in ends)
         maps.append((title, stacked[:, part].mean(1), None))
@@ -191,7 +194,6 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
     ticks = range(0, len(labels), -(-len(labels) // 20))
     for index, axes in enumerate(moments.axes[: len(maps)]):
         axes.set_yticks(ticks, ["" if index % 3 else labels[i] for i in ticks])
-    bins = np.array_split(np.arange(len(steps)), min(COLUMNS, len(steps)))
     columns = np.stack([stacked[:, part].mean(1) for part in bins], -1)  # [layers, experts, bins]
     extent = (steps[0], max(steps[-1], steps[0] + 1), columns.shape[1] - 0.5, -0.5)
     maps = [(label, image, extent) for label, image in zip(labels, columns, strict=True)]
