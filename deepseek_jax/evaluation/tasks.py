@@ -37,8 +37,14 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
         data = dataclasses.replace(data, source=sources.StandardLibrary())
     elif name is not None:
         data = dataclasses.replace(data, source=_named(name))
-    for part in sources.parts(data.source):
-        _check_tokenizer(part.source, tokenizer)
+    for source in (part.source for part in sources.parts(data.source)):
+        if isinstance(source, sources.Records):
+            prepared = load_tokenizer(pathlib.Path(source.path) / "tokenizer")
+            if prepared.files() != tokenizer.files():
+                raise InputError(
+                    f"{source.path}: prepared with another tokenizer than this checkpoint's; "
+                    "evaluate on the text it was made from"
+                )
     return open_data(
         data,
         sequence_length=last.get("sequence_length", config["sequence_length"]),
@@ -57,13 +63,3 @@ def _named(name: str) -> sources.Plain:
     if len(kinds) > 1:
         raise InputError(f"{name}: files of different kinds; evaluate them one kind at a time")
     return kinds.pop()(paths=(name,))
-
-
-def _check_tokenizer(source: sources.Plain, tokenizer: Tokenizer) -> None:
-    if isinstance(source, sources.Records):
-        prepared = load_tokenizer(pathlib.Path(source.path) / "tokenizer")
-        if prepared.files() != tokenizer.files():
-            raise InputError(
-                f"{source.path}: prepared with another tokenizer than this checkpoint's; evaluate "
-                "on the text it was made from"
-            )
