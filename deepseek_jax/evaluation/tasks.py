@@ -39,7 +39,7 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
         data = dataclasses.replace(data, source=_named(name))
     for source in (part.source for part in sources.parts(data.source)):
         if isinstance(source, sources.Records):
-            prepared = load_tokenizer(pathlib.Path(source.path) / "tokenizer")
+            prepared = load_tokenizer(pathlib.Path(source.path, "tokenizer").expanduser())
             if prepared.files() != tokenizer.files():
                 raise InputError(
                     f"{source.path}: prepared with another tokenizer than this checkpoint's; "
@@ -56,7 +56,7 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
 
 
 def _named(name: str) -> sources.Plain:
-    if (pathlib.Path(name) / "manifest.json").is_file():
+    if pathlib.Path(name, "manifest.json").expanduser().is_file():
         return sources.Records(path=name)
     files = sources.files(sources.TextFiles(paths=(name,)))
     kinds = {ENDINGS.get(file.path.suffix, sources.TextFiles) for file in files}

@@ -58,8 +58,14 @@ def test_bad_names(run, tmp_path):
         open_task(run.config | {"data": None}, run.tokenizer, None)
 
 
-def test_prepared_data_of_another_tokenizer_are_refused(run, tmp_path):
+def test_prepared_data_of_another_tokenizer_are_refused(run, tmp_path, monkeypatch):
     train_bpe(BPE(vocab_size=260), iter(["some text"])).save(tmp_path / "tokenizer")
     (tmp_path / "manifest.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="another tokenizer"):
         open_task(run.config, run.tokenizer, str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))  # training takes such paths as well
+    with pytest.raises(InputError, match="another tokenizer"):
+        open_task(run.config, run.tokenizer, "~")
+    data = run.config["data"] | {"source": {"type": "Records", "path": "~"}}
+    with pytest.raises(InputError, match="another tokenizer"):
+        open_task(run.config | {"data": data}, run.tokenizer, None)
