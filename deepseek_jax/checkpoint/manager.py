@@ -218,14 +218,6 @@ def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
     return arrays
 
 
-def _one_row(sharding: Sharding) -> Sharding:
-    """How a row of an array with this sharding lies."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = PartitionSpec(*sharding.spec[1:])
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-
-
 @functools.lru_cache(maxsize=256)
 def _stack(sharding: Sharding) -> Any:
     return jax.jit(lambda *rows: jnp.stack(rows), out_shardings=sharding)
@@ -250,7 +242,10 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
         rows, shape, lies = _rows(prefix + name, leaf.shape, layers), leaf.shape, sharding
         if rows:
-            shape, lies = shape[1:], _one_row(sharding)
+            shape = shape[1:]
+            if isinstance(sharding, NamedSharding):
+                spec = PartitionSpec(*sharding.spec[1:])
+                lies = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
         array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=lies)
         wanted |= dict.fromkeys(rows or [prefix + name], array)
         places[prefix + name] = rows, sharding
