@@ -19,11 +19,9 @@ from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.monitoring.metrics import read_lines
 
-GRAY = "#5f6b7a"
 LOOK = {
-    "figure.dpi": 130, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.labelsize": 9,
-    "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5, "xtick.major.size": 2, "ytick.major.size": 2, "grid.color": "#e6e9ee",
+    "figure.dpi": 130, "font.size": 9, "axes.titlelocation": "left", "axes.labelcolor": "#5f6b7a",
+    "xtick.color": "#5f6b7a", "ytick.color": "#5f6b7a", "grid.color": "#e6e9ee",
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip
 PARTS = 6, 160  # maps of the whole run; columns of a layer's map over time
@@ -160,10 +158,9 @@ def _draw(axes: Any, key: str, points: list[tuple[int, float]]) -> None:
     color, label = ("#d9730d", "held-out") if key.startswith("eval/") else ("#2563a8", "training")
     if window := len(values) // 60 * (key != "learning_rate"):
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        sums, counts = (
-            np.convolve(x, np.ones(2 * window + 1), "same") for x in (values, np.ones(len(values)))
-        )
-        values = sums / counts
+        near = np.ones(2 * window + 1)
+        counts = np.convolve(np.ones(len(values)), near, "same")
+        values = np.convolve(values, near, "same") / counts
     marker = "o" if len(values) < 40 else ""
     axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4)
 
