@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import math
 
+import jax
 import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.checkpoint.manager import read_config, resolve
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.evaluation.tasks import open_task
 from deepseek_jax.models.build import build
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.serving.language import load
 
 
@@ -37,16 +40,22 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    directory = resolve(arguments.checkpoint)
-    config, lm = read_config(directory), load(directory)
-    dataset = open_task(config, lm.tokenizer, arguments.data)
+    lm = load(arguments.checkpoint)
+    dataset = open_task(lm.recorded, lm.tokenizer, arguments.data)
     # In the precision of training, so that the scores are those that training printed.
-    model = build(lm.config, from_dict(Precision, config["precision"], "precision"))
+    model = build(lm.config, from_dict(Precision, lm.recorded["precision"], "precision"))
     scores = {"data": arguments.data or "held out", "tokens": 0}
-    scores |= held_out(model, lm.params, dataset, arguments.batch_size)
+    # As many devices as share the rows out evenly; each has all the weights.
+    devices = jax.devices()[: math.gcd(jax.device_count(), arguments.batch_size)]
+    with jax.set_mesh(mesh := make_mesh(MeshShape(), devices)):
+        params = jax.device_put(lm.params, NamedSharding(mesh, PartitionSpec()))
+        scores |= held_out(model, params, dataset, arguments.batch_size)
     scores |= compressors(dataset.held_out_text())
-    if arguments.json:
-        print(json.dumps(scores))
+    if arguments.json:  # which has no NaN
+        known = {
+            k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in scores.items()
+        }
+        print(json.dumps(known))
         return
     columns = [(name.replace("_", " "), _cell(value)) for name, value in scores.items()]
     columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]

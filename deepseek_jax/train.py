@@ -51,11 +51,7 @@ def main(argv: list[str]) -> None:
     if own.dry_run:
         print(dry_run(config))
         return
-    try:
-        code = train(config, Lent(held_out, closing), profile_steps)
-    except KeyboardInterrupt:  # before the first step: nothing to save
-        code = 130
-    if code:
+    if code := train(config, Lent(held_out, closing), profile_steps):
         raise SystemExit(code)
 
 

@@ -107,8 +107,7 @@ def resolve(path: str | pathlib.Path) -> pathlib.Path:
         if reason := damage(path):
             raise InputError(f"{path}: this checkpoint is damaged: {reason}")
         return path
-    step = newest_good(directory)
-    if step is None:
+    if (step := newest_good(directory)) is None:
         raise InputError(f"{path}: there is no checkpoint here; give a run directory that has some")
     return directory / str(step)
 

@@ -6,12 +6,12 @@ stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `laye
 config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import logging
 import pathlib
-import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -62,18 +62,18 @@ class Restored(NamedTuple):
 
 
 class Manager:
-    """The checkpoints of one run, saved and restored; the caller holds `lock_run`.
+    """The checkpoints under `directory`, saved and restored; the caller holds `lock_run`.
 
-    `directory` is the run's checkpoints/, made if missing; what killed saves left there goes.
-    `layers` says which paths of the state are stacked blocks, and of which layers.
+    `layers` says which paths of the state are stacked blocks, and of which layers. A state's leaves
+    are plain arrays (no typed PRNG keys), none of them empty.
     """
 
     def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
         self.directory = pathlib.Path(directory).absolute()
         self._config, self._layers = config, layers
         self._good, self._bad = set(), set()  # steps that this process wrote or verified
-        self._writer: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: concurrent.futures.Future | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,27 +90,26 @@ class Manager:
         self.wait()
         if step in self._good:  # a step's state is a function of the run: nothing can differ
             return
-        arrays, keys = _to_disk(state, self._layers)
+        arrays = _to_disk(state, self._layers)
         leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
-        meta = {"step": step, "position": position, "leaves": leaves, "keys": keys}
+        meta = {"step": step, "position": position, "leaves": leaves}
         texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
         files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
-        stored = unflatten_dict({name: x for name, x in arrays.items() if x.size}, sep="/")
+        partial = self.directory / f"{step}.saving"
         try:
             with _context():  # Orbax copies what it is given before it returns
-                response = ocp.save_async(self.directory / f"{step}.saving", stored)
+                response = ocp.save_async(partial, unflatten_dict(arrays, sep="/"))
         except Exception as error:
             raise self._failure(step, error) from error
-        self._writer = threading.Thread(target=self._finish, args=(step, response, files))
-        self._writer.start()
+        self._writing = self._writer.submit(self._finish, step, partial, response, files)
         if not self._config.asynchronous:
             self.wait()
 
-    def _finish(self, step: int, response: Any, files: dict[str, bytes]) -> None:
+    def _finish(self, step: int, partial: pathlib.Path, response: Any, files: dict) -> None:
+        whole = self.directory / str(step)
         try:
             response.result()
             if jax.process_index() == 0:
-                partial, whole = self.directory / f"{step}.saving", self.directory / str(step)
                 for name, content in files.items():
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(content)
@@ -121,8 +120,8 @@ class Manager:
                 self._good.add(step)
                 self._bad.discard(step)
                 self._retire(step)
-        except Exception as error:  # whatever it is, the training thread must hear of it
-            self._error = self._failure(step, error)
+        except Exception as error:  # `wait` raises it in the training thread
+            raise self._failure(step, error) from error
 
     def _failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a save that failed; its partial directory goes."""
@@ -149,12 +148,9 @@ class Manager:
 
     def wait(self) -> None:
         """Return once nothing is being written; raises what went wrong with the last save."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     close = wait  # before the process ends
 
@@ -209,31 +205,17 @@ def _rows(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None
     return None
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key)
-
-
-def _to_disk(state: Any, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
-    """By path: the arrays on the host, one a layer, and the kinds of the PRNG keys."""
+def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
+    """By path: the arrays on the host, one a layer."""
     leaves = tree.flatten(state)
-    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
-    leaves |= {name: jax.random.key_data(leaves[name]) for name in keys}
     jax.copy_to_host_async(leaves)  # every transfer starts before the first is waited for
     arrays = {}
     for name, leaf in leaves.items():
-        here = getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated
+        here = leaf.is_fully_addressable or leaf.is_fully_replicated
         array = np.asarray(leaf) if here else leaf
         rows = _rows(name, array.shape, layers)
         arrays |= {row: array[i] for i, row in enumerate(rows)} if rows else {name: array}
-    return arrays, keys
-
-
-def _one_row(sharding: Sharding) -> Sharding:
-    """How a row of an array with this sharding lies."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = PartitionSpec(*sharding.spec[1:])
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    return arrays
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,41 +226,35 @@ def _stack(sharding: Sharding) -> Any:
 def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
     """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
 
-    Leaves without a sharding come to the first local device; plain numbers stay plain.
+    Leaves without a sharding come to the first local device.
     """
     try:
         meta = json.loads((path / "meta.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this package ({error})") from None
-    theirs = {}
-    for name, text in meta["leaves"].items():
-        if name.startswith(prefix):
-            dtype, _, shape = text.partition("[")
-            theirs[name] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), jnp.dtype(dtype))
-    leaves = {prefix + name: leaf for name, leaf in tree.flatten(abstract).items()}
-    wanted, rows, shardings = {}, {}, {}
-    for name, leaf in leaves.items():
-        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        rows[name], shardings[name] = _rows(name, np.shape(data), layers), sharding
-        if not hasattr(data, "dtype"):
-            wanted[name] = np.array(data)
-        elif rows[name]:
-            row = jax.ShapeDtypeStruct(data.shape[1:], data.dtype, sharding=_one_row(sharding))
-            wanted |= dict.fromkeys(rows[name], row)
-        else:
-            wanted[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+    theirs = {
+        name: jax.ShapeDtypeStruct(json.loads(text[text.index("[") :]), bool)  # only shapes count
+        for name, text in meta["leaves"].items()
+        if name.startswith(prefix)
+    }
+    wanted, places = {}, {}
+    for name, leaf in tree.flatten(abstract).items():
+        sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+        rows, shape, lies = _rows(prefix + name, leaf.shape, layers), leaf.shape, sharding
+        if rows:
+            shape = shape[1:]
+            if isinstance(sharding, NamedSharding):
+                spec = PartitionSpec(*sharding.spec[1:])
+                lies = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=lies)
+        wanted |= dict.fromkeys(rows or [prefix + name], array)
+        places[prefix + name] = rows, sharding
     if difference := tree.difference(wanted, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
-    stored = unflatten_dict({name: x for name, x in wanted.items() if x.size}, sep="/")
-    with _context():  # Orbax does not take empty arrays
-        loaded = ocp.load(path, stored)
-    empty = {name: jnp.zeros(x.shape, x.dtype) for name, x in wanted.items() if not x.size}
-    loaded, values = tree.flatten(loaded) | empty, []
-    for name, leaf in leaves.items():
-        found = [loaded.pop(row) for row in rows[name] or [name]]
-        value = _stack(shardings[name])(*found) if rows[name] else found[0]
-        if kind := meta["keys"].get(name):
-            value = jax.random.wrap_key_data(value, impl=kind)
-        values.append(value if hasattr(leaf, "dtype") else value.item())
+    with _context():
+        loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
+    values = []
+    for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
+        found = [loaded.pop(row) for row in rows or [name]]
+        values.append(_stack(sharding)(*found) if rows else found[0])
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta

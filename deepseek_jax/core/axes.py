@@ -8,22 +8,12 @@ MESH_AXES = ("slice", "stage", "data", "fsdp", "context", "expert", "tensor")
 # Every mesh axis that carries batch rows outside the experts.
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
+# layers: stacked repeats of a block, scanned over; head: the width of one head; router: a router's
+# outputs (experts or groups), never sharded.
 WEIGHT_AXES = frozenset(
-    {
-        "layers",  # stacked repeats of a block, scanned over
-        "vocab",
-        "embed",
-        "heads",
-        "kv_heads",
-        "head",  # the width of one head
-        "q_rank",
-        "kv_rank",
-        "mlp",
-        "experts",
-        "expert_mlp",
-        "router",  # a router's outputs: experts or groups, never sharded
-    }
-)
+    ("layers", "vocab", "embed", "heads", "kv_heads", "head", "q_rank", "kv_rank", "mlp", "experts",
+     "expert_mlp", "router")
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +32,7 @@ class Spec:
     outputs: tuple[int, ...] = ()
 
     def __post_init__(self):
-        unknown = set(self.axes) - WEIGHT_AXES
-        if unknown:
+        if unknown := set(self.axes) - WEIGHT_AXES:
             raise ValueError(f"unknown weight axes {sorted(unknown)}; core/axes.py lists them")
 
     def stacked(self) -> "Spec":

@@ -8,10 +8,10 @@ carries its class name under `type`, so that a union member can be found again.
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import json
 import pathlib
 import sys
+import traceback
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -37,37 +37,27 @@ def load_config(path: str | pathlib.Path, kind: type[T]) -> T:
         near = difflib.get_close_matches(str(path), known, n=3) or known[:5]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise InputError(f"{path}: no such config file{hint}")
-    spec = importlib.util.spec_from_file_location(f"deepseek_jax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path}: not a Python file; a config is one with get_config()")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses defined in a config look their module up
+    module = types.ModuleType(f"deepseek_jax_config_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses defined in a config look their module up
     try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        if get_config is None:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        if not hasattr(module, "get_config"):
             raise InputError(f"{path}: a config file must define get_config()")
-        config = get_config()
+        config = module.get_config()
     except InputError:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to read
-        raise InputError(f"{path}{_line_of(error, path)}: {_one_line(error)}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise InputError(f"{where}: {_one_line(error)}") from None
     if not isinstance(config, kind):
-        raise InputError(
-            f"{path}: get_config() returned {type(config).__name__}, not {kind.__name__}"
-        )
+        found = type(config).__name__
+        raise InputError(f"{path}: get_config() returned {found}, not {kind.__name__}")
     return config
-
-
-def _line_of(error: BaseException, path: pathlib.Path) -> str:
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f":{error.lineno}"
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f":{line}" if line else ""
 
 
 def _one_line(error: BaseException) -> str:
@@ -103,50 +93,37 @@ def to_dict(value: Any) -> Any:
 
 def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
     """The inverse of `to_dict` for a value annotated `kind`; InputError names what does not fit."""
-    origin = typing.get_origin(kind)
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _from_union(typing.get_args(kind), data, where)
+        if isinstance(data, dict):
+            tag = data.get("type")
+            by_name: dict = {m.__name__: m for m in members if hasattr(m, "__dataclass_fields__")}
+            if tag not in by_name:
+                raise InputError(f"{where}.type is {tag!r}, not one of {sorted(by_name)}")
+            return _from_fields(by_name[tag], data, where)
+        for member in members:
+            with contextlib.suppress(InputError):
+                return from_dict(member, data, where)
+        raise InputError(f"{where} is {data!r}, which fits none of {members}")
     if origin is Literal:
-        if data not in typing.get_args(kind):
-            raise InputError(f"{where} is {data!r}, not one of {typing.get_args(kind)}")
+        if data not in members:
+            raise InputError(f"{where} is {data!r}, not one of {members}")
         return data
     if origin is tuple:
-        return _from_tuple(typing.get_args(kind), data, where)
+        if not isinstance(data, list):
+            raise InputError(f"{where} is {data!r}, not a list")
+        kinds = members[:1] * len(data) if members[-1] is Ellipsis else members
+        if len(kinds) != len(data):
+            raise InputError(f"{where} has {len(data)} items, not {len(kinds)}")
+        parts = enumerate(zip(kinds, data, strict=True))
+        return tuple(from_dict(part, item, f"{where}[{i}]") for i, (part, item) in parts)
     if dataclasses.is_dataclass(kind):
         return _from_fields(kind, data, where)
-    if kind is type(None) and data is None:
-        return None
     if kind is float and type(data) is int:
         return float(data)
-    if isinstance(kind, type) and type(data) is kind:
+    if type(data) is kind:
         return data
     raise InputError(f"{where} is {data!r}, which is not {getattr(kind, '__name__', kind)}")
-
-
-def _from_union(members: tuple, data: Any, where: str) -> Any:
-    if isinstance(data, dict):
-        tag = data.get("type")
-        classes = (m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m))
-        by_name = {m.__name__: m for m in classes}
-        if tag not in by_name:
-            raise InputError(f"{where}.type is {tag!r}, not one of {sorted(by_name)}")
-        return _from_fields(by_name[tag], data, where)
-    for member in members:
-        with contextlib.suppress(InputError):
-            return from_dict(member, data, where)
-    raise InputError(f"{where} is {data!r}, which fits none of {members}")
-
-
-def _from_tuple(kinds: tuple, data: Any, where: str) -> tuple:
-    if not isinstance(data, list):
-        raise InputError(f"{where} is {data!r}, not a list")
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        kinds = (kinds[0],) * len(data)
-    if len(kinds) != len(data):
-        raise InputError(f"{where} has {len(data)} items, not {len(kinds)}")
-    return tuple(
-        from_dict(k, d, f"{where}[{i}]") for i, (k, d) in enumerate(zip(kinds, data, strict=True))
-    )
 
 
 def _from_fields(kind: Any, data: Any, where: str) -> Any:

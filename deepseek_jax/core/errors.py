@@ -1,5 +1,6 @@
 """Bad input: one exception, and the one place that turns it into `error: ...` and exit code 2."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ class InputError(Exception):
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a command's `main(argv)`; bad input prints one line on stderr and exits with code 2.
+    """Run `main(argv)`; bad input or a full disk prints one line on stderr and exits with code 2.
 
     Ctrl-C exits with code 130, a reader that went away (`... | head`) with 141.
     """
@@ -23,3 +24,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; make room, then run the same command again", file=sys.stderr)
+        raise SystemExit(2) from None

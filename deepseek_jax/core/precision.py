@@ -46,7 +46,4 @@ def compute_dtype(precision: Precision) -> tuple[jnp.dtype, str]:
 
 def _cpu_flags() -> set[str]:
     info = pathlib.Path("/proc/cpuinfo")
-    if not info.exists():
-        return set()
-    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")]
-    return set(flags[0].split(":", 1)[1].split()) if flags else set()
+    return set(info.read_text().split()) if info.exists() else set()

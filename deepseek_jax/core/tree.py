@@ -24,11 +24,6 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any, **kwargs:
     )
 
 
-def num_elements(tree: Any) -> int:
-    """The number of numbers in all leaves (arrays or shapes)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def num_bytes(tree: Any) -> int:
     """The bytes that all leaves (arrays or shapes) take."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -38,10 +33,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], most: int = 5) -> s
     """How two {path: array or shape} tables differ, in a sentence; empty when they agree."""
     rows = [f"{name} is missing" for name in ours if name not in theirs]
     rows += [f"{name} is not in this model" for name in theirs if name not in ours]
-    rows += [
-        f"{name} is {tuple(theirs[name].shape)} where this model has {tuple(ours[name].shape)}"
-        for name in ours
-        if name in theirs and tuple(ours[name].shape) != tuple(theirs[name].shape)
-    ]
+    for name in [name for name in ours if name in theirs]:
+        here, there = tuple(ours[name].shape), tuple(theirs[name].shape)
+        rows += [f"{name} is {there} where this model has {here}"] if here != there else []
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
     return "; ".join(rows[:most]) + more

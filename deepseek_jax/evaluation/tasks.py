@@ -20,7 +20,7 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
     """The documents to score.
 
     Args:
-      config: the checkpoint's (its data, where files are cached, the length of a row).
+      config: the checkpoint's (its last stage's data and length of a row, where files are cached).
       tokenizer: the checkpoint's.
       name: None for the held-out side of the data it was trained on last; `stdlib` for that of the
         standard library; otherwise a file or glob of text, JSON Lines (field `text`) or Parquet
@@ -28,8 +28,8 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
 
     Raises InputError when there is no such data or it cannot be read.
     """
-    stages = [stage["data"] for stage in config.get("stages", []) if stage.get("data")]
-    stored = stages[-1] if stages else config.get("data")
+    last = {name: value for name, value in config["stages"][-1].items() if value is not None}
+    stored = last.get("data", config.get("data"))
     data = from_dict(Data, stored, "data") if stored else Data()
     if name is None and not stored:
         raise InputError("this checkpoint does not say what it was trained on; give --data")
@@ -37,11 +37,17 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
         data = dataclasses.replace(data, source=sources.StandardLibrary())
     elif name is not None:
         data = dataclasses.replace(data, source=_named(name))
-    for part in sources.parts(data.source):
-        _check_tokenizer(part.source, tokenizer)
+    for source in (part.source for part in sources.parts(data.source)):
+        if isinstance(source, sources.Records):
+            prepared = load_tokenizer(pathlib.Path(source.path, "tokenizer").expanduser())
+            if prepared.files() != tokenizer.files():
+                raise InputError(
+                    f"{source.path}: prepared with another tokenizer than this checkpoint's; "
+                    "evaluate on the text it was made from"
+                )
     return open_data(
         data,
-        sequence_length=config["sequence_length"],
+        sequence_length=last.get("sequence_length", config["sequence_length"]),
         num_targets=1,
         seed=0,
         tokenizer=tokenizer,
@@ -50,20 +56,10 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
 
 
 def _named(name: str) -> sources.Plain:
-    if (pathlib.Path(name) / "manifest.json").is_file():
+    if pathlib.Path(name, "manifest.json").expanduser().is_file():
         return sources.Records(path=name)
     files = sources.files(sources.TextFiles(paths=(name,)))
     kinds = {ENDINGS.get(file.path.suffix, sources.TextFiles) for file in files}
     if len(kinds) > 1:
         raise InputError(f"{name}: files of different kinds; evaluate them one kind at a time")
     return kinds.pop()(paths=(name,))
-
-
-def _check_tokenizer(source: sources.Plain, tokenizer: Tokenizer) -> None:
-    if isinstance(source, sources.Records):
-        prepared = load_tokenizer(pathlib.Path(source.path) / "tokenizer")
-        if prepared.files() != tokenizer.files():
-            raise InputError(
-                f"{source.path}: prepared with another tokenizer than this checkpoint's; evaluate "
-                "on the text it was made from"
-            )

@@ -1,7 +1,7 @@
 """What a run measures, written down: JSON lines and TensorBoard events.
 
-One object a line, flushed at once, so that a killed run loses at most a torn last line; a resumed
-run first cuts the files back to the restored step, and each step stands once.
+One object a line, each written at once, so that a killed run loses at most a torn last line; a
+resumed run first cuts the files back to the restored step, and each step stands once.
 """
 
 import json
@@ -25,7 +25,7 @@ class RunLog:
 
     def __init__(self, run_dir: str | pathlib.Path):
         self._run_dir = pathlib.Path(run_dir)
-        self._open: dict[str, Any] = {}  # files, and TensorBoard's writer, by name
+        self._board: tensorboardX.SummaryWriter | None = None
         self._purge: int | None = None  # TensorBoard forgets events from this step on
         self._on = jax.process_index() == 0
 
@@ -54,9 +54,10 @@ class RunLog:
             temporary.replace(path)
 
     def close(self) -> None:
-        """Close the files; a later call opens them again."""
-        while self._open:
-            self._open.popitem()[1].close()
+        """Close TensorBoard's file; a later call opens another."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
 
     def _scalars(self, name: str, group: str, step: int, values: Mapping[str, Any]) -> None:
         numbers = {key: float(value) for key, value in values.items() if key != "step"}
@@ -64,23 +65,21 @@ class RunLog:
         self._write(name, {"step": int(step)} | {key: finite.get(key) for key in numbers})
         if not self._on:
             return
-        if "tensorboard" not in self._open:
+        if self._board is None:
             board, suffix = str(self._run_dir / "tensorboard"), f".{time.time_ns()}"
-            self._open["tensorboard"] = tensorboardX.SummaryWriter(
+            self._board = tensorboardX.SummaryWriter(
                 board, purge_step=self._purge, flush_secs=10, filename_suffix=suffix
             )
         for key, value in finite.items():
-            name = key if "/" in key else f"{group}/{key}"
-            self._open["tensorboard"].add_scalar(name, value, step)
+            self._board.add_scalar(key if "/" in key else f"{group}/{key}", value, step)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if not self._on:
             return
         try:
-            if name not in self._open:
-                self._run_dir.mkdir(parents=True, exist_ok=True)
-                self._open[name] = (self._run_dir / name).open("a")
-            print(json.dumps(record, allow_nan=False), file=self._open[name], flush=True)
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            with (self._run_dir / name).open("a") as file:
+                print(json.dumps(record, allow_nan=False), file=file)
         except OSError as error:
             raise InputError(f"{self._run_dir / name}: not written: {error.strerror}") from None
 

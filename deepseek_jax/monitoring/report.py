@@ -9,6 +9,7 @@ import html
 import pathlib
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -18,8 +19,12 @@ from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.monitoring.metrics import read_lines
 
-BLUE, ORANGE, GRAY, PALE = "#2563a8", "#d9730d", "#5f6b7a", "#e6e9ee"
-MOMENTS, COLUMNS = 6, 160  # maps of the whole run; columns of a layer's map over time
+LOOK = {
+    "figure.dpi": 130, "font.size": 9, "axes.titlelocation": "left", "axes.labelcolor": "#5f6b7a",
+    "xtick.color": "#5f6b7a", "ytick.color": "#5f6b7a", "grid.color": "#e6e9ee",
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+}  # fmt: skip
+PARTS = 6, 160  # maps of the whole run; columns of a layer's map over time
 
 PICTURES = {
     "loss": ("Learning", "Lower is better; bits a byte compare across tokenizers."),
@@ -58,14 +63,15 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
     series: dict[str, list] = {}  # (step, value) by key
     for file, prefix in (("metrics.jsonl", ""), ("eval.jsonl", "eval/")):
         for row in read_lines(run_dir / file):
-            for key in [key for key, value in row.items() if value is not None]:
-                series.setdefault(prefix + key, []).append((row["step"], row[key]))
+            for key, value in row.items():
+                if value is not None:
+                    series.setdefault(prefix + key, []).append((row["step"], value))
     if not series:
         why = "metrics.jsonl has no logged step" if run_dir.is_dir() else "no such run directory"
         raise InputError(f"{run_dir}: nothing to draw: {why}")
-    config = read_json(run_dir / "config.json") if (run_dir / "config.json").exists() else {}
-    model = None
-    with contextlib.suppress(InputError):  # another version's run is drawn without its model
+    config, model = {}, None
+    with contextlib.suppress(InputError):  # without a config, or one of this version, just curves
+        config = read_json(run_dir / "config.json")
         model = from_dict(Decoder, config.get("model"))
     title = html.escape(run_dir.absolute().name)
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
@@ -73,7 +79,8 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
     facts = _facts(series, config, model).items()
     page += "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts) + "</dl>"
     loads = read_lines(run_dir / "expert_load.jsonl")
-    pictures = _curves(series) | _heat_maps(loads, layer_table(model) if model else {})
+    with matplotlib.rc_context(LOOK):
+        pictures = _curves(series) | _heat_maps(loads, layer_table(model) if model else {})
     directory = pathlib.Path(output or run_dir / "report")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -91,8 +98,10 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
 def _facts(series: dict[str, list], config: dict, model: Decoder | None) -> dict[str, str]:
     """What stands at the top of the page; what a run lacks is left out."""
     facts = {"Steps": f"{max(points[-1][0] for points in series.values()):,}"}
-    if {"batch_size", "sequence_length", "steps"} <= config.keys():
-        facts["Steps"] += f" of {config['steps']:,}"
+    if config:
+        stages = config.get("stages") or [{}]
+        total = sum(stage.get("steps") or config["steps"] for stage in stages)
+        facts["Steps"] += f" of {total:,}"
         facts["Batch"] = f"{config['batch_size']} x {config['sequence_length']:,} tokens"
     for key, name, form, last in (
         ("loss", "Training loss", ".4f", 20),
@@ -115,18 +124,8 @@ def _facts(series: dict[str, list], config: dict, model: Decoder | None) -> dict
 def _grid(count: int, columns: int, height: float) -> tuple[Figure, list]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure((6 if columns == 1 else 11, height * rows), dpi=130, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for spare in axes[count:]:
-        spare.set_visible(False)
-    return figure, list(axes[:count])
-
-
-def _label(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10.5, loc="left", color="#1d2733")
-    axes.set_xlabel(x, fontsize=9, color=GRAY)
-    axes.set_ylabel(y, fontsize=9, color=GRAY)
-    axes.tick_params(labelsize=8.5, colors=GRAY, length=2)
+    figure = Figure((6 if columns == 1 else 11, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
 def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
@@ -140,31 +139,30 @@ def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
         if panels:
             figure, grid = _grid(len(panels), 2 if len(panels) in (2, 4) else 3, 3.3)
             for axes, (_, title, unit, keys) in zip(grid, panels, strict=True):
-                for key, color in zip(keys, (BLUE, ORANGE), strict=False):
-                    _draw(axes, key, series.get(key, []), color)
-                axes.grid(color=PALE, linewidth=0.8)
-                axes.spines[["top", "right"]].set_visible(False)
-                _label(axes, title, "step", unit)
-                if sum(key in series for key in keys) > 1:
-                    axes.legend(frameon=False, fontsize=9)
+                found = [key for key in keys if key in series]
+                for key in found:
+                    _draw(axes, key, series[key])
+                axes.set(title=title, xlabel="step", ylabel=unit)
+                axes.grid()
+                axes.locator_params(axis="x", nbins=5, integer=True)
+                axes.ticklabel_format(axis="y", useOffset=False)
+                if len(found) > 1:
+                    axes.legend()
             drawn[name] = heading, text, figure
     return drawn
 
 
-def _draw(axes: Any, key: str, points: list[tuple[int, float]], color: str) -> None:
-    steps, values = np.array(points, float).reshape(-1, 2).T
-    if (
-        window := len(values) // 60 * (key != "learning_rate")
-    ):  # a mean of neighbors, of fewer at the ends, over the pale curve
+def _draw(axes: Any, key: str, points: list[tuple[int, float]]) -> None:
+    """A curve; a long one pale, and over it the mean of its neighbors, of fewer at the ends."""
+    steps, values = np.array(points, float).T
+    color, label = ("#d9730d", "held-out") if key.startswith("eval/") else ("#2563a8", "training")
+    if window := len(values) // 60 * (key != "learning_rate"):
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        ones = np.ones(2 * window + 1)
-        counts = np.convolve(np.ones(len(values)), ones)[window:-window]
-        values = np.convolve(values, ones)[window:-window] / counts
-    dots = {"marker": "o", "markersize": 4} if len(values) < 40 else {}
-    label = "held-out" if key.startswith("eval/") else "training"
-    axes.plot(steps, values, color=color, linewidth=1.8, label=label, **dots)
-    axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.ticklabel_format(axis="y", useOffset=False)
+        near = np.ones(2 * window + 1)
+        counts = np.convolve(np.ones(len(values)), near, "same")
+        values = np.convolve(values, near, "same") / counts
+    marker = "o" if len(values) < 40 else ""
+    axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4)
 
 
 def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str, Figure]]:
@@ -183,8 +181,9 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
     steps, labels = [row["step"] for row in loads], list(shares)
     stacked = np.stack(list(shares.values()))  # [layers, steps, experts]
     half = float(np.clip(np.percentile(np.abs(stacked - 1), 99), 0.1, 1.0))
+    parts, bins = (np.array_split(np.arange(len(steps)), min(n, len(steps))) for n in PARTS)
     maps = []
-    for part in np.array_split(np.arange(len(steps)), min(MOMENTS, len(steps))):
+    for part in parts:
         ends = sorted({steps[part[0]], steps[part[-1]]})
         title = "step " + " to ".join(f"{end:,}" for end in ends)
         maps.append((title, stacked[:, part].mean(1), None))
@@ -192,7 +191,6 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
     ticks = range(0, len(labels), -(-len(labels) // 20))
     for index, axes in enumerate(moments.axes[: len(maps)]):
         axes.set_yticks(ticks, ["" if index % 3 else labels[i] for i in ticks])
-    bins = np.array_split(np.arange(len(steps)), min(COLUMNS, len(steps)))
     columns = np.stack([stacked[:, part].mean(1) for part in bins], -1)  # [layers, experts, bins]
     extent = (steps[0], max(steps[-1], steps[0] + 1), columns.shape[1] - 0.5, -0.5)
     maps = [(label, image, extent) for label, image in zip(labels, columns, strict=True)]
@@ -209,8 +207,7 @@ def _maps(cells: list, columns: int, height: float, x: str, y: str, half: float)
     look = {"cmap": "RdBu_r", "vmin": 1 - half, "vmax": 1 + half, "interpolation": "nearest"}
     for axes, (title, image, extent) in zip(grid, cells, strict=True):
         drawn = axes.imshow(image, aspect="auto", extent=extent, **look)
-        _label(axes, title, x, y)
-    shape = {"aspect": 6 * figure.get_figheight(), "extendfrac": 0.15 / figure.get_figheight()}
-    bar = figure.colorbar(drawn, ax=grid, extend="max" if half == 1 else "both", **shape)
-    _label(bar.ax, "", "", "load / even load")
+        axes.set(title=title, xlabel=x, ylabel=y)
+    extend, aspect = "max" if half == 1 else "both", 6 * figure.get_figheight()
+    figure.colorbar(drawn, ax=grid, extend=extend, aspect=aspect, label="load / even load")
     return figure

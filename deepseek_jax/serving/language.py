@@ -11,7 +11,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,62 @@ from deepseek_jax.serving.completion import Completion
 MAX_LENGTH = 2**20  # tokens of prompt and completion: past every model's training, a likely typo
 CHUNK = 512  # prompt tokens that enter the cache in one call
 
+State = tuple[tuple, Array]  # of a batch: the cache, and [B, V] bool: the tokens seen in each row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long completions get and how their tokens are drawn; InputError for what cannot be."""
+
+    max_new_tokens: int = 128
+    """The most tokens to add to each prompt."""
+    temperature: float = 0.0
+    """What divides the logits; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that hold this much probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that already stand in the text become less likely."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self):
+        k, p = self.top_k, self.top_p
+        for name, fits, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (the likeliest) or above"),
+            ("top_k", k is None or k >= 1, "at least 1"),
+            ("top_p", p is None or 0 < p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
+        ):
+            if not fits:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be {rule}")
+
+    def sampling(self) -> Sampling:
+        """The same for `ops.sampling.draw`; what has no effect is left out of the program."""
+        penalty = None if self.repetition_penalty == 1 else self.repetition_penalty
+        if self.temperature < 1e-6:  # dividing by less would overflow, and draw the likeliest
+            return Sampling(repetition_penalty=penalty)
+        top_k = self.top_k and min(self.top_k, 2**30)
+        return Sampling(self.temperature, top_k, self.top_p, penalty)
+
+
+def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:
+    """Raise InputError unless these are prompts and stop texts for `LanguageModel.generate`."""
+    if not prompts:
+        raise InputError("there is no prompt; give at least one")
+    if not all(prompts):
+        raise InputError("a prompt is empty; give it some text to go on from")
+    if not all(stop):
+        raise InputError("a stop text is empty: every completion would end at once")
+    for text in (*prompts, *stop):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of a command line that were no UTF-8
+            raise InputError(f"{text!r} is not valid UTF-8") from None
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -40,6 +96,8 @@ class LanguageModel:
     params: Any
     tokenizer: Tokenizer
     config: Decoder
+    recorded: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The whole config of the run that it comes from, as JSON data."""
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays)."""
@@ -49,62 +107,47 @@ class LanguageModel:
         self,
         prompts: str | Sequence[str],
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stream: Callable[[int, str], None] | None = None,
+        **settings: Any,
     ) -> list[str]:
         """Complete each prompt; the completions, without their prompts, in order.
 
         A completion ends at the tokenizer's end token, before the first of the `stop` texts, or
-        after `max_new_tokens`. Temperature 0 takes the likeliest token. Every row draws from its
-        own key of (seed, row, position), whatever else is in the batch.
+        after `max_new_tokens`. Every row draws from its own key of (seed, row, position), whatever
+        else is in the batch.
 
         Args:
           prompts: one text or several.
-          max_new_tokens: the most tokens to add to each prompt.
-          temperature: what divides the logits.
-          top_k: draw from this many likeliest tokens only.
-          top_p: draw from the fewest likeliest tokens that hold this much probability.
-          repetition_penalty: above 1, tokens of the prompt and the completion become less likely.
-          seed: of the draws.
           stop: texts that end a completion; they are not part of it.
           stream: called with (row, new text) as text comes: whole characters, and nothing that
             may turn out to be part of a stop text.
+          **settings: the fields of `Settings`: max_new_tokens, temperature, top_k, ...
 
         Raises InputError for what cannot be done.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        check_request(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-        )
-        sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
+        prompts, stop = ([x] if isinstance(x, str) else list(x) for x in (prompts, stop))
+        check_texts(prompts, stop)
+        chosen = Settings(**settings)
         rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
         longest = max(map(len, rows))
-        if longest + max_new_tokens > MAX_LENGTH:
+        if longest + chosen.max_new_tokens > MAX_LENGTH:
             raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} make more than "
-                f"{MAX_LENGTH}: shorten one of them"
+                f"a prompt of {longest} tokens and max_new_tokens {chosen.max_new_tokens} make "
+                f"more than {MAX_LENGTH}: shorten one of them"
             )
         texts = [Completion(self.tokenizer, row[-1], stop) for row in rows]
-        state = self._prefill(rows, longest + max_new_tokens, sampling)
+        state = self._prefilled(rows, longest + chosen.max_new_tokens)
         tokens = np.array([row[-1] for row in rows], np.int32)
         positions = np.array([len(row) - 1 for row in rows], np.int32)
         size = min(self.tokenizer.vocab_size, self.config.vocab_size)
-        key = jax.random.key(seed)
-        for _ in range(max_new_tokens):
+        key, sampling = jax.random.key(chosen.seed), chosen.sampling()
+
+        def show(row: int, new: str) -> None:
+            if stream and new:
+                stream(row, new)
+
+        for _ in range(chosen.max_new_tokens):
             ended = np.array([text.ended for text in texts])
             if ended.all():
                 break
@@ -114,17 +157,14 @@ class LanguageModel:
             )  # fmt: skip
             tokens, positions = np.asarray(drawn), positions + 1
             for i, text in enumerate(texts):
-                new = "" if text.ended else text.add(int(tokens[i]))
-                if stream and new:
-                    stream(i, new)
+                if not text.ended:
+                    show(i, text.add(int(tokens[i])))
         for i, text in enumerate(texts):
-            new = text.finish()
-            if stream and new:
-                stream(i, new)
+            show(i, text.finish())
         return [text.text for text in texts]
 
-    def _prefill(self, rows: list[list[int]], length: int, sampling: Sampling) -> "_State":
-        """The cache holding all but each row's last token, which the first step feeds."""
+    def _prefilled(self, rows: list[list[int]], length: int) -> State:
+        """What has read all but each row's last token, which the first step feeds."""
         width = max(len(row) for row in rows) - 1
         chunk = min(CHUNK, _rounded(width, 16))
         width = -(-width // chunk) * chunk
@@ -133,9 +173,8 @@ class LanguageModel:
         for i, row in enumerate(rows):
             tokens[i, : len(row) - 1] = row[:-1]
             positions[i, : len(row) - 1] = np.arange(len(row) - 1)
-        state = _State(self.model.init_cache(len(rows), _rounded(length, 128)), None)
-        if sampling.repetition_penalty is not None:
-            state = state._replace(seen=jnp.zeros((len(rows), self.config.vocab_size), bool))
+        cache = self.model.init_cache(len(rows), _rounded(length, 128))
+        state = cache, jnp.zeros((len(rows), self.config.vocab_size), bool)
         for start in range(0, width, chunk):
             part = slice(start, start + chunk)
             state = _prefill(self.model, self.params, state, tokens[:, part], positions[:, part])
@@ -173,14 +212,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         precision = dataclasses.replace(precision, compute="float32")
     model = build(decoder, precision)
     params = manager.load_params(directory, model.shapes, layer_table(decoder))
-    return LanguageModel(model, params, load_tokenizer(directory), decoder)
-
-
-class _State(NamedTuple):
-    """What a batch of completions carries from step to step."""
-
-    cache: tuple
-    seen: Array | None  # [B, V]: the tokens of each row so far; only with a repetition penalty
+    return LanguageModel(model, params, load_tokenizer(directory), decoder, config)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -189,83 +221,25 @@ def _logits(model: Model, params: Any, tokens: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(model: Model, params: Any, state: _State, tokens: Any, positions: Any) -> _State:
-    _, cache = model.decode(params, tokens, state.cache, positions)  # no logits are computed
-    return _State(cache, _marked(state.seen, tokens, positions))
+def _prefill(model: Model, params: Any, state: State, tokens: Any, positions: Any) -> State:
+    _, cache = model.decode(params, tokens, state[0], positions)  # no logits are computed
+    return cache, _marked(state[1], tokens, positions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(
-    model: Model,
-    size: int,
-    params: Any,
-    state: _State,
-    tokens: Any,
-    positions: Any,
-    key: Array,
-    sampling: Sampling,
-) -> tuple[_State, Array]:
+def _step(model, size, params, state, tokens, positions, key, sampling) -> tuple[State, Array]:
     """Feed each row its newest token; draw its next among the first `size` of the vocabulary."""
     tokens, positions = tokens[:, None], positions[:, None]
-    logits, cache = model.decode(params, tokens, state.cache, positions)
-    seen = _marked(state.seen, tokens, positions)
+    logits, cache = model.decode(params, tokens, state[0], positions)
+    seen = _marked(state[1], tokens, positions)
     keys = row_keys(key, positions[:, 0] + 1)
-    visible = None if seen is None else seen[:, :size]
-    return _State(cache, seen), draw(logits[:, 0, :size], keys, sampling, visible)
+    return (cache, seen), draw(logits[:, 0, :size], keys, sampling, seen[:, :size])
 
 
-def _marked(seen: Array | None, tokens: Array, positions: Array) -> Array | None:
-    if seen is None:
-        return None
+def _marked(seen: Array, tokens: Array, positions: Array) -> Array:
     return seen.at[jnp.arange(len(seen))[:, None], tokens].max(positions >= 0)
 
 
 def _rounded(number: int, least: int) -> int:
     """The next power of two, so that few shapes are ever compiled."""
     return max(least, 1 << (number - 1).bit_length())
-
-
-def check_request(
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float,
-    seed: int,
-    stop: Sequence[str],
-) -> None:
-    """Raise InputError unless these are arguments that `LanguageModel.generate` can take."""
-    if not prompts:
-        raise InputError("there is no prompt; give at least one")
-    if not all(prompts):
-        raise InputError("a prompt is empty; give it some text to go on from")
-    for text in (*prompts, *stop):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # bytes of a command line that were no UTF-8
-            raise InputError(f"{text!r} is not valid UTF-8") from None
-    if not all(stop):
-        raise InputError("a stop text is empty: every completion would end at once")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature}; it must be 0 (the likeliest) or above")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}; it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if not 0 < repetition_penalty < math.inf:
-        raise InputError(f"repetition_penalty is {repetition_penalty}; it must be above 0")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}; it must be at least 0 and below 2**32")
-
-
-def _sampling(
-    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float
-) -> Sampling:
-    penalty = None if repetition_penalty == 1 else repetition_penalty
-    if temperature < 1e-6:  # dividing by less would overflow, and draw the likeliest anyway
-        return Sampling(repetition_penalty=penalty)
-    return Sampling(temperature, top_k and min(top_k, 2**30), top_p, penalty)

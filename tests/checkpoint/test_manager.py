@@ -63,33 +63,17 @@ def make_state(seed=0):
         "params": params,
         "opt_state": optimizer.init(params),
         "ema": None,
-        "key": jax.random.key(seed),
-        "keys": jax.random.split(jax.random.key(seed, impl="rbg"), 3),
-        "empty": jnp.zeros((0, 3)),
-        "number": 2**40 + seed,
-        "share": 0.1,
-        "on": True,
     }
 
 
 def abstract(tree):
-    def leaf(x):
-        if not isinstance(x, jax.Array):
-            return x
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def same(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        if not isinstance(a, jax.Array):
-            assert type(a) is type(b) and a == b
-            continue
         assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
@@ -146,12 +130,7 @@ def test_another_mesh_takes_the_same_checkpoint(tmp_path):
     save(manager, 1, state)
     manager.close()
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
-    elsewhere = jax.tree.map(
-        lambda x: (
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) if isinstance(x, jax.Array) else x
-        ),
-        state,
-    )
+    elsewhere = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
     restored = make_manager(tmp_path).restore(elsewhere)
     w = restored.state["params"]["segment_1"]["block"]["w"]
     assert w.sharding == one
@@ -209,11 +188,9 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "write_manifest", slow)
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     state = {"w": jnp.arange(100_000, dtype=jnp.float32), "v": place(jnp.ones((8, 2)), "a")}
-    plain = np.arange(1_000_000)
-    shapes, expected = abstract(state | {"n": plain}), jax.tree.map(np.array, state | {"n": plain})
+    shapes, expected = abstract(state), jax.tree.map(np.array, state)
     manager = make_manager(tmp_path)
-    save(manager, 1, state | {"n": plain})
-    plain[:] = -1
+    save(manager, 1, state)
     state = jax.tree.map(overwrite, state)  # training goes on
     assert started.wait(30) and names(tmp_path) == ["1.saving"]
     state = jax.tree.map(overwrite, state)

@@ -1,7 +1,9 @@
 """Round trip: configs through JSON and flags; one clear message for each kind of bad input."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 
@@ -117,3 +119,18 @@ def test_commands_end_without_a_traceback(error, code, capsys):
         run_command(main, [])
     assert caught.value.code == code
     assert capsys.readouterr().err == ("error: too few\n" if code == 2 else "")
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "run/eval.jsonl.tmp")
+
+    number = errno.ENOSPC
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, [])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "No space left" in error and "run/eval.jsonl.tmp" in error
+    number = errno.EACCES  # a bug, or nothing that making room would mend: the trace stays
+    with pytest.raises(PermissionError):
+        run_command(main, [])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from deepseek_jax import evaluate
@@ -21,8 +22,36 @@ def test_prints_a_table_and_json(run, capsys):
     scores = json.loads(capsys.readouterr().out)
     dataset = open_task(run.config, run.tokenizer, None)
     expected = held_out(run.model, run.params, dataset, 16)
-    assert {name: scores[name] for name in expected} == expected
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert f"{expected['loss']:.4f}" in values
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(16, 8), (12, 4), (3, 1)])
+def test_rows_spread_over_the_devices_that_divide_them(run, capsys, monkeypatch, rows, devices):
+    """Sharded = single-device, and the model runs on all the devices of the mesh."""
+    used = []
+
+    def watched(model, params, dataset, batch_size):
+        used.append(jax.sharding.get_mesh().size)
+        used.extend(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params))
+        return held_out(model, params, dataset, batch_size)
+
+    monkeypatch.setattr(evaluate, "held_out", watched)
+    flags = ["--checkpoint", run.directory, "--batch-size", str(rows), "--json"]
+    run_command(evaluate.main, flags)
+    scores = json.loads(capsys.readouterr().out)
+    assert set(used) == {devices}
+    alone = held_out(run.model, run.params, open_task(run.config, run.tokenizer, None), rows)
+    assert {name: scores[name] for name in alone} == pytest.approx(alone, rel=1e-6)
+
+
+def test_scores_that_are_not_finite_are_null_in_json(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "held_out", lambda *_: {"loss": float("nan"), "tokens": 3})
+    run_command(evaluate.main, ["--checkpoint", run.directory, "--json"])
+    out = capsys.readouterr().out
+    assert "NaN" not in out and json.loads(out)["loss"] is None
+    run_command(evaluate.main, ["--checkpoint", run.directory])
+    assert "nan" in capsys.readouterr().out
 
 
 def test_scores_named_files(run, capsys):

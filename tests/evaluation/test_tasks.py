@@ -20,8 +20,13 @@ def test_the_last_stages_data_come_first(run, tmp_path):
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.txt").write_text("second")
     data = run.config["data"] | {"source": {"type": "TextFiles", "paths": [f"{tmp_path}/*.txt"]}}
-    config = run.config | {"stages": [{"data": None}, {"data": data}]}
-    assert open_task(config, run.tokenizer, None).held_out_text() in (b"first", b"second")
+    own, given = {"data": None, "sequence_length": None}, {"data": data, "sequence_length": 16}
+    dataset = open_task(run.config | {"stages": [own, given]}, run.tokenizer, None)
+    assert dataset.held_out_text() in (b"first", b"second")
+    assert dataset.train_row(0)["tokens"].shape == (16,)  # the loop evaluates at this length
+    dataset = open_task(run.config | {"stages": [given, own]}, run.tokenizer, None)
+    assert dataset.held_out_text() == open_task(run.config, run.tokenizer, None).held_out_text()
+    assert dataset.train_row(0)["tokens"].shape == (run.config["sequence_length"],)
 
 
 def test_named_files_are_evaluated_whole(run, tmp_path):
@@ -53,8 +58,14 @@ def test_bad_names(run, tmp_path):
         open_task(run.config | {"data": None}, run.tokenizer, None)
 
 
-def test_prepared_data_of_another_tokenizer_are_refused(run, tmp_path):
+def test_prepared_data_of_another_tokenizer_are_refused(run, tmp_path, monkeypatch):
     train_bpe(BPE(vocab_size=260), iter(["some text"])).save(tmp_path / "tokenizer")
     (tmp_path / "manifest.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="another tokenizer"):
         open_task(run.config, run.tokenizer, str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))  # training takes such paths as well
+    with pytest.raises(InputError, match="another tokenizer"):
+        open_task(run.config, run.tokenizer, "~")
+    data = run.config["data"] | {"source": {"type": "Records", "path": "~"}}
+    with pytest.raises(InputError, match="another tokenizer"):
+        open_task(run.config | {"data": data}, run.tokenizer, None)

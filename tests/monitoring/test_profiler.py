@@ -25,7 +25,9 @@ from deepseek_jax.monitoring.profiler import Profiler, matmul_peak, operation_ta
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA GB200", 2500),
         ("NVIDIA B200", 2250),
+        ("NVIDIA H100 NVL", 835),
         ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
         ("NVIDIA L40S", 362),
     ],
 )

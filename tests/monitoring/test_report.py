@@ -47,9 +47,10 @@ def fill(run, steps=40, *, experts=True, evaluated=True):
     log.close()
 
 
-def write_config(run, model=None):
+def write_config(run, model=None, stages=()):
     text = {"version": core_config.VERSION, "type": "TrainConfig", "steps": 80, "batch_size": 4}
     text |= {"sequence_length": 512, "model": model or core_config.to_dict(MODEL)}
+    text |= {"stages": list(stages)}
     (run / "config.json").write_text(json.dumps(text))
 
 
@@ -68,13 +69,13 @@ def pictures(page):
 
 def test_a_whole_run(tmp_path):
     fill(tmp_path / "my <run>")
-    write_config(tmp_path / "my <run>")
+    write_config(tmp_path / "my <run>", stages=[{"steps": None}, {"steps": 20}])
     page = write_report(tmp_path / "my <run>")
     assert page == str(tmp_path / "my <run>/report/report.html")
     content = (tmp_path / "my <run>/report/report.html").read_text()
     found = pictures(tmp_path / "my <run>/report/report.html")
     assert found == {"loss", "training", "router", "expert_load", "expert_load_time"}
-    for fact in ("my &lt;run&gt;", "40 of 80", "4 x 512 tokens", "8 experts (2 active)",
+    for fact in ("my &lt;run&gt;", "40 of 100", "4 x 512 tokens", "8 experts (2 active)",
                  "parameters", "5,000", "30.0%", "0.0500"):  # fmt: skip
         assert fact in content, fact
 
@@ -107,6 +108,14 @@ def test_poor_runs(tmp_path, given, found):
     fill(tmp_path, **given)
     write_report(tmp_path)
     assert pictures(tmp_path / "report/report.html") == found
+
+
+@pytest.mark.parametrize("config", ["{", '{"version": 99, "steps": 3}'])
+def test_a_config_that_cannot_be_read_costs_only_the_facts(tmp_path, config):
+    fill(tmp_path, steps=3)
+    (tmp_path / "config.json").write_text(config)
+    write_report(tmp_path)
+    assert {"loss", "expert_load"} <= pictures(tmp_path / "report/report.html")
 
 
 def test_nulls_torn_lines_and_another_versions_model(tmp_path):
