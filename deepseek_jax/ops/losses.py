@@ -28,7 +28,7 @@ def token_losses(
 
     head = head.astype(hidden.dtype)
     size, chunks = _chunks(chunk, hidden, targets)
-    return jax.lax.scan(of_chunk, None, chunks)[1].reshape(-1)[:size]
+    return _joined(jax.lax.scan(of_chunk, None, chunks)[1], size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -60,15 +60,26 @@ def cross_entropy(
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[int, tuple[Array, ...]]:
-    """How many tokens there are, and each array as [chunks, chunk, ...], zero-padded."""
+    """How many tokens there are, and each array as [chunks, chunk, ...], zero-padded.
+
+    A chunk is every n-th token, so that tokens sharded over devices stay where they are: of a
+    chunk of neighbors every device would compute all.
+    """
     size = arrays[0].shape[0]
     count = max(1, -(-size // chunk))
     per_chunk = -(-size // count)
     pad = count * per_chunk - size
     return size, tuple(
-        jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(count, per_chunk, *a.shape[1:])
+        jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1))
+        .reshape(per_chunk, count, *a.shape[1:])
+        .swapaxes(0, 1)
         for a in arrays
     )
+
+
+def _joined(chunks: Array, size: int) -> Array:
+    """[chunks, chunk, ...] as the tokens in their order."""
+    return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])[:size]
 
 
 def _negative_log_likelihood(logits, targets):
@@ -98,7 +109,7 @@ def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
     size, chunks = _chunks(chunk, hidden, targets, weights)
     start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
     (nll, z, head_slope), hidden_slope = jax.lax.scan(of_chunk, start, chunks)
-    hidden_slope = hidden_slope.reshape(-1, hidden.shape[-1])[:size]
+    hidden_slope = _joined(hidden_slope, size)
     # Hidden and head are kept only for their dtypes; XLA drops what is not read.
     return (nll + z_weight * z, nll, z), (hidden_slope, head_slope, hidden, head)
 

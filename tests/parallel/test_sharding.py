@@ -1,16 +1,25 @@
 """Sharded = single-device: a training step on every mesh axis, alone and in pairs; round trips."""
 
+import re
+
 import cases
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES, Spec
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import build
+from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.parallel.sharding import place_batch, tree_shardings, weight_sharding
+from deepseek_jax.parallel.sharding import (
+    batch_sharding,
+    place_batch,
+    tree_shardings,
+    weight_sharding,
+)
 from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.step import make_gradients
 
@@ -112,3 +121,22 @@ def test_meshes_that_do_not_fit_say_how_many_devices_there_are(shape):
 def test_impossible_meshes_are_refused(shape):
     with pytest.raises(ValueError, match="at least 1"):
         MeshShape(**shape)
+
+
+def test_every_device_makes_the_logits_of_its_own_tokens_only():
+    """Contract, read from the compiled program: a chunk of 64 tokens is 8 a device, of 8."""
+    mesh = make_mesh(MeshShape())
+    with jax.set_mesh(mesh):
+        tokens, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+        rows = jax.ShapeDtypeStruct((8, 16, 32), np.float32, sharding=tokens)
+        targets = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=tokens)
+        head = jax.ShapeDtypeStruct((32, 999), np.float32, sharding=whole)
+
+        def loss(rows, head, targets):
+            weights = targets.reshape(-1) * 1.0
+            return cross_entropy(rows.reshape(-1, 32), head, targets.reshape(-1), weights, 0.0, 64)
+
+        slopes = jax.grad(lambda *inputs: loss(*inputs)[0], (0, 1))
+        text = jax.jit(slopes).lower(rows, head, targets).compile().as_text()
+    assert re.search(r"f32\[8,999\]\S* dot\(", text)
+    assert not re.search(r"f32\[64,999\]", text)
