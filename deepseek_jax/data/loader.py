@@ -5,7 +5,6 @@ one integer, whatever the batch size, the number of processes or of workers.
 """
 
 import dataclasses
-import functools
 import multiprocessing
 import os
 import pathlib
@@ -13,7 +12,6 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
@@ -21,7 +19,7 @@ from absl import flags
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
-from deepseek_jax.data.corpus import open_bpe, open_corpus
+from deepseek_jax.data.corpus import digest, open_bpe, open_corpus
 from deepseek_jax.data.mixture import Mixed
 from deepseek_jax.data.packing import Batch, Rows
 from deepseek_jax.data.sources import Records, Source, StandardLibrary
@@ -44,6 +42,9 @@ class Data:
     """Not used with Records: their own tokenizer serves every source of a mixture."""
     held_out: float = 0.05
     """The share of documents kept for evaluation, by a hash of their names."""
+    eval_tokens: int | None = None
+    """At most this many held-out tokens are scored: the first documents that fit, as much from each
+    part of a mixture. None: all."""
     num_workers: int = 0
     """Processes that make batches; 0: a thread of this process."""
     cache_dir: str = ""
@@ -54,6 +55,8 @@ class Data:
             raise ValueError(f"data.held_out ({self.held_out}) must lie between 0 and 1.")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative.")
+        if self.eval_tokens is not None and self.eval_tokens < 1:
+            raise ValueError(f"data.eval_tokens ({self.eval_tokens}) must be at least 1.")
 
 
 class Dataset:
@@ -62,11 +65,19 @@ class Dataset:
     Attributes:
       tokenizer: what made the tokens.
       train: the training rows.
-      eval_bytes: the UTF-8 bytes of all held-out documents.
+      eval_bytes: the UTF-8 bytes of the held-out documents that are scored.
+      fingerprint: a hash that stays while tokenizer, documents and their order do.
     """
 
-    def __init__(self, tokenizer: Tokenizer, train: Mixed, training: list[Rows], held: list[Rows]):
-        self.tokenizer, self.train = tokenizer, train
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        train: Mixed,
+        training: list[Rows],
+        held: list[Rows],
+        fingerprint: str,
+    ):
+        self.tokenizer, self.train, self.fingerprint = tokenizer, train, fingerprint
         self.eval_bytes = sum(rows.num_bytes for rows in held)
         self._sides = {"training": training, "held out": held}
 
@@ -127,8 +138,19 @@ def open_data(
         corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
     shape = (1.0 if whole else config.held_out, sequence_length, num_targets)
     training = [Rows(corpus, *shape, seed + i) for i, corpus in enumerate(corpora)]
-    held = [Rows(corpus, *shape, None) for corpus in corpora]
-    return Dataset(tokenizer, Mixed(training, parts, seed), training, held)
+    limit = config.eval_tokens and config.eval_tokens // len(parts)
+    held = [Rows(corpus, *shape, None, limit) for corpus in corpora]
+    if not any(rows.num_rows for rows in held):
+        raise InputError(f"data.eval_tokens ({config.eval_tokens}) has room for no document")
+    weights = [(part.weight, part.schedule) for part in parts]
+    facts = [
+        tokenizer.files(),
+        [corpus.fingerprint for corpus in corpora],
+        weights,
+        shape[:2],
+        seed,
+    ]
+    return Dataset(tokenizer, Mixed(training, parts, seed), training, held, digest(facts))
 
 
 def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
@@ -158,10 +180,6 @@ class Batches(Iterator[Batch]):
         return next(self._held[0])
 
 
-def _part(train: Mixed, first: np.ndarray, batch_size: int, step: int) -> Batch:
-    return train.batch(first + step * batch_size)
-
-
 def _close(held: list[grain.DatasetIterator]) -> None:
     held.pop().close()
 
@@ -173,14 +191,13 @@ def _serve(worker: int, num_workers: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(
-        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
-    ).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def batches(
@@ -201,9 +218,11 @@ def batches(
     if not flags.FLAGS.is_parsed():  # Grain asks absl, whose own main() is not ours
         flags.FLAGS.mark_as_parsed()
     size = batch_size // process_count
-    own = np.arange(process_index * size, (process_index + 1) * size)
-    cut = functools.partial(_part, dataset.train, start + own, batch_size)
-    source = grain.MapDataset.range(2**48).map(cut)  # rows never end
+    own = start + np.arange(process_index * size, (process_index + 1) * size)
+    train = dataset.train
+    source = grain.MapDataset.range(2**48).map(  # rows never end
+        lambda step: train.batch(own + step * batch_size)
+    )
     stream = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers=num_workers)

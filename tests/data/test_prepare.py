@@ -59,7 +59,7 @@ def test_formats_are_told_by_their_names(folder):
         out = _run(folder, "--field", "body", "--tokenizer", "bytes", pattern=pattern)
         assert json.loads((out / "manifest.json").read_text())["bytes"] == 10
         shutil.rmtree(out)
-    with pytest.raises(InputError, match="jsonl and parquet"):
+    with pytest.raises(InputError, match="JSONL and Parquet"):
         _run(folder, pattern="a.*")
 
 
