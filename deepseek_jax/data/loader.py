@@ -12,6 +12,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -22,7 +23,6 @@ from deepseek_jax.data import sources
 from deepseek_jax.data.corpus import digest, open_bpe, open_corpus
 from deepseek_jax.data.mixture import Mixed
 from deepseek_jax.data.packing import Batch, Rows
-from deepseek_jax.data.sources import Records, Source, StandardLibrary
 from deepseek_jax.data.text import reported
 from deepseek_jax.data.tokenizer import (
     BPE,
@@ -37,7 +37,7 @@ from deepseek_jax.data.tokenizer import (
 class Data:
     """What a model is trained and evaluated on."""
 
-    source: Source = StandardLibrary()
+    source: sources.Source = sources.StandardLibrary()
     tokenizer: TokenizerConfig = BPE()
     """Not used with Records: their own tokenizer serves every source of a mixture."""
     held_out: float = 0.05
@@ -59,27 +59,20 @@ class Data:
             raise ValueError(f"data.eval_tokens ({self.eval_tokens}) must be at least 1.")
 
 
+@dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Training rows by number, and the held-out documents.
+    """Training rows by number, and the held-out documents that are scored."""
 
-    Attributes:
-      tokenizer: what made the tokens.
-      train: the training rows.
-      eval_bytes: the UTF-8 bytes of the held-out documents that are scored.
-      fingerprint: a hash that stays while tokenizer, documents and their order do.
-    """
+    tokenizer: Tokenizer
+    train: Mixed
+    held: list[Rows]
+    fingerprint: str
+    """A hash that stays while the tokenizer, the documents and their order do."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        train: Mixed,
-        training: list[Rows],
-        held: list[Rows],
-        fingerprint: str,
-    ):
-        self.tokenizer, self.train, self.fingerprint = tokenizer, train, fingerprint
-        self.eval_bytes = sum(rows.num_bytes for rows in held)
-        self._sides = {"training": training, "held out": held}
+    @property
+    def eval_bytes(self) -> int:
+        """The UTF-8 bytes of the documents that are scored."""
+        return sum(rows.num_bytes for rows in self.held)
 
     def train_row(self, number: int) -> Batch:
         """Row `number` of the training data: a batch without its first dimension."""
@@ -87,7 +80,7 @@ class Dataset:
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The held-out documents in order; each source's last batch is filled with padding."""
-        for rows in self._sides["held out"]:
+        for rows in self.held:
             for first in range(0, rows.num_rows, batch_size):
                 yield rows.batch(np.arange(first, first + batch_size))
 
@@ -95,17 +88,17 @@ class Dataset:
         """The held-out documents, concatenated, as the tokenizer gives them back."""
         return b"".join(
             self.tokenizer.decode_bytes(rows.corpus.document(number).tokens.tolist())
-            for rows in self._sides["held out"]
+            for rows in self.held
             for number in rows.documents
         )
 
     def describe(self) -> str:
         """The documents, tokens and bytes of both sides, in a line."""
         parts = []
-        for name, side in self._sides.items():
-            documents, tokens = sum(len(r.documents) for r in side), sum(r.num_tokens for r in side)
-            size = sum(rows.num_bytes for rows in side) / 1e6
-            parts.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {size:.1f} MB")
+        for name, side in (("training", self.train.rows), ("held out", self.held)):
+            counts = [(len(rows.documents), rows.num_tokens, rows.num_bytes) for rows in side]
+            documents, tokens, size = map(sum, zip(*counts, strict=True))
+            parts.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:.1f} MB")
         return "; ".join([*parts, f"vocabulary: {self.tokenizer.vocab_size:,}"])
 
 
@@ -142,21 +135,15 @@ def open_data(
     held = [Rows(corpus, *shape, None, limit) for corpus in corpora]
     if not any(rows.num_rows for rows in held):
         raise InputError(f"data.eval_tokens ({config.eval_tokens}) has room for no document")
-    weights = [(part.weight, part.schedule) for part in parts]
-    facts = [
-        tokenizer.files(),
-        [corpus.fingerprint for corpus in corpora],
-        weights,
-        shape[:2],
-        seed,
-    ]
-    return Dataset(tokenizer, Mixed(training, parts, seed), training, held, digest(facts))
+    order = [(c.fingerprint, p.weight, p.schedule) for c, p in zip(corpora, parts, strict=True)]
+    fingerprint = digest([tokenizer.files(), order, shape[:2], seed])
+    return Dataset(tokenizer, Mixed(training, parts, seed), held, fingerprint)
 
 
 def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
     """The tokenizer that its records bring, or else the config's, trained if it must be."""
     plain = [part.source for part in sources.parts(config.source)]
-    prepared = [source.path for source in plain if isinstance(source, Records)]
+    prepared = [source.path for source in plain if isinstance(source, sources.Records)]
     found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
     if any(tokenizer.files() != found[0].files() for tokenizer in found):
         raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
@@ -174,14 +161,10 @@ class Batches(Iterator[Batch]):
         # Grain's clean-up fails once the interpreter's own has begun: `finalize` runs before, and
         # must then hold the only reference.
         self._held = [iterator]
-        self.close = weakref.finalize(self, _close, self._held)
+        self.close = weakref.finalize(self, lambda held: held.pop().close(), self._held)
 
     def __next__(self) -> Batch:
         return next(self._held[0])
-
-
-def _close(held: list[grain.DatasetIterator]) -> None:
-    held.pop().close()
 
 
 def _serve(worker: int, num_workers: int) -> None:
@@ -191,13 +174,13 @@ def _serve(worker: int, num_workers: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
+    def follow(parent: Any) -> None:
         parent.join()
         os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=follow, args=(parent,), daemon=True).start()
 
 
 def batches(
@@ -220,9 +203,8 @@ def batches(
     size = batch_size // process_count
     own = start + np.arange(process_index * size, (process_index + 1) * size)
     train = dataset.train
-    source = grain.MapDataset.range(2**48).map(  # rows never end
-        lambda step: train.batch(own + step * batch_size)
-    )
+    steps = grain.MapDataset.range(2**48)  # rows never end
+    source = steps.map(lambda step: train.batch(own + step * batch_size))
     stream = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers=num_workers)

@@ -19,18 +19,18 @@ class Mixed:
     """The training rows of several sources as one endless sequence."""
 
     def __init__(self, rows: list[Rows], parts: tuple[Part, ...], seed: int):
-        self._rows, self._parts, self._seed = rows, parts, seed
+        self.rows, self._parts, self._seed = rows, parts, seed
         self._before = [np.zeros(len(parts), np.int64)]  # counts of rows before each chunk
         self._chunk = functools.lru_cache(2)(self._counted)
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return Mixed, (self._rows, self._parts, self._seed)
+        return Mixed, (self.rows, self._parts, self._seed)
 
     def batch(self, numbers: np.ndarray) -> Batch:
         """Rows by ascending number [B]."""
         part, row = self.origin(numbers)
-        found = [self._rows[which].batch(row[part == which]) for which in np.unique(part)]
+        found = [self.rows[which].batch(row[part == which]) for which in np.unique(part)]
         if len(found) == 1:
             return found[0]
         back = np.argsort(np.argsort(part, kind="stable"))

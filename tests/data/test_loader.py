@@ -91,7 +91,7 @@ def test_held_out_documents_are_whole_and_counted_exactly(folder):
     assert sum(batch["weights"][..., 0].sum() for batch in found) == len(text) + len(held)
     tokens = np.concatenate([b["tokens"][b["segments"] > 0] for b in found])
     assert dataset.tokenizer.decode_bytes(tokens.tolist()) == text
-    train = dataset.train.batch(np.arange(dataset._sides["training"][0].num_rows))["tokens"]
+    train = dataset.train.batch(np.arange(dataset.train.rows[0].num_rows))["tokens"]
     stream = dataset.tokenizer.decode_bytes(train.ravel().tolist())
     assert all(content[:9] not in stream for content in held)
 
@@ -172,7 +172,7 @@ def test_the_fingerprint_follows_contents_order_and_tokenizer(folder):
 def test_eval_tokens_scores_the_first_documents_that_fit(folder, mixed):
     config = _mixture(folder) if mixed else _data(folder, held_out=0.6)
     whole = _open(config, folder)
-    num_parts = len(whole._sides["held out"])
+    num_parts = len(whole.held)
     assert num_parts == 1 + mixed
     for limit in (150, 400, 900, 10**9):
         dataset = _open(dataclasses.replace(config, eval_tokens=limit), folder)
@@ -182,7 +182,7 @@ def test_eval_tokens_scores_the_first_documents_that_fit(folder, mixed):
         assert dataset.tokenizer.decode_bytes(tokens.tolist()) == text
         assert dataset.eval_bytes == len(text) > 0
         assert len(tokens) <= limit
-        for rows, every in zip(dataset._sides["held out"], whole._sides["held out"], strict=True):
+        for rows, every in zip(dataset.held, whole.held, strict=True):
             count = len(rows.documents)
             np.testing.assert_array_equal(rows.documents, every.documents[:count])
             following = every.documents[count : count + 1]  # the next one would be too much

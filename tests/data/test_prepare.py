@@ -27,7 +27,7 @@ def _open(folder, source, **more):
 
 
 def _documents(dataset, side: str) -> list[list[int]]:
-    rows = dataset._sides[side][0]
+    rows = {"training": dataset.train.rows, "held out": dataset.held}[side][0]
     return sorted(rows.corpus.document(number).tokens.tolist() for number in rows.documents)
 
 
