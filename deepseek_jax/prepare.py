@@ -99,10 +99,10 @@ def prepare(data: Data, output: pathlib.Path, shard_bytes: int) -> dict:
 
 
 def _tokenizer(name: str) -> tokenizers.TokenizerConfig:
-    if name in ("bytes", "deepseek"):
-        return tokenizers.Bytes() if name == "bytes" else tokenizers.DeepSeek()
     if size := re.fullmatch(r"bpe(?::(\d+))?", name):
         return tokenizers.BPE(vocab_size=int(size[1] or 8192))
+    if name in ("bytes", "deepseek"):
+        return tokenizers.Bytes() if name == "bytes" else tokenizers.DeepSeek()
     sentencepiece = name.endswith(".model")
     return (tokenizers.SentencePiece if sentencepiece else tokenizers.TokenizerFile)(path=name)
 

@@ -59,7 +59,7 @@ class Data:
             raise ValueError(f"data.eval_tokens ({self.eval_tokens}) must be at least 1.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """Training rows by number, and the held-out documents that are scored."""
 
@@ -113,14 +113,8 @@ def open_data(
 ) -> Dataset:
     """The data of a config, tokenized on first use and read from the cache from then on.
 
-    Args:
-      config: what to read.
-      sequence_length: tokens a row.
-      num_targets: how many of the tokens that follow each token are its targets.
-      seed: of the order of documents and rows, and of a mixture's draws.
-      tokenizer: what reads the text instead of the config's tokenizer: a checkpoint's own.
-      whole: whether every document is held out, to evaluate on all of them.
-
+    `seed` draws the order of documents and rows, and a mixture's parts. A `tokenizer` (a
+    checkpoint's own) reads the text instead of the config's; `whole` holds out every document.
     Raises InputError when the data cannot be read or the cache not be written.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -225,10 +225,10 @@ def _parquet_documents(file: File, column: str) -> Iterator[Document]:
                 raise InputError(f"{file.path}: no column {column!r}, only {', '.join(names)}")
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
-                    content = value.as_py() or ""
-                    if not isinstance(content, str):
+                    content = value.as_py()
+                    if not isinstance(content, str | None):
                         raise InputError(f"{where} holds {value.type}, not strings")
-                    yield Document(f"{file.key}:{row}", content)
+                    yield Document(f"{file.key}:{row}", content or "")
                     row += 1
     except UnicodeDecodeError:
         raise InputError(f"{where} is not UTF-8 in row {row}") from None

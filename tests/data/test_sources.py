@@ -150,7 +150,7 @@ def test_invalid_utf8_names_file_and_line(tmp_path, kind):
 def test_bad_files(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "not.parquet").write_text("text")
-    pyarrow.parquet.write_table(pyarrow.table({"n": [1], "l": [["a"]]}), tmp_path / "n.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"n": [0], "l": [["a"]]}), tmp_path / "n.parquet")
     root = str(tmp_path)
     cases = {
         "no such file": TextFiles(paths=(f"{root}/*.md",)),
