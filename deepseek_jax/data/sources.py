@@ -151,17 +151,17 @@ def documents(source: Plain) -> Iterator[Document]:
             done += len(document.text.encode())
             if (now := time.monotonic()) - last > 10:
                 last = now
-                _tell(done, now - start, found)
+                _tell(done, now - start, [] if isinstance(source, Parquet) else found)
     if not done:
         names = ", ".join(str(file.path) for file in found[:3])
         raise InputError(f"{names}: no text here; give files that are not empty")
 
 
 def _tell(done: int, seconds: float, found: list[File]) -> None:
+    """One line of progress; `found` is empty where sizes say little, as of compressed files."""
     line = f"documents: {done / 1e6:,.1f} MB, {done / seconds / 1e6:.1f} MB/s"
-    if found[0].path.suffix != ".parquet":  # those are compressed
-        total = sum(file.path.stat().st_size for file in found)
-        left = int(seconds * max(total / done - 1, 0))
+    if total := sum(file.path.stat().st_size for file in found):
+        left = int(seconds * max(total - done, 0) / done)
         line += f", {min(done / total, 1):.0%}, {left // 60}:{left % 60:02d} left"
     print(line, file=sys.stderr, flush=True)
 

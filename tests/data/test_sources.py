@@ -1,5 +1,6 @@
 """Sources: the documents of each kind, streaming, and one message for each kind of bad input."""
 
+import itertools
 import json
 import pathlib
 
@@ -80,6 +81,21 @@ def test_parquet(tmp_path):
     for name in ("text", "body"):
         source = Parquet(paths=(f"{tmp_path}/a.parquet",), column=name)
         assert list(documents(source)) == [("a.parquet:0", "one"), ("a.parquet:3", "深")]
+
+
+def test_long_reading_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text("12345678\n" * 1000)
+    column = {"text": ["some words"] * 4}
+    pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
+    _texts(TextFiles(paths=(f"{tmp_path}/*.txt",)))
+    assert capsys.readouterr().err == (
+        "documents: 0.0 MB, 0.0 MB/s, 38%, 0:20 left\ndocuments: 0.1 MB, 0.0 MB/s, 75%, 0:08 left\n"
+    )
+    _texts(Parquet(paths=(f"{tmp_path}/a.parquet",)))
+    assert capsys.readouterr().err == "documents: 0.0 MB, 0.0 MB/s\n"
 
 
 def test_standard_library_rules(tmp_path, monkeypatch):
