@@ -15,7 +15,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +28,6 @@ from deepseek_jax.data.tokenizer import BPE, Tokenizer, load_tokenizer, train_bp
 VERSION = 2  # of the cached form, and of how documents and tokens are made
 SAMPLE = 32 * MIB  # text that a BPE is trained on at most
 INDEX = np.dtype([("hash", "<u8"), ("num_bytes", "<i8"), ("length", "<i8")])
-
-T = TypeVar("T")
 
 
 class Corpus:
@@ -170,8 +168,8 @@ def digest(facts: Any) -> str:
 
 
 def _cached(
-    cache: pathlib.Path, facts: list, build: Callable[[pathlib.Path], None], load: Callable[..., T]
-) -> T:
+    cache: pathlib.Path, facts: list, build: Callable[[pathlib.Path], None], load: Callable
+) -> Any:
     """What `load` reads from the folder named by `facts`, filled by `build` if need be."""
     path = cache / digest([VERSION, *facts])[:32]
     damage = (OSError, ValueError, KeyError, InputError)
