@@ -78,6 +78,8 @@ def closing(model, params, dataset, config) -> str:
     """Other compressors on the held-out text, and how the model continues its beginning."""
     text = dataset.held_out_text()
     rows = [f"{name}: {bits:.4f} bits per byte" for name, bits in compressors(text).items()]
+    if not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(params)):
+        return "\n".join([*rows, "no sample: the weights are spread over processes; use generate"])
     prompt = text[:64].decode(errors="ignore").rpartition(" ")[0] or "The "
     lm = LanguageModel(model, params, dataset.tokenizer, config.model)
     completion = lm.generate([prompt], max_new_tokens=64, temperature=0.8, seed=config.seed)[0]

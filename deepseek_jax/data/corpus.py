@@ -9,15 +9,13 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
+import heapq
 import itertools
 import json
-import os
 import pathlib
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +25,9 @@ from deepseek_jax.data.records import Encoded
 from deepseek_jax.data.text import MIB, Document, reported
 from deepseek_jax.data.tokenizer import BPE, Tokenizer, load_tokenizer, train_bpe
 
-VERSION = 1  # of the cached form, and of how documents and tokens are made
+VERSION = 2  # of the cached form, and of how documents and tokens are made
 SAMPLE = 32 * MIB  # text that a BPE is trained on at most
 INDEX = np.dtype([("hash", "<u8"), ("num_bytes", "<i8"), ("length", "<i8")])
-
-T = TypeVar("T")
 
 
 class Corpus:
@@ -42,16 +38,18 @@ class Corpus:
       starts, lengths: where each document's ids are [n].
       num_bytes: the UTF-8 bytes of each document's text [n].
       hashes: of each document's key [n], uint64.
+      fingerprint: a hash of all these.
     """
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
         meta = json.loads((directory / "meta.json").read_text())
+        self.fingerprint = meta["sha256"]
         self.tokens = np.memmap(directory / "tokens.bin", meta["dtype"], "r")
         index = np.load(directory / "index.npy", mmap_mode="r")
         self.lengths, self.num_bytes = np.array(index["length"]), index["num_bytes"]
         self.hashes, self.starts = index["hash"], np.cumsum(self.lengths) - self.lengths
-        if not meta["tokens"] == len(self.tokens) == self.lengths.sum():
+        if len(self.tokens) != self.lengths.sum():
             raise ValueError(f"{directory}: damaged")
 
     def __reduce__(self):
@@ -77,13 +75,11 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are held out [n] bool: those of small hashes, never none; all only at 1."""
     if fraction == 1:
         return np.ones(len(hashes), bool)
-    mask = hashes < np.uint64(int(fraction * 2.0**64))
-    if len(mask) < 2:
+    if len(hashes) < 2:
         raise InputError("there is only one document, so none can be held out: give at least two")
-    if mask.any() and not mask.all():
-        return mask
-    mask = hashes == hashes.min()
-    return mask if not mask.all() else np.arange(len(mask)) == 0
+    limit = min(max(int(fraction * 2.0**64), int(hashes.min()) + 1), int(hashes.max()))
+    mask = hashes < np.uint64(limit)
+    return mask if mask.any() else np.arange(len(mask)) == 0  # all hashes may be the same
 
 
 def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path) -> Corpus:
@@ -94,19 +90,20 @@ def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def build(directory: pathlib.Path) -> None:
-        index = array.array("Q")
+        index, sha256 = array.array("Q"), hashlib.sha256()
         with open(directory / "tokens.bin", "wb") as out:
-            stream = _encoded(source, tokenizer)
-            total = sources.num_bytes(source)
-            for document in _shown(stream, lambda d: d.num_bytes, "tokenizing", total):
-                out.write(document.tokens.astype(dtype).tobytes())
+            for document in _encoded(source, tokenizer):
+                content = document.tokens.astype(dtype).tobytes()
+                out.write(content)
+                sha256.update(content)
                 index.extend((document.hash, document.num_bytes, len(document.tokens)))
-            meta = {"dtype": dtype.str, "tokens": out.tell() // dtype.itemsize}
+        sha256.update(index)
         np.save(directory / "index.npy", np.array(index, "<u8").view(INDEX))
+        meta = {"dtype": dtype.str, "sha256": sha256.hexdigest()}
         (directory / "meta.json").write_text(json.dumps(meta))
 
-    files = [(name, _sha256(content)) for name, content in sorted(tokenizer.files().items())]
-    return _cached(cache, ["tokens", sources.fingerprint(source), files], build, Corpus)
+    facts = ["tokens", sources.fingerprint(source), tokenizer.files()]
+    return _cached(cache, facts, build, Corpus)
 
 
 def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
@@ -114,79 +111,70 @@ def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
     if isinstance(source, sources.Records):
         yield from records.read(source.path)
         return
-    waiting = None
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for batch in itertools.chain(_batched(sources.documents(source)), [None]):
-            texts = [document.text for document in batch or ()]
-            ahead = (batch, pool.submit(tokenizer.encode_batch, texts)) if batch else None
-            if waiting:
-                for document, ids in zip(waiting[0], waiting[1].result(), strict=True):
-                    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id])
-                    yield Encoded(key_hash(document.key), len(document.text.encode()), tokens)
-            waiting = ahead
+        jobs = (
+            (batch, pool.submit(tokenizer.encode_batch, [text for _, text in batch]))
+            for batch in _batched(source)
+        )
+        end: list[Any] = [None]
+        for (batch, job), _ in itertools.pairwise(itertools.chain(jobs, end)):
+            for (key, text), ids in zip(batch, job.result(), strict=True):
+                tokens = array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id])
+                yield Encoded(key_hash(key), len(text.encode()), np.frombuffer(tokens, np.uint32))
 
 
-def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batched(source: sources.Plain) -> Iterator[list[Document]]:
     batch, size = [], 0
-    for document in documents:
+    for document in sources.documents(source):
         batch.append(document)
-        size += len(document.text)
-        if size >= 4 * MIB or len(batch) >= 8192:
+        size += len(document.text) + 512  # what a document takes beside its text
+        if size >= 4 * MIB:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def open_bpe(
     config: BPE, plain: list[sources.Plain], fraction: float, cache: pathlib.Path
 ) -> Tokenizer:
-    """The BPE of the sources' training sides, from the cache or trained now."""
+    """The BPE of the sources' training sides (an even sample), from the cache or trained now."""
 
     def build(directory: pathlib.Path) -> None:
-        scans = [_scan(source) for source in plain]
-        share = SAMPLE / sum(int(sizes.sum()) for _, sizes in scans)
-        train_bpe(config, sample(scans, share)).save(directory)
-
-    def sample(scans: list, share: float) -> Iterator[str]:
-        """Training documents, thinned evenly by a second hash when there are too many."""
-        for source, (hashes, _) in zip(plain, scans, strict=True):
-            kept = ~held_out(hashes, fraction)
-            for number, document in enumerate(sources.documents(source)):
-                if kept[number] and key_hash(f"{number} {document.key}") < share * 2.0**64:
-                    yield document.text
+        sample: list[tuple] = []  # a heap: what has the largest draw leaves first
+        held, size = [], 0
+        for part, source in enumerate(plain):
+            hashes = array.array("Q")
+            for key, text in sources.documents(source):
+                number, length = (part, len(hashes)), len(text.encode())
+                hashes.append(key_hash(key))
+                heapq.heappush(sample, (-key_hash(f"{number} {key}"), number, length, text))
+                size += length
+                while size > SAMPLE and len(sample) > 1:
+                    size -= heapq.heappop(sample)[2]
+            held.append(held_out(np.array(hashes), fraction))
+        kept = sorted((number, text) for _, number, _, text in sample)
+        texts = (text for (part, number), text in kept if not held[part][number])
+        train_bpe(config, texts).save(directory)
 
     prints = [sources.fingerprint(source) for source in plain]
     facts = ["bpe", config.vocab_size, fraction, SAMPLE, prints]
     return _cached(cache, facts, build, load_tokenizer)
 
 
-def _scan(source: sources.Plain) -> tuple[np.ndarray, np.ndarray]:
-    """The hash and the size of every document, in one pass over them."""
-    hashes, sizes = array.array("Q"), array.array("q")
-    stream = sources.documents(source)
-    for document in _shown(stream, lambda d: sizes[-1], "reading", sources.num_bytes(source)):
-        hashes.append(key_hash(document.key))
-        sizes.append(len(document.text.encode()))
-    return np.array(hashes), np.array(sizes)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def digest(facts: Any) -> str:
+    """A hash of what JSON can hold, and of bytes."""
+    content = json.dumps(facts, default=lambda data: hashlib.sha256(data).hexdigest())
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _cached(
-    cache: pathlib.Path,
-    facts: list,
-    build: Callable[[pathlib.Path], None],
-    load: Callable[[pathlib.Path], T],
-) -> T:
+    cache: pathlib.Path, facts: list, build: Callable[[pathlib.Path], None], load: Callable
+) -> Any:
     """What `load` reads from the folder named by `facts`, filled by `build` if need be."""
-    path = cache / _sha256(json.dumps([VERSION, *facts]).encode())[:32]
+    path = cache / digest([VERSION, *facts])[:32]
     damage = (OSError, ValueError, KeyError, InputError)
     with contextlib.suppress(*damage):
         return load(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with reported(f"{cache} (--data.cache-dir)"):
         cache.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.lock", "w") as lock:
@@ -194,34 +182,20 @@ def _cached(
                 fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.suppress(*damage):  # another process may have built it meanwhile
                 return load(path)
-            for left in (path, *cache.glob(f"{path.name}.*.tmp")):  # damaged, or of a killed one
-                shutil.rmtree(left, ignore_errors=True)
-            try:
-                partial.mkdir()
+            shutil.rmtree(path, ignore_errors=True)
+            with made_whole(path) as partial:
                 build(partial)
-                partial.rename(path)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
         return load(path)
 
 
-def _shown(
-    items: Iterable[T], size: Callable[[T], int], verb: str, total: int | None
-) -> Iterator[T]:
-    """The items, and on stderr how far they are when they take more than a few seconds."""
-    live = sys.stderr.isatty()
-    pause, end = (1, "   \r") if live else (10, "\n")
-    done, start = 0, time.monotonic()
-    last = start
-    for item in items:
-        yield item
-        done, now = done + size(item), time.monotonic()
-        if now - last > pause:
-            last, rate = now, done / (now - start) / 1e6
-            line = f"{verb}: {done / 1e6:,.1f} MB, {rate:.1f} MB/s"
-            if total:
-                left = int(max(total - done, 0) / 1e6 / rate)
-                line += f", {min(done / total, 1):.0%}, {left // 60}:{left % 60:02d} left"
-            print(line, end=end, file=sys.stderr, flush=True)
-    if live and last > start:
-        print(file=sys.stderr)
+@contextlib.contextmanager
+def made_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder to fill, which is renamed to `path` at the end, and deleted on errors."""
+    partial = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,6 @@ one integer, whatever the batch size, the number of processes or of workers.
 """
 
 import dataclasses
-import functools
 import multiprocessing
 import os
 import pathlib
@@ -21,10 +20,9 @@ from absl import flags
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
-from deepseek_jax.data.corpus import open_bpe, open_corpus
+from deepseek_jax.data.corpus import digest, open_bpe, open_corpus
 from deepseek_jax.data.mixture import Mixed
 from deepseek_jax.data.packing import Batch, Rows
-from deepseek_jax.data.sources import Records, Source, StandardLibrary
 from deepseek_jax.data.text import reported
 from deepseek_jax.data.tokenizer import (
     BPE,
@@ -39,11 +37,14 @@ from deepseek_jax.data.tokenizer import (
 class Data:
     """What a model is trained and evaluated on."""
 
-    source: Source = StandardLibrary()
+    source: sources.Source = sources.StandardLibrary()
     tokenizer: TokenizerConfig = BPE()
     """Not used with Records: their own tokenizer serves every source of a mixture."""
     held_out: float = 0.05
     """The share of documents kept for evaluation, by a hash of their names."""
+    eval_tokens: int | None = None
+    """At most this many held-out tokens are scored: the first documents that fit, as much from each
+    part of a mixture. None: all."""
     num_workers: int = 0
     """Processes that make batches; 0: a thread of this process."""
     cache_dir: str = ""
@@ -54,21 +55,24 @@ class Data:
             raise ValueError(f"data.held_out ({self.held_out}) must lie between 0 and 1.")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative.")
+        if self.eval_tokens is not None and self.eval_tokens < 1:
+            raise ValueError(f"data.eval_tokens ({self.eval_tokens}) must be at least 1.")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training rows by number, and the held-out documents.
+    """Training rows by number, and the held-out documents that are scored."""
 
-    Attributes:
-      tokenizer: what made the tokens.
-      train: the training rows.
-      eval_bytes: the UTF-8 bytes of all held-out documents.
-    """
+    tokenizer: Tokenizer
+    train: Mixed
+    held: list[Rows]
+    fingerprint: str
+    """A hash that stays while the tokenizer, the documents and their order do."""
 
-    def __init__(self, tokenizer: Tokenizer, train: Mixed, training: list[Rows], held: list[Rows]):
-        self.tokenizer, self.train = tokenizer, train
-        self.eval_bytes = sum(rows.num_bytes for rows in held)
-        self._sides = {"training": training, "held out": held}
+    @property
+    def eval_bytes(self) -> int:
+        """The UTF-8 bytes of the documents that are scored."""
+        return sum(rows.num_bytes for rows in self.held)
 
     def train_row(self, number: int) -> Batch:
         """Row `number` of the training data: a batch without its first dimension."""
@@ -76,7 +80,7 @@ class Dataset:
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The held-out documents in order; each source's last batch is filled with padding."""
-        for rows in self._sides["held out"]:
+        for rows in self.held:
             for first in range(0, rows.num_rows, batch_size):
                 yield rows.batch(np.arange(first, first + batch_size))
 
@@ -84,17 +88,17 @@ class Dataset:
         """The held-out documents, concatenated, as the tokenizer gives them back."""
         return b"".join(
             self.tokenizer.decode_bytes(rows.corpus.document(number).tokens.tolist())
-            for rows in self._sides["held out"]
+            for rows in self.held
             for number in rows.documents
         )
 
     def describe(self) -> str:
         """The documents, tokens and bytes of both sides, in a line."""
         parts = []
-        for name, side in self._sides.items():
-            documents, tokens = sum(len(r.documents) for r in side), sum(r.num_tokens for r in side)
-            size = sum(rows.num_bytes for rows in side) / 1e6
-            parts.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {size:.1f} MB")
+        for name, side in (("training", self.train.rows), ("held out", self.held)):
+            counts = [(len(rows.documents), rows.num_tokens, rows.num_bytes) for rows in side]
+            documents, tokens, size = map(sum, zip(*counts, strict=True))
+            parts.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:.1f} MB")
         return "; ".join([*parts, f"vocabulary: {self.tokenizer.vocab_size:,}"])
 
 
@@ -109,14 +113,8 @@ def open_data(
 ) -> Dataset:
     """The data of a config, tokenized on first use and read from the cache from then on.
 
-    Args:
-      config: what to read.
-      sequence_length: tokens a row.
-      num_targets: how many of the tokens that follow each token are its targets.
-      seed: of the order of documents and rows, and of a mixture's draws.
-      tokenizer: what reads the text instead of the config's tokenizer: a checkpoint's own.
-      whole: whether every document is held out, to evaluate on all of them.
-
+    `seed` draws the order of documents and rows, and a mixture's parts. A `tokenizer` (a
+    checkpoint's own) reads the text instead of the config's; `whole` holds out every document.
     Raises InputError when the data cannot be read or the cache not be written.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -127,14 +125,19 @@ def open_data(
         corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
     shape = (1.0 if whole else config.held_out, sequence_length, num_targets)
     training = [Rows(corpus, *shape, seed + i) for i, corpus in enumerate(corpora)]
-    held = [Rows(corpus, *shape, None) for corpus in corpora]
-    return Dataset(tokenizer, Mixed(training, parts, seed), training, held)
+    limit = config.eval_tokens and config.eval_tokens // len(parts)
+    held = [Rows(corpus, *shape, None, limit) for corpus in corpora]
+    if not any(rows.num_rows for rows in held):
+        raise InputError(f"data.eval_tokens ({config.eval_tokens}) has room for no document")
+    order = [(c.fingerprint, p.weight, p.schedule) for c, p in zip(corpora, parts, strict=True)]
+    fingerprint = digest([tokenizer.files(), order, shape[:2], seed])
+    return Dataset(tokenizer, Mixed(training, parts, seed), held, fingerprint)
 
 
 def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
     """The tokenizer that its records bring, or else the config's, trained if it must be."""
     plain = [part.source for part in sources.parts(config.source)]
-    prepared = [source.path for source in plain if isinstance(source, Records)]
+    prepared = [source.path for source in plain if isinstance(source, sources.Records)]
     found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
     if any(tokenizer.files() != found[0].files() for tokenizer in found):
         raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
@@ -152,18 +155,10 @@ class Batches(Iterator[Batch]):
         # Grain's clean-up fails once the interpreter's own has begun: `finalize` runs before, and
         # must then hold the only reference.
         self._held = [iterator]
-        self.close = weakref.finalize(self, _close, self._held)
+        self.close = weakref.finalize(self, lambda held: held.pop().close(), self._held)
 
     def __next__(self) -> Batch:
         return next(self._held[0])
-
-
-def _part(train: Mixed, first: np.ndarray, batch_size: int, step: int) -> Batch:
-    return train.batch(first + step * batch_size)
-
-
-def _close(held: list[grain.DatasetIterator]) -> None:
-    held.pop().close()
 
 
 def _serve(worker: int, num_workers: int) -> None:
@@ -173,14 +168,13 @@ def _serve(worker: int, num_workers: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(
-        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
-    ).start()
 
+    def follow(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
 
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=follow, args=(parent,), daemon=True).start()
 
 
 def batches(
@@ -201,9 +195,10 @@ def batches(
     if not flags.FLAGS.is_parsed():  # Grain asks absl, whose own main() is not ours
         flags.FLAGS.mark_as_parsed()
     size = batch_size // process_count
-    own = np.arange(process_index * size, (process_index + 1) * size)
-    cut = functools.partial(_part, dataset.train, start + own, batch_size)
-    source = grain.MapDataset.range(2**48).map(cut)  # rows never end
+    own = start + np.arange(process_index * size, (process_index + 1) * size)
+    train = dataset.train
+    steps = grain.MapDataset.range(2**48)  # rows never end
+    source = steps.map(lambda step: train.batch(own + step * batch_size))
     stream = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers=num_workers)

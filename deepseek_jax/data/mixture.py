@@ -4,6 +4,7 @@ Row i draws its source from (seed, i) and weights(i), and takes the row of that 
 is the source's count among the rows before i: nothing but i is remembered.
 """
 
+import functools
 import threading
 
 import numpy as np
@@ -18,18 +19,18 @@ class Mixed:
     """The training rows of several sources as one endless sequence."""
 
     def __init__(self, rows: list[Rows], parts: tuple[Part, ...], seed: int):
-        self._rows, self._parts, self._seed = rows, parts, seed
+        self.rows, self._parts, self._seed = rows, parts, seed
         self._before = [np.zeros(len(parts), np.int64)]  # counts of rows before each chunk
-        self._last: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
+        self._chunk = functools.lru_cache(2)(self._counted)
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return Mixed, (self._rows, self._parts, self._seed)
+        return Mixed, (self.rows, self._parts, self._seed)
 
     def batch(self, numbers: np.ndarray) -> Batch:
         """Rows by ascending number [B]."""
         part, row = self.origin(numbers)
-        found = [self._rows[which].batch(row[part == which]) for which in np.unique(part)]
+        found = [self.rows[which].batch(row[part == which]) for which in np.unique(part)]
         if len(found) == 1:
             return found[0]
         back = np.argsort(np.argsort(part, kind="stable"))
@@ -44,17 +45,16 @@ class Mixed:
             part[here], row[here] = parts[numbers[here] % CHUNK], rows[numbers[here] % CHUNK]
         return part, row
 
-    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    def _counted(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """The part of every row of a chunk, and the row's number within that part."""
         with self._lock:
             while len(self._before) <= chunk:
                 counts = np.bincount(self._draw(len(self._before) - 1), minlength=len(self._parts))
                 self._before.append(self._before[-1] + counts)
-            if self._last[0] != chunk:
-                parts, rows = self._draw(chunk), np.empty(CHUNK, np.int64)
-                for which, before in enumerate(self._before[chunk]):
-                    rows[parts == which] = before + np.arange(np.sum(parts == which))
-                self._last = (chunk, parts, rows)
-            return self._last[1:]
+        parts, rows = self._draw(chunk), np.empty(CHUNK, np.int64)
+        for which, before in enumerate(self._before[chunk]):
+            rows[parts == which] = before + np.arange(np.sum(parts == which))
+        return parts, rows
 
     def _draw(self, chunk: int) -> np.ndarray:
         """The part of every row of a chunk."""

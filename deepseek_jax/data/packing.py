@@ -6,7 +6,7 @@ document may go on in another row: its targets look past the row's end, so every
 document but its first is a target exactly once an epoch.
 """
 
-import threading
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,28 +17,35 @@ Batch = dict[str, np.ndarray]
 
 
 class _Epoch(NamedTuple):
-    documents: np.ndarray  # [n]: in the stream's order
-    starts: np.ndarray  # [n + 1]: where each begins in the stream, and the stream's end
+    starts: np.ndarray  # [n + 1]: where each document begins in the stream, and the stream's end
+    shift: np.ndarray  # [n]: from a place in the stream to that in the corpus
     rows: np.ndarray  # [num_rows]: the drawn order of the rows
 
 
 class Rows:
     """One side of a corpus as rows: with a seed the training side, with None the held-out side.
 
-    The held-out side has one epoch, in its own order.
+    The held-out side has one epoch, in its own order, and ends before `limit` tokens are exceeded.
     """
 
     def __init__(
-        self, corpus: Corpus, fraction: float, length: int, num_targets: int, seed: int | None
+        self,
+        corpus: Corpus,
+        fraction: float,
+        length: int,
+        num_targets: int,
+        seed: int | None,
+        limit: int | None = None,
     ):
-        self._arguments = (corpus, fraction, length, num_targets, seed)
+        self._arguments = (corpus, fraction, length, num_targets, seed, limit)
         self.corpus, self.length, self.num_targets, self._seed = corpus, length, num_targets, seed
         self.documents = corpus.documents(fraction, training=seed is not None)
+        if limit is not None:
+            self.documents = self.documents[np.cumsum(corpus.lengths[self.documents]) <= limit]
         self.num_tokens = int(corpus.lengths[self.documents].sum())
         self.num_bytes = int(corpus.num_bytes[self.documents].sum())
         self.num_rows = -(-self.num_tokens // length)
-        self._epochs: dict[int, _Epoch] = {}
-        self._lock = threading.Lock()
+        self._epoch = functools.lru_cache(2)(self._drawn)  # a batch may span two
 
     def __reduce__(self):
         return Rows, self._arguments
@@ -60,33 +67,26 @@ class Rows:
         inside = at < epoch.starts[-1]
         at = np.minimum(at, epoch.starts[-1] - 1)
         document = np.searchsorted(epoch.starts, at, side="right") - 1
-        begin = epoch.starts[document]
-        place = self.corpus.starts[epoch.documents[document]] + at - begin
-        tokens = np.where(inside, self.corpus.tokens[place], 0).astype(np.int32)
+        tokens = self.corpus.tokens[at + epoch.shift[document]].astype(np.int32) * inside
         ahead = np.arange(length)[:, None] + np.arange(1, self.num_targets + 1)  # [T, targets]
-        real = inside[:, :length]
         same = inside[:, ahead] & (document[:, ahead] == document[:, :length, None])
-        segments = document[:, :length] - document[:, :1] + 1
-        positions = at[:, :length] - np.maximum(begin[:, :length], starts)
+        real, document = inside[:, :length], document[:, :length]
+        positions = at[:, :length] - np.maximum(epoch.starts[document], starts)
         return {
             "tokens": tokens[:, :length],
-            "targets": np.where(same, tokens[:, ahead], 0),
+            "targets": tokens[:, ahead] * same,
             "weights": same.astype(np.float32),
-            "segments": np.where(real, segments, 0).astype(np.int32),
-            "positions": np.where(real, positions, 0).astype(np.int32),
+            "segments": ((document - document[:, :1] + 1) * real).astype(np.int32),
+            "positions": (positions * real).astype(np.int32),
         }
 
-    def _epoch(self, number: int) -> _Epoch:
-        with self._lock:
-            if number not in self._epochs:
-                documents, rows = self.documents, np.arange(self.num_rows)
-                if self._seed is not None:
-                    documents = documents[drawn_order(len(documents), self._seed, 2 * number)]
-                    rows = drawn_order(self.num_rows, self._seed, 2 * number + 1)
-                starts = np.concatenate([[0], np.cumsum(self.corpus.lengths[documents])])
-                last = list(self._epochs.items())[-1:]  # a batch may span two
-                self._epochs = {**dict(last), number: _Epoch(documents, starts, rows)}
-            return self._epochs[number]
+    def _drawn(self, number: int) -> _Epoch:
+        documents, rows = self.documents, np.arange(self.num_rows)
+        if self._seed is not None:
+            documents = documents[drawn_order(len(documents), self._seed, 2 * number)]
+            rows = drawn_order(self.num_rows, self._seed, 2 * number + 1)
+        starts = np.concatenate([[0], np.cumsum(self.corpus.lengths[documents])])
+        return _Epoch(starts, self.corpus.starts[documents] - starts[:-1], rows)
 
 
 def join(batches: list[Batch]) -> Batch:

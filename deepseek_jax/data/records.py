@@ -10,7 +10,7 @@ import json
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,29 +31,16 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
 
 
-def write(
-    documents: Iterable[Encoded], side: str, directory: pathlib.Path, shard_bytes: int
-) -> list[dict[str, Any]]:
-    """Write one side's documents as shards of about `shard_bytes`; their rows of the manifest."""
-    rows: list[dict[str, Any]] = []
-    writer, held = None, 0
+def write(documents: Iterable[Encoded], side: str, file: pathlib.Path) -> str:
+    """Write documents of one side as a shard; its SHA-256."""
     try:
-        for _, num_bytes, tokens in documents:
-            if writer is None:
-                name = f"{side}-{len(rows):05d}.array_record"
-                rows.append({"file": name, "split": side, "documents": 0, "tokens": 0, "bytes": 0})
-                writer = require(MODULE).ArrayRecordWriter(str(directory / name), "group_size:1")
-            writer.write(HEADER.pack(SIDES[side], num_bytes) + tokens.tobytes())
-            for what, more in (("documents", 1), ("tokens", len(tokens)), ("bytes", num_bytes)):
-                rows[-1][what] += more
-            held += tokens.nbytes
-            if held >= shard_bytes:
-                writer, held = writer.close(), 0
-        if writer is not None:
-            writer.close()
+        writer = require(MODULE).ArrayRecordWriter(str(file), "group_size:1")
+        with contextlib.closing(writer):
+            for _, num_bytes, tokens in documents:
+                writer.write(HEADER.pack(SIDES[side], num_bytes) + tokens.tobytes())
     except RuntimeError as error:  # the library's, for a full disk too
-        raise InputError(f"{directory}: cannot write a shard ({error})") from None
-    return [{**row, "sha256": _sha256(directory / row["file"])} for row in rows]
+        raise InputError(f"{file}: cannot write a shard ({error})") from None
+    return _sha256(file)
 
 
 def read(path: str) -> Iterator[Encoded]:
@@ -61,14 +48,13 @@ def read(path: str) -> Iterator[Encoded]:
 
     Raises InputError when the folder, its manifest or a shard is missing or damaged.
     """
-    folder = pathlib.Path(path).expanduser()
-    file = folder / "manifest.json"
+    file = pathlib.Path(path, "manifest.json").expanduser()
     with reported():
         content = file.read_bytes()
     try:
         manifest = json.loads(content)
         dtype = np.dtype(manifest["dtype"])
-        hashes = {folder / row["file"]: row["sha256"] for row in manifest["shards"]}
+        hashes = {file.with_name(row["file"]): row["sha256"] for row in manifest["shards"]}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: damaged ({error!r}); run `prepare` again") from None
     for shard, expected in hashes.items():
@@ -82,8 +68,8 @@ def read(path: str) -> Iterator[Encoded]:
             for first in range(0, count, step):
                 for record in reader.read(first, min(first + step, count)):
                     tokens = np.frombuffer(record, dtype, offset=HEADER.size)
-                    number, size_of_text = HEADER.unpack_from(record)
-                    yield Encoded(number, size_of_text, tokens)
+                    number, num_bytes = HEADER.unpack_from(record)
+                    yield Encoded(number, num_bytes, tokens)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -7,6 +7,8 @@ whether it is trained on or held out.
 import dataclasses
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -35,21 +37,17 @@ class TextFiles:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JSONL:
+class JSONL(TextFiles):
     """Files with one JSON object a line; each holds a document."""
 
-    paths: tuple[str, ...]
-    """Files or globs; `**` crosses folders."""
     field: str = "text"
     """The object's field that holds the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parquet:
+class Parquet(TextFiles):
     """Parquet files; each row holds a document (empty and null ones are left out)."""
 
-    paths: tuple[str, ...]
-    """Files or globs; `**` crosses folders."""
     column: str = "text"
     """The column that holds the text."""
 
@@ -62,6 +60,7 @@ class Records:
 
 
 Plain: TypeAlias = StandardLibrary | TextFiles | JSONL | Parquet | Records
+ENDINGS: dict[str, type[TextFiles]] = {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": Parquet}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ class Mixture:
             raise ValueError("A mixture's parts must have weights that are never all 0.")
 
 
-Source: TypeAlias = StandardLibrary | TextFiles | JSONL | Parquet | Records | Mixture
+Source: TypeAlias = Plain | Mixture
 
 
 def parts(source: Source) -> tuple[Part, ...]:
@@ -130,43 +129,59 @@ def fingerprint(source: Plain) -> str:
     return digest.hexdigest()
 
 
-def num_bytes(source: Plain) -> int | None:
-    """About how much text there is; None where the files are compressed."""
-    if isinstance(source, Parquet | Records):
-        return None
-    return sum(file.path.stat().st_size for file in files(source))
+def kind_of(paths: tuple[str, ...]) -> type[TextFiles]:
+    """Which source reads files of these endings; InputError when they are of several kinds."""
+    found = {ENDINGS.get(file.path.suffix.lower(), TextFiles) for file in text.matched_files(paths)}
+    if len(found) > 1:
+        kinds = " and ".join(sorted(kind.__name__ for kind in found))
+        raise InputError(f"{' '.join(paths)}: {kinds}, files of different kinds; give one kind")
+    return found.pop()
 
 
 def documents(source: Plain) -> Iterator[Document]:
-    """The source's documents, none empty, as a stream; InputError names file and line."""
-    found = files(source)
-    stream = (document for document in _documents(source, found) if document.text)
-    first = next(stream, None)
-    if first is None:
-        names = ", ".join([str(file.path) for file in found[:3]] + ["..."] * (len(found) > 3))
+    """The source's documents, none empty, as a stream; InputError names file and line.
+
+    What takes over ten seconds tells on stderr how far it is, and how fast.
+    """
+    found, done, start = files(source), 0, time.monotonic()
+    last = start
+    for document in _documents(source, found):
+        if document.text:
+            yield document
+            done += len(document.text.encode())
+            if (now := time.monotonic()) - last > 10:
+                last = now
+                _tell(done, now - start, [] if isinstance(source, Parquet) else found)
+    if not done:
+        names = ", ".join(str(file.path) for file in found[:3])
         raise InputError(f"{names}: no text here; give files that are not empty")
-    yield first
-    yield from stream
+
+
+def _tell(done: int, seconds: float, found: list[File]) -> None:
+    """One line of progress; `found` is empty where sizes say little, as of compressed files."""
+    line = f"documents: {done / 1e6:,.1f} MB, {done / seconds / 1e6:.1f} MB/s"
+    if total := sum(file.path.stat().st_size for file in found):
+        left = int(seconds * max(total - done, 0) / done)
+        line += f", {min(done / total, 1):.0%}, {left // 60}:{left % 60:02d} left"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _documents(source: Plain, found: list[File]) -> Iterator[Document]:
     match source:
         case StandardLibrary():
             return text.text_documents(text.distinct(tuple(found)))
-        case TextFiles():
-            return text.text_documents(found)
         case JSONL(field=field):
             return (document for file in found for document in _json_documents(file, field))
         case Parquet(column=column):
             return (document for file in found for document in _parquet_documents(file, column))
+        case TextFiles():
+            return text.text_documents(found)
     raise InputError(f"{source.path}: already tokenized; it cannot be read as text")
 
 
 def _json_documents(file: File, field: str) -> Iterator[Document]:
     with open(file.path, "rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE):
-            number += 1
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
             where = f"{file.path}:{number}"
             if len(line) == MAX_LINE:
                 raise InputError(f"{where}: a line of over 256 MiB; is this JSON Lines?")
@@ -179,10 +194,9 @@ def _field(content: str, field: str, where: str) -> str:
     """The text of one JSON line."""
     try:
         record = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
-    except (RecursionError, ValueError):  # numbers of over 4,300 digits
-        raise InputError(f"{where}: not JSON that can be read") from None
+    except (RecursionError, ValueError) as error:  # ValueError: numbers of over 4,300 digits too
+        reason = str(error).replace(" line 1", "")
+        raise InputError(f"{where}: not JSON ({reason})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: not a JSON object but {_short(record)}")
     if field not in record:
@@ -190,8 +204,10 @@ def _field(content: str, field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise InputError(f"{where}: field {field!r} is not a string but {_short(value)}")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise InputError(f"{where}: field {field!r} has half a surrogate pair, which is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: field {field!r} has half a surrogate pair") from None
     return value
 
 
@@ -202,25 +218,20 @@ def _short(value: Any) -> str:
 
 def _parquet_documents(file: File, column: str) -> Iterator[Document]:
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
-    row = 0
+    row, where = 0, f"{file.path}: column {column!r}"
     try:
         with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if column not in names:
-                raise InputError(
-                    f"{file.path}: no column {column!r}, only {', '.join(names)}; set the source's "
-                    "column"
-                )
-            kind = table.schema_arrow.field(column).type
-            kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-            if str(kind) not in ("string", "large_string", "string_view"):
-                raise InputError(f"{file.path}: column {column!r} holds {kind}, not strings")
+            if column not in (names := table.schema_arrow.names):
+                raise InputError(f"{file.path}: no column {column!r}, only {', '.join(names)}")
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
-                    yield Document(f"{file.key}:{row}", value.as_py() or "")
+                    content = value.as_py()
+                    if not isinstance(content, str | None):
+                        raise InputError(f"{where} holds {value.type}, not strings")
+                    yield Document(f"{file.key}:{row}", content or "")
                     row += 1
     except UnicodeDecodeError:
-        raise InputError(f"{file.path}: row {row}: column {column!r} is not UTF-8") from None
+        raise InputError(f"{where} is not UTF-8 in row {row}") from None
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{file.path}: not a Parquet file that can be read ({reason})") from None

@@ -8,7 +8,9 @@ import collections
 import contextlib
 import functools
 import glob
+import os
 import pathlib
+import re
 import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -52,18 +54,17 @@ def matched_files(patterns: tuple[str, ...]) -> list[File]:
     """
     found: dict[pathlib.Path, str] = {}
     for pattern in patterns or ("",):
-        full = pathlib.Path(pattern).expanduser()
-        if pattern and full.is_dir():
+        full = os.path.expanduser(pattern)
+        if os.path.isdir(full):
             raise InputError(f"{pattern}: a folder; give its files, such as {pattern}/**/*.txt")
         # A name that exists may hold characters that a glob would read.
-        names = [full] if full.is_file() else glob.glob(str(full), recursive=True)
-        paths = [path for path in map(pathlib.Path, names) if path.is_file()]
-        if not paths:
+        plain = os.path.isfile(full)
+        names = [full] if plain else filter(os.path.isfile, glob.glob(full, recursive=True))
+        root = os.path.dirname(full if plain else re.split(r"[*?[]", full)[0])
+        matches = {pathlib.Path(name): name[len(root) :].lstrip("/") for name in names}
+        if not matches:
             raise InputError(f"{pattern!r}: no such file; check the paths")
-        plain = [i for i, part in enumerate(full.parts[:-1]) if glob.has_magic(part)]
-        root = full.parent if full.is_file() else pathlib.Path(*full.parts[: (*plain, -1)[0]])
-        for path in paths:
-            found.setdefault(path, path.relative_to(root).as_posix())
+        found = matches | found
     return [File(*item) for item in sorted(found.items())]
 
 
@@ -73,10 +74,8 @@ def decoded(data: bytes, path: pathlib.Path, line: int) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        raise InputError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file, for "
-            "example with iconv -f ENCODING -t UTF-8"
-        ) from None
+        shown = f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})"
+        raise InputError(f"{shown}; convert it, as with iconv -f ENCODING -t UTF-8") from None
 
 
 def text_documents(files: list[File]) -> Iterator[Document]:
@@ -88,24 +87,18 @@ def text_documents(files: list[File]) -> Iterator[Document]:
 
 def _pieces(path: pathlib.Path, alone: bool) -> Iterator[str]:
     """A file's text in pieces of at most 1 MiB; smaller ones in a lone file, to hold some out."""
-    size = path.stat().st_size
+    size = path.stat().st_size if alone else 64 * MIB
     limit = min(MIB, max(size // 64, min(4096, size // 8), min(32, size // 2), 4))
-    limit = limit if alone else MIB
-    line, rest = 1, b""
+    line, block = 1, b""
     with open(path, "rb") as stream:
-        while block := rest + stream.read(limit - len(rest)):
-            end = len(block) if len(block) < limit else _cut(block)
+        while block := block + stream.read(limit - len(block)):
+            end = len(block)
+            if end == limit:  # cut after the last line, or else before a character that may go on
+                cut = (i for i in range(end - 1, end - 5, -1) if block[i] & 0xC0 != 0x80)
+                end = block.rfind(b"\n") + 1 or next(cut, 0) or end
             yield decoded(block[:end], path, line)
             line += block.count(b"\n", 0, end)
-            rest = block[end:]
-
-
-def _cut(block: bytes) -> int:
-    """Where to cut: after the last line, or else before the last character, which may go on."""
-    if end := block.rfind(b"\n") + 1:
-        return end
-    starts = (i for i in range(len(block) - 1, len(block) - 5, -1) if block[i] & 0xC0 != 0x80)
-    return next(starts, 0) or len(block)
+            block = block[end:]
 
 
 def standard_library_files() -> list[File]:

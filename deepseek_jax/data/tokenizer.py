@@ -6,6 +6,7 @@ file says, and the name of a special token inside a text is read as plain text.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -47,10 +48,7 @@ class BPE:
 
     def __post_init__(self):
         if self.vocab_size < 258:
-            raise ValueError(
-                f"A BPE's vocab_size ({self.vocab_size}) must be at least 258: 256 bytes and two "
-                "special tokens."
-            )
+            raise ValueError(f"A BPE's vocab_size ({self.vocab_size}) must be at least 258.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,22 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes of ids, which may end inside a character."""
-        return bytes(i for i in ids if 0 <= i < 256)
+        joined = b"".join(self._table[i] for i in ids if 0 <= i < self.vocab_size)
+        return joined.removeprefix(b" ") if self._begins_with_space else joined
+
+    @functools.cached_property
+    def _table(self) -> list[bytes]:
+        """The bytes of every id."""
+        ends = (self.bos_id, self.eos_id)
+        return [b"" if i in ends else self._spelled(i) for i in range(self.vocab_size)]
+
+    @functools.cached_property
+    def _begins_with_space(self) -> bool:
+        """Whether encoding puts a space before a text."""
+        return b"".join(self._table[i] for i in self.encode("a")).startswith(b" ")
+
+    def _spelled(self, token: int) -> bytes:
+        return bytes([token])
 
     def files(self) -> dict[str, bytes]:
         """The files that `load_tokenizer` reads, by name."""
@@ -140,28 +153,27 @@ class _HuggingFace(Tokenizer):
         vocab = library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos_id, self.eos_id = _ends(vocab, bos, eos, where)
-        added = library.get_added_tokens_decoder()
-        self._content = {i: b"" if t.special else t.content.encode() for i, t in added.items()}
-        decoder = str(json.loads(content).get("decoder"))
-        self._byte_level = "ByteLevel" in decoder
-        self._begins_with_space = self._pieces = False
-        if "\u2581" in decoder:  # SentencePiece's spelling
-            first = library.id_to_token(self.encode("a")[0]) or ""
-            self._pieces, self._begins_with_space = True, first.startswith("\u2581")
+        self._added = library.get_added_tokens_decoder()
+        self._decoder = str(library.decoder)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        ids = [i for i in ids if i not in (self.bos_id, self.eos_id)]
-        if not (self._byte_level or self._pieces):
-            return self._library.decode(ids).encode()
-        spelled = _bytes_of_characters if self._byte_level else _bytes_of_piece
-        content, name = self._content, self._library.id_to_token
-        joined = b"".join(content[i] if i in content else spelled(name(i) or "") for i in ids)
-        return joined.removeprefix(b" ") if self._begins_with_space else joined
+        if "ByteLevel" in self._decoder or "\u2581" in self._decoder:
+            return super().decode_bytes(ids)
+        special = (self.bos_id, self.eos_id)
+        ids = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in special]
+        return self._library.decode(ids).encode()  # its tokens do not say what they spell
+
+    def _spelled(self, token: int) -> bytes:
+        if added := self._added.get(token):
+            return b"" if added.special else added.content.encode()
+        name = self._library.id_to_token(token) or ""
+        if "ByteLevel" in self._decoder:
+            return bytes(_BYTES[c] for c in name if c in _BYTES)
+        return _bytes_of_piece(name)
 
 
 class _SentencePiece(Tokenizer):
@@ -178,17 +190,13 @@ class _SentencePiece(Tokenizer):
         if not ends:
             raise InputError(f"{where}: without begin and end tokens; train it with --eos_id")
         self.bos_id, self.eos_id = ends[0], ends[-1]  # one may mark both
-        first = library.id_to_piece(library.encode("a")[0])
-        self._begins_with_space = first.startswith("\u2581")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._library.encode(list(texts), num_threads=-1)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        names = [self._library.id_to_piece(i) for i in ids if not self._library.is_control(i)]
-        joined = b"".join(map(_bytes_of_piece, names))
-        return joined.removeprefix(b" ") if self._begins_with_space else joined
+    def _spelled(self, token: int) -> bytes:
+        control = self._library.is_control(token)
+        return b"" if control else _bytes_of_piece(self._library.id_to_piece(token))
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
@@ -244,19 +252,13 @@ def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
 
 def _ends(vocab: dict[str, int], bos: str, eos: str, where: str) -> tuple[int, int]:
     """The ids of the tokens that begin and end a document; one may do both."""
-    for name in filter(None, (bos, eos)):
-        if name not in vocab:
-            raise InputError(f"{where}: has no token {name!r}; correct the tokenizer's bos or eos")
-    found = [
-        next((vocab[name] for name in ([given] if given else usual) if name in vocab), None)
-        for given, usual in ((bos, BOS), (eos, EOS))
-    ]
-    ends = [token for token in found if token is not None]
+    ends = []
+    for given, usual in ((bos, BOS), (eos, EOS)):
+        if given and given not in vocab:
+            raise InputError(f"{where}: has no token {given!r}; correct the tokenizer's bos or eos")
+        ends += [vocab[name] for name in ([given] if given else usual) if name in vocab][:1]
     if not ends:
-        raise InputError(
-            f"{where}: none of its tokens has a usual name for the begin or end of a text (such as "
-            "<s> or </s>): name them in the tokenizer's bos and eos"
-        )
+        raise InputError(f"{where}: none of its tokens is a usual end, as </s>; name bos and eos")
     return ends[0], ends[-1]
 
 
@@ -276,14 +278,7 @@ def _bytes_of_piece(piece: str) -> bytes:
     return piece.replace("\u2581", " ").encode()
 
 
-def _bytes_of_characters(token: str) -> bytes:
-    """A token in byte-level spelling: one character a byte."""
-    return bytes(_BYTES[c] for c in token if c in _BYTES)
-
-
-# Byte-level spelling writes printable bytes as themselves, the others from U+0100 on.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE}
-_BYTES |= {
-    chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _PRINTABLE)
-}
+# Byte-level spelling: a character a byte, printable bytes as themselves, others from U+0100 on.
+_SIGNS = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+_BYTES = {sign: ord(sign) for sign in _SIGNS if ord(sign) < 256}
+_BYTES |= zip(_SIGNS[len(_BYTES) :], sorted(set(range(256)) - set(_BYTES.values())), strict=True)

@@ -13,8 +13,6 @@ from deepseek_jax.data import sources
 from deepseek_jax.data.loader import Data, Dataset, open_data
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-ENDINGS = {".jsonl": sources.JSONL, ".ndjson": sources.JSONL, ".parquet": sources.Parquet}
-
 
 def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) -> Dataset:
     """The documents to score.
@@ -34,9 +32,9 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
     if name is None and not stored:
         raise InputError("this checkpoint does not say what it was trained on; give --data")
     if name == "stdlib":
-        data = dataclasses.replace(data, source=sources.StandardLibrary())
+        data = dataclasses.replace(data, source=sources.StandardLibrary(), eval_tokens=None)
     elif name is not None:
-        data = dataclasses.replace(data, source=_named(name))
+        data = dataclasses.replace(data, source=_named(name), eval_tokens=None)
     for source in (part.source for part in sources.parts(data.source)):
         if isinstance(source, sources.Records):
             prepared = load_tokenizer(pathlib.Path(source.path, "tokenizer").expanduser())
@@ -58,8 +56,4 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
 def _named(name: str) -> sources.Plain:
     if pathlib.Path(name, "manifest.json").expanduser().is_file():
         return sources.Records(path=name)
-    files = sources.files(sources.TextFiles(paths=(name,)))
-    kinds = {ENDINGS.get(file.path.suffix, sources.TextFiles) for file in files}
-    if len(kinds) > 1:
-        raise InputError(f"{name}: files of different kinds; evaluate them one kind at a time")
-    return kinds.pop()(paths=(name,))
+    return sources.kind_of((name,))(paths=(name,))

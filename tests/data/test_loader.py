@@ -1,8 +1,10 @@
 """The loader: invariance (workers, processes, batch size, restarts) and exact held-out counts."""
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
+import shutil
 import time
 
 import numpy as np
@@ -89,7 +91,7 @@ def test_held_out_documents_are_whole_and_counted_exactly(folder):
     assert sum(batch["weights"][..., 0].sum() for batch in found) == len(text) + len(held)
     tokens = np.concatenate([b["tokens"][b["segments"] > 0] for b in found])
     assert dataset.tokenizer.decode_bytes(tokens.tolist()) == text
-    train = dataset.train.batch(np.arange(dataset._sides["training"][0].num_rows))["tokens"]
+    train = dataset.train.batch(np.arange(dataset.train.rows[0].num_rows))["tokens"]
     stream = dataset.tokenizer.decode_bytes(train.ravel().tolist())
     assert all(content[:9] not in stream for content in held)
 
@@ -141,6 +143,58 @@ def test_the_cache_follows_contents_and_survives_damage(folder):
     assert not list((folder / "cache").glob("*.tmp"))
 
 
+def test_the_fingerprint_follows_contents_order_and_tokenizer(folder):
+    config = _data(folder)
+    first = _open(config, folder).fingerprint
+    assert int(first, 16)
+    assert _open(config, folder).fingerprint == first
+    moved = folder / "moved"
+    shutil.copytree(folder, moved, ignore=shutil.ignore_patterns("cache", "moved"))
+    assert _open(_data(moved), moved).fingerprint == first
+    others = [
+        _open(config, folder, seed=4),
+        _open(config, folder, sequence_length=17),
+        _open(_data(folder, held_out=0.4), folder),
+        _open(_data(folder, tokenizer=BPE(vocab_size=300)), folder),
+    ]
+    parts = tuple(Part(source=config.source, weight=w) for w in (1, 2))
+    for order in (parts, parts[::-1]):
+        others.append(_open(_data(folder, source=Mixture(parts=order)), folder))
+    changed = folder / "0.txt"
+    changed.write_text(changed.read_text().replace("0", "9"))
+    others.append(_open(config, folder))
+    changed.rename(folder / "00.txt")  # another key: perhaps on the other side
+    others.append(_open(config, folder))
+    assert len({first, *(dataset.fingerprint for dataset in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_eval_tokens_scores_the_first_documents_that_fit(folder, mixed):
+    config = _mixture(folder) if mixed else _data(folder, held_out=0.6)
+    whole = _open(config, folder)
+    num_parts = len(whole.held)
+    assert num_parts == 1 + mixed
+    for limit in (150, 400, 900, 10**9):
+        dataset = _open(dataclasses.replace(config, eval_tokens=limit), folder)
+        found = list(dataset.eval_batches(4))
+        tokens = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in found])
+        text = dataset.held_out_text()
+        assert dataset.tokenizer.decode_bytes(tokens.tolist()) == text
+        assert dataset.eval_bytes == len(text) > 0
+        assert len(tokens) <= limit
+        for rows, every in zip(dataset.held, whole.held, strict=True):
+            count = len(rows.documents)
+            np.testing.assert_array_equal(rows.documents, every.documents[:count])
+            following = every.documents[count : count + 1]  # the next one would be too much
+            more = rows.num_tokens + every.corpus.lengths[following].sum()
+            assert more > limit // num_parts or count == len(every.documents)
+        _same(dataset.train_row(3), whole.train_row(3))
+        assert dataset.fingerprint == whole.fingerprint
+    assert text == whole.held_out_text()
+    with pytest.raises(InputError, match=r"eval_tokens \(2\) has room for no"):
+        _open(dataclasses.replace(config, eval_tokens=2), folder)
+
+
 def _opened(folder, barrier, results):
     barrier.wait()
     dataset = _open(_data(folder, tokenizer=BPE(vocab_size=300)), folder)
@@ -182,7 +236,7 @@ def test_errors_name_the_fix(folder):
         )
     with pytest.raises(InputError, match="does not divide over 4"):
         batches(_open(_data(folder), folder), start=0, batch_size=6, process_count=4)
-    for wrong in ({"held_out": 0.0}, {"held_out": 1.0}, {"num_workers": -1}):
+    for wrong in ({"held_out": 0.0}, {"held_out": 1.0}, {"num_workers": -1}, {"eval_tokens": 0}):
         with pytest.raises(ValueError, match="must"):
             Data(**wrong)
 

@@ -27,7 +27,7 @@ def _open(folder, source, **more):
 
 
 def _documents(dataset, side: str) -> list[list[int]]:
-    rows = dataset._sides[side][0]
+    rows = {"training": dataset.train.rows, "held out": dataset.held}[side][0]
     return sorted(rows.corpus.document(number).tokens.tolist() for number in rows.documents)
 
 
@@ -59,7 +59,7 @@ def test_formats_are_told_by_their_names(folder):
         out = _run(folder, "--field", "body", "--tokenizer", "bytes", pattern=pattern)
         assert json.loads((out / "manifest.json").read_text())["bytes"] == 10
         shutil.rmtree(out)
-    with pytest.raises(InputError, match="jsonl and parquet"):
+    with pytest.raises(InputError, match="JSONL and Parquet"):
         _run(folder, pattern="a.*")
 
 

@@ -1,5 +1,6 @@
 """Sources: the documents of each kind, streaming, and one message for each kind of bad input."""
 
+import itertools
 import json
 import pathlib
 
@@ -82,6 +83,21 @@ def test_parquet(tmp_path):
         assert list(documents(source)) == [("a.parquet:0", "one"), ("a.parquet:3", "深")]
 
 
+def test_long_reading_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text("12345678\n" * 1000)
+    column = {"text": ["some words"] * 4}
+    pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
+    _texts(TextFiles(paths=(f"{tmp_path}/*.txt",)))
+    assert capsys.readouterr().err == (
+        "documents: 0.0 MB, 0.0 MB/s, 38%, 0:20 left\ndocuments: 0.1 MB, 0.0 MB/s, 75%, 0:08 left\n"
+    )
+    _texts(Parquet(paths=(f"{tmp_path}/a.parquet",)))
+    assert capsys.readouterr().err == "documents: 0.0 MB, 0.0 MB/s\n"
+
+
 def test_standard_library_rules(tmp_path, monkeypatch):
     body = "".join(f"value_{i} = {i}\n" for i in range(20))
     names = {"a.py": body, "copy.py": body[: len(body) // 2], "b.py": "b = 1\n", "empty.py": ""}
@@ -150,7 +166,7 @@ def test_invalid_utf8_names_file_and_line(tmp_path, kind):
 def test_bad_files(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "not.parquet").write_text("text")
-    pyarrow.parquet.write_table(pyarrow.table({"n": [1], "l": [["a"]]}), tmp_path / "n.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"n": [0], "l": [["a"]]}), tmp_path / "n.parquet")
     root = str(tmp_path)
     cases = {
         "no such file": TextFiles(paths=(f"{root}/*.md",)),

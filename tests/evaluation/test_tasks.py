@@ -45,6 +45,19 @@ def test_named_files_are_evaluated_whole(run, tmp_path):
     )
 
 
+def test_eval_tokens_hold_for_the_runs_own_data_only(run):
+    limited = run.config | {"data": run.config["data"] | {"eval_tokens": 300}}
+    whole = open_task(run.config, run.tokenizer, None).held_out_text()
+    first = open_task(limited, run.tokenizer, None).held_out_text()
+    assert whole.startswith(first)
+    assert 0 < len(first) < len(whole)
+    named = f"{run.directory}/*.txt"
+    texts = [
+        open_task(config, run.tokenizer, named).held_out_text() for config in (limited, run.config)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_bad_names(run, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         open_task(run.config, run.tokenizer, "nothing/*.txt")
