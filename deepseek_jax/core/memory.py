@@ -8,10 +8,7 @@ import os
 import pathlib
 import sys
 
-# Advise the kernel (hugetlb = 1), and keep what was freed instead of giving it back every step.
-TUNABLES = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
-)
+TUNABLES = "glibc.malloc.hugetlb=1"  # advise the kernel to back large blocks with huge pages
 PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
