@@ -43,10 +43,10 @@ def get_config() -> TrainConfig:
         data=Data(source=StandardLibrary(), tokenizer=BPE(vocab_size=vocab_size)),
         optimizer=Muon(learning_rate=8e-3, warmup_steps=10, schedule=WSD(decay_fraction=0.6)),
         objective=Language(mtp_weight=0.2, chunk=512),
-        steps=240,
+        steps=300,
         batch_size=16,
         sequence_length=256,
         log_every=2,
-        eval_every=80,
-        save_every=80,
+        eval_every=100,
+        save_every=100,
     )
