@@ -201,8 +201,8 @@ def serve(pipe, kind: str, width: str, options: tuple) -> None:
         action()
     pipe.send(told)
     while (name := pipe.recv()) is not None:
-        # Three are not counted: while a process waits for its turn, a virtual machine takes its free
-        # memory back, which steps of a run, one after another, never wait for.
+        # Three are not counted: while a process waits for its turn, a virtual machine may take its
+        # free memory back, and the steps of a run, one after another, never wait for that.
         times = [seconds(actions[name]) for _ in range(6)]
         pipe.send(statistics.mean(times[3:]))
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)

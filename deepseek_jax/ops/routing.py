@@ -127,7 +127,11 @@ def sequence_loss(
     valid: Bool[Array, "B T"],
     num_active: int,
 ) -> Float[Array, ""]:
-    """V3's sequence-wise balance loss (equations 17 to 20), summed over rows, without its alpha."""
+    """V3's sequence-wise balance loss (equations 17 to 20), summed over rows, without its alpha.
+
+    Equation 18 counts each token's top experts by score alone; `counts` are of the experts really
+    chosen, bias and group limit included: the same while the bias is 0 and there is one group.
+    """
     num_experts = counts.shape[-1]
     lengths = jnp.maximum(valid.sum(-1, keepdims=True), 1).astype(jnp.float32)
     load = counts * (num_experts / num_active) / lengths

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,23 @@ def test_another_model_is_refused_and_other_changes_are_not(whole, data):
     assert train(changed, LENT) == 0
     assert json.loads((whole / "config.json").read_text())["log_every"] == 7
     assert len(rows(whole, "metrics.jsonl")) == before
+
+
+def test_other_training_data_than_the_checkpoints_are_refused(data, tmp_path):
+    folder = tmp_path / "text"
+    shutil.copytree(pathlib.Path(data.source.paths[0]).parent, folder)
+    source = TextFiles(paths=(str(folder / "*.txt"),))
+    moved = dataclasses.replace(data, source=source, cache_dir=str(tmp_path / "cache"))
+    config = recipe(moved, tmp_path / "run", SMALL, steps=2)
+    assert train(config, LENT) == 0
+    longer = dataclasses.replace(config, steps=3)
+    (folder / "3.txt").write_text((folder / "3.txt").read_text().replace("line", "LINE"))
+    with pytest.raises(
+        InputError, match=r"the training data or their order changed.*checkpoints/2"
+    ):
+        train(longer, LENT)
+    (folder / "3.txt").write_text((folder / "3.txt").read_text().replace("LINE", "line"))
+    assert train(longer, LENT) == 0
 
 
 def test_a_run_can_start_from_anothers_parameters(whole, data, tmp_path):
