@@ -117,15 +117,17 @@ class Manager:
                 integrity.remove(whole)  # a damaged one of the same step
                 partial.rename(whole)
                 integrity.sync(self.directory)
-                self._good.add(step)
-                self._bad.discard(step)
+            self._good.add(step)
+            self._bad.discard(step)
+            if jax.process_index() == 0:
                 self._retire(step)
         except Exception as error:  # `wait` raises it in the training thread
             raise self._failure(step, error) from error
 
     def _failure(self, step: int, error: Exception) -> Exception:
         """The error to raise for a save that failed; its partial directory goes."""
-        integrity.remove_leftovers(self.directory, str(step))
+        if jax.process_index() == 0:
+            integrity.remove_leftovers(self.directory, str(step))
         reason = " ".join(str(error).split())
         if "no space left" in reason.lower() or "quota" in reason.lower():
             reason = "the disk is full"
@@ -161,10 +163,20 @@ class Manager:
         damaged or the checkpoint is of another model.
         """
         self.wait()
-        step = integrity.newest_good(self.directory) if jax.process_index() == 0 else None
+        step, fault = None, None
+        if jax.process_index() == 0:
+            try:
+                step = integrity.newest_good(self.directory)
+            except InputError as error:  # the others must hear of it, or they wait forever
+                fault = error
         if jax.process_count() > 1:
-            chosen = multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
-            step = None if chosen < 0 else int(chosen)
+            number = -2 if fault else -1 if step is None else step
+            number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+            step = None if number < 0 else number
+            if number == -2:
+                fault = fault or InputError(f"{self.directory}: damaged, as process 0 says")
+        if fault:
+            raise fault
         if step is None:
             return None
         self._good.add(step)
