@@ -8,12 +8,22 @@ MESH_AXES = ("slice", "stage", "data", "fsdp", "context", "expert", "tensor")
 # Every mesh axis that carries batch rows outside the experts.
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
-# layers: stacked repeats of a block, scanned over; head: the width of one head; router: a router's
-# outputs (experts or groups), never sharded.
 WEIGHT_AXES = frozenset(
-    ("layers", "vocab", "embed", "heads", "kv_heads", "head", "q_rank", "kv_rank", "mlp", "experts",
-     "expert_mlp", "router")
-)  # fmt: skip
+    {
+        "layers",  # stacked repeats of a block, scanned over
+        "vocab",
+        "embed",
+        "heads",
+        "kv_heads",
+        "head",  # the width of one head
+        "q_rank",
+        "kv_rank",
+        "mlp",
+        "experts",
+        "expert_mlp",
+        "router",  # a router's outputs: experts or groups, never sharded
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,8 @@ def _parquet_documents(file: File, column: str) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(file.path) as table:
             if column not in (names := table.schema_arrow.names):
-                raise InputError(f"{file.path}: no column {column!r}, only {', '.join(names)}")
+                only = f"no column {column!r}, only {', '.join(names)}"
+                raise InputError(f"{file.path}: {only}; set the source's column")
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
                     content = value.as_py()

@@ -83,7 +83,7 @@ class Model:
         return LanguageDecoder(dataclasses.replace(self.config, moe=moe), self.dtypes)
 
     def head(self, params: Any) -> Float[Array, "D V"]:
-        """The output projection, in the arithmetic's dtype."""
+        """The output projection as it is stored; products narrow it themselves."""
         if self.config.tie_embeddings:
             return params["embedding"]["weight"].T
         return params["head"]["weight"]

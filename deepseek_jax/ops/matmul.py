@@ -58,8 +58,8 @@ matmul.defvjp(_matmul, _matmul_backward)
 def weight_slope(x: Float[Array, "*n D"], slope: Float[Array, "*n F"]) -> Float[Array, "D F"]:
     """The float32 slope of w in x @ w, from that of the product."""
     if jax.default_backend() != "cpu":  # merging rows here would gather what a mesh shards
-        rows = tuple(range(x.ndim - 1))
-        return jnp.tensordot(x, slope, (rows, rows), preferred_element_type=jnp.float32)
+        lead = tuple(range(x.ndim - 1))
+        return jnp.tensordot(x, slope, (lead, lead), preferred_element_type=jnp.float32)
     x, slope = x.reshape(-1, x.shape[-1]), slope.reshape(-1, slope.shape[-1])
     return dot("dn,nf->df", turned(x), slope)
 

@@ -46,7 +46,8 @@ def test_the_variable_switches_it_off(tmp_path):
 
 def test_nothing_happens_in_another_process_or_without_the_pages(monkeypatch, tmp_path):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("restarted"))
+    restarted = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: restarted.append(arguments))
     memory.restart_with_huge_pages("deepseek_jax.train")  # this is pytest
     spec = type("Spec", (), {"name": "deepseek_jax.train"})
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
@@ -55,3 +56,9 @@ def test_nothing_happens_in_another_process_or_without_the_pages(monkeypatch, tm
         if text:
             memory.PAGES.write_text(text)
         memory.restart_with_huge_pages("deepseek_jax.train")
+    assert restarted == []
+    memory.PAGES.write_text("always [madvise] never")
+    memory.restart_with_huge_pages("deepseek_jax.train")
+    ((_, arguments, environment),) = restarted
+    assert arguments[1:] == sys.orig_argv[1:]
+    assert environment["GLIBC_TUNABLES"] == memory.TUNABLES

@@ -140,24 +140,21 @@ def test_without_segments_every_row_is_one_document(whole):
     assert bare.mtp == ()
 
 
-# Of float32 sums in another order (a token moves between its expert's tile and the overflow): ten
-# units in the last place of values near 1, after a block more. A leak moves values by tenths.
-NOISE = 3e-6
-
-
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("t", [0, 6, 14])
 def test_new_tokens_leave_the_past_alone(whole, name, t):
     case = whole[name]
     first = case.apply(case.params, case.batch)
     second = case.apply(case.params, with_new_tokens_after(case.batch, t))
-    np.testing.assert_allclose(first.hidden[:, : t + 1], second.hidden[:, : t + 1], atol=NOISE)
+    np.testing.assert_allclose(first.hidden[:, : t + 1], second.hidden[:, : t + 1], atol=1e-6)
     assert np.abs(first.hidden - second.hidden)[:, t + 1 :].max() > 0.1
     if isinstance(getattr(case.config.moe, "dispatch", None), Capacity):
         return  # an MTP layer sees token t+1 at t: its drops may move one position earlier
     for d, (one, two) in enumerate(zip(first.mtp, second.mtp, strict=True)):
         known = max(t - d, 0)  # depth d has seen tokens up to its position + 1 + d
-        np.testing.assert_allclose(one[:, :known], two[:, :known], atol=NOISE)
+        # A block more each depth: float32 sums in another order, where a token moves between its
+        # expert's tile and the overflow.
+        np.testing.assert_allclose(one[:, :known], two[:, :known], atol=1e-6 * (1 + d))
 
 
 @pytest.mark.parametrize("name", ["v3", "v2", "dense"])
