@@ -25,7 +25,7 @@ def run(folder: pathlib.Path, **environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "probe", "one", "two words"],
         cwd=folder, env=kept | {"PYTHONPATH": root} | environment,
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return done.stdout.splitlines()
 
