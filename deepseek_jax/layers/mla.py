@@ -86,11 +86,11 @@ class LatentAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Any] | None]:
         c = self.config
         q = self.q(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
-        q_nope, q_rope = q[..., : c.nope_dim], q[..., c.nope_dim :]
+        q_nope, q_rope = jnp.split(q, (c.nope_dim,), axis=-1)
         q_rope = rotate(q_rope, place.cosine, place.sine, c.interleaved)
-        down = self.kv_down(x)
-        latent, rope_key = self.kv_norm(down[..., : c.kv_rank]), down[..., None, c.kv_rank :]
-        rope_key = rotate(rope_key, place.cosine, place.sine, c.interleaved)
+        latent, rope_key = jnp.split(self.kv_down(x), (c.kv_rank,), axis=-1)
+        latent = self.kv_norm(latent)
+        rope_key = rotate(rope_key[:, :, None], place.cosine, place.sine, c.interleaved)
         scale = (c.nope_dim + c.rope_dim) ** -0.5 * softmax_factor(c.yarn)
         if cache is None:
             rope_key = jnp.broadcast_to(rope_key, q_rope.shape)

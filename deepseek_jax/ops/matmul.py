@@ -5,14 +5,31 @@ else it first widens to float32, at a third of the speed. A weight's slope sums 
 needs one operand turned; `turned` makes that copy where XLA cannot fold it away again.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int
+
+T = TypeVar("T")
 
 
 def dot(equation: str, *operands: Array) -> Array:
     """An einsum that sums, and returns, float32."""
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def apart(function: Callable[..., T], *operands: Array) -> T:
+    """function(*operands); XLA on CPU fuses nothing of it with what stands around it.
+
+    It removes optimization barriers before it fuses, but leaves such a call alone.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*operands)
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*operands)
 
 
 def rows(x: Float[Array, "N ..."], index: Int[Array, "..."]) -> Float[Array, "..."]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.ops.matmul import apart
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
@@ -64,8 +66,8 @@ def rotation(
     size = 1.0
     if yarn is not None:
         size = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
-    # Behind a barrier, or XLA on CPU evaluates them anew for every head that they turn.
-    return jax.lax.optimization_barrier((jnp.cos(angles) * size, jnp.sin(angles) * size))
+    # Apart, or XLA on CPU evaluates them anew for every head that they turn.
+    return apart(lambda x: (jnp.cos(x) * size, jnp.sin(x) * size), angles)
 
 
 def rotate(
@@ -79,13 +81,10 @@ def rotate(
     Interleaved pairs (2j, 2j+1) come out as (j, j + P/2): queries and keys are permuted alike, so
     their products are those of the stored order.
     """
-    half = x.shape[-1] // 2
-    x32 = x.astype(jnp.float32)
-    if interleaved:
-        pairs = x32.reshape(*x.shape[:-1], half, 2)
-        first, second = pairs[..., 0], pairs[..., 1]
-    else:
-        first, second = x32[..., :half], x32[..., half:]
+    x32, half = x.astype(jnp.float32), x.shape[-1] // 2
+    pairs, axis = ((*x.shape[:-1], half, 2), -1) if interleaved else ((*x.shape[:-1], 2, half), -2)
+    # Split, not sliced: its transpose is one concatenation.
+    first, second = (part.squeeze(axis) for part in jnp.split(x32.reshape(pairs), 2, axis))
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
     turned = jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
