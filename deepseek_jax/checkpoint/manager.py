@@ -11,7 +11,10 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import pathlib
+import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +27,14 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.integrity import lock_run, resolve
+from deepseek_jax.checkpoint.safetensors import Tensor
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 
 __all__ = ["Checkpoint", "Manager", "load_params", "lock_run", "read_config", "resolve"]
 
+PIECE = 2**28  # bytes that `write_params` hands to the disk at a time
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
 # Orbax's threads log each failure with its traceback before `save` or `wait` raises it.
@@ -209,7 +214,7 @@ def _context() -> ocp.Context:
     return context
 
 
-def _rows(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
+def disk_names(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
     """The names on disk of a stacked leaf's layers; None when the leaf is not one."""
     for block, held in layers.items():
         if f"/{block}/" in f"/{name}/" and shape and shape[0] == len(held):
@@ -225,7 +230,7 @@ def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
     for name, leaf in leaves.items():
         here = leaf.is_fully_addressable or leaf.is_fully_replicated
         array = np.asarray(leaf) if here else leaf
-        rows = _rows(name, array.shape, layers)
+        rows = disk_names(name, array.shape, layers)
         arrays |= {row: array[i] for i, row in enumerate(rows)} if rows else {name: array}
     return arrays
 
@@ -252,7 +257,7 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     wanted, places = {}, {}
     for name, leaf in tree.flatten(abstract).items():
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-        rows, shape, lies = _rows(prefix + name, leaf.shape, layers), leaf.shape, sharding
+        rows, shape, lies = disk_names(prefix + name, leaf.shape, layers), leaf.shape, sharding
         if rows:
             shape = shape[1:]
             if isinstance(sharding, NamedSharding):
@@ -270,3 +275,80 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
         found = [loaded.pop(row) for row in rows or [name]]
         values.append(_stack(sharding)(*found) if rows else found[0])
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta
+
+
+def write_params(
+    directory: pathlib.Path,
+    params: dict[str, Tensor],
+    *,
+    config: dict,
+    files: dict[str, bytes],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write parameters, by their names on disk, as the checkpoint `directory`, some at a time.
+
+    At most two pieces of PIECE bytes, or of one leaf, are in memory. What a killed call had written
+    stays beside `directory` and is not written again. `progress` is told bytes done and in all.
+    """
+    partial = directory.with_name(f"{directory.name}.saving")
+    sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in params.items()}
+    if not partial.exists():
+        done = _written(partial)
+        pieces: list[list[str]] = [[]]
+        for name in (name for name in params if name not in done):
+            if sum(sizes[n] for n in pieces[-1]) + sizes[name] > PIECE and pieces[-1]:
+                pieces.append([])
+            pieces[-1].append(name)
+        written, response = sum(sizes[name] for name in done), None
+        with _context():
+            for piece in filter(None, pieces):
+                arrays = {f"params/{name}": params[name].read() for name in piece}
+                if response:
+                    response.result()
+                progress(written, sum(sizes.values()))
+                response = ocp.partial.save_async(partial, unflatten_dict(arrays, sep="/"))
+                written += sum(sizes[name] for name in piece)
+            if response:
+                response.result()
+            ocp.partial.finalize(partial)
+    leaves = {f"params/{n}": f"{x.dtype}{list(x.shape)}" for n, x in params.items()}
+    meta = {"step": 0, "position": 0, "leaves": leaves}
+    texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
+    files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
+    for name, content in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
+    integrity.write_manifest(partial)
+    partial.rename(directory)
+
+
+def _written(partial: pathlib.Path) -> set[str]:
+    """The parameters that a killed `write_params` has left whole."""
+    found = set()
+    for folder in partial.parent.glob(f"{partial.name}.partial_save/*"):
+        if (folder / "commit_success.txt").exists():
+            tree_of = json.loads((folder / "state" / "_METADATA").read_text())["tree_metadata"]
+            keys = ([key["key"] for key in leaf["key_metadata"]] for leaf in tree_of.values())
+            found |= {"/".join(key[1:]) for key in keys}
+        else:
+            shutil.rmtree(folder)
+    return found
+
+
+def read_params(path: pathlib.Path) -> dict[str, Tensor]:
+    """A checkpoint's parameters by their names on disk, each read when it is asked for."""
+    path, found = path.absolute(), {}
+    for name, text in json.loads((path / "meta.json").read_text())["leaves"].items():
+        dtype, _, sizes = text.partition("[")
+        if name.startswith("params/"):
+            shape, kind = tuple(json.loads(f"[{sizes}")), jnp.dtype(dtype)
+            read = functools.partial(_read_leaf, path, name, shape, kind)
+            found[name.removeprefix("params/")] = Tensor(shape, kind, read)
+    return found
+
+
+@functools.lru_cache(maxsize=2)  # of experts, one is asked for after the other
+def _read_leaf(path: pathlib.Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    with _context():
+        target = unflatten_dict({name: np.empty(shape, dtype)}, sep="/")
+        return tree.flatten(ocp.load(path, target))[name]

@@ -52,3 +52,11 @@ class Spec:
             reduced=tuple(i + 1 for i in self.reduced),
             outputs=tuple(i + 1 for i in self.outputs),
         )
+
+    def unstacked(self) -> "Spec":
+        """The spec of one of the stacked weights."""
+        return Spec(
+            axes=self.axes[1:],
+            reduced=tuple(i - 1 for i in self.reduced),
+            outputs=tuple(i - 1 for i in self.outputs),
+        )

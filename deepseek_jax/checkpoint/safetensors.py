@@ -1,0 +1,238 @@
+"""Folders of tensors as Hugging Face lays them out: safetensors shards with an index, or `.bin`.
+
+Shards are mapped into memory, so a tensor costs what is read of it. Two forms are undone on the
+way: transformers 5 may fuse a layer's experts into one tensor, and DeepSeek-V3 stores matrices as
+float8 with a scale a block of 128 x 128 (named "inverse", but multiplied). Nothing is unpickled but
+by torch's weights-only reader.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.extras import require
+
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+BLOCK = 128  # rows and columns that share a float8 scale
+SCALE = "_scale_inv"
+
+
+class Tensor(NamedTuple):
+    """A tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    """The values; a view of the file where its form allows that."""
+
+
+def open_tensors(directory: str | pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a folder by their names, experts apart and float8 undone.
+
+    Raises InputError, naming the file or tensor, when there are none, a file is not what its header
+    says, or the index and the files disagree.
+    """
+    directory = pathlib.Path(directory)
+    found = _unfused(_stored(directory))
+    return {
+        name: _wide(name, tensor, found.get(name + SCALE))
+        for name, tensor in found.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def is_folder_of_tensors(directory: str | pathlib.Path) -> bool:
+    """Whether this looks like a Hugging Face checkpoint rather than one of ours."""
+    path = pathlib.Path(directory)
+    held = any(next(path.glob(kind), None) for kind in ("*.safetensors*", "pytorch_model*"))
+    return held and (path / "config.json").exists()
+
+
+def _stored(directory: pathlib.Path) -> dict[str, Tensor]:
+    for pattern, index, opened in (
+        ("*.safetensors", INDEX, _mapped),
+        ("pytorch_model*.bin", "pytorch_model.bin.index.json", _unpickled),
+    ):
+        files = sorted(path.name for path in directory.glob(pattern))
+        if not files and not (directory / index).exists():
+            continue
+        listed = _weight_map(directory / index) if (directory / index).exists() else None
+        if listed is not None:
+            files = sorted(set(listed.values()))
+        elif len(files) > 1:
+            raise InputError(f"{directory}: {len(files)} files of tensors and no {index}")
+        found: dict[str, Tensor] = {}
+        for file in files:
+            tensors = opened(directory / file)
+            for name in tensors:
+                if name in found or (listed is not None and listed.get(name) != file):
+                    raise InputError(f"{directory / file}: holds {name}, which is listed elsewhere")
+            found |= tensors
+        if missing := sorted(set(listed or ()) - set(found)):
+            raise InputError(f"{directory / index}: lists {missing[0]}, which no file holds")
+        return found
+    raise InputError(f"{directory}: there are no safetensors or pytorch_model*.bin files")
+
+
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+    try:
+        listed = dict(json.loads(path.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not an index of tensors ({error})") from None
+    for file in listed.values():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+            raise InputError(f"{path}: names {file!r}, which is no file of this folder")
+        if not (path.parent / file).exists():
+            raise InputError(f"{path.parent / file}: missing; the index needs it")
+    return listed
+
+
+def _mapped(path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file: a length, a JSON header, the values."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, 10**8):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors, ends = {}, []
+        for name, entry in header.items():
+            dtype, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), entry["data_offsets"]
+            shape = tuple(int(n) for n in entry["shape"])
+            if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
+                raise ValueError(f"{name} does not have the size of its shape")
+            ends.append((begin, end))
+            tensors[name] = Tensor(shape, dtype, _mapping(path, 8 + length + begin, shape, dtype))
+        ends.sort()
+        starts = [0, *(end for _, end in ends)]
+        if [begin for begin, _ in ends] != starts[:-1]:
+            raise ValueError("its tensors overlap or leave gaps")
+        if 8 + length + starts[-1] != size:
+            raise ValueError(f"it should have {8 + length + starts[-1]} bytes and has {size}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+    return tensors
+
+
+def _mapping(path, offset, shape, dtype) -> Callable[[], np.ndarray]:
+    return lambda: np.memmap(path, dtype, "r", offset, shape) if 0 not in shape else np.zeros(0)
+
+
+def _unpickled(path: pathlib.Path) -> dict[str, Tensor]:
+    torch = require("torch")
+    try:
+        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        tensors = {name: _of_torch(tensor) for name, tensor in loaded.items()}
+    except Exception as error:  # torch raises what pickle does, and more
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a file of tensors alone ({reason})") from None
+    return {name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
+
+
+def _of_torch(tensor: Any) -> np.ndarray:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if hasattr(ml_dtypes, kind):  # numpy has no such type: the bits move
+        bits = require("torch").uint8 if tensor.element_size() == 1 else require("torch").int16
+        return tensor.contiguous().view(bits).numpy().view(getattr(ml_dtypes, kind))
+    return tensor.numpy()
+
+
+def _unfused(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers 5's fused experts as the hub's: one gate, up and down an expert."""
+    found = {}
+    for name, tensor in stored.items():
+        match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+        if not match or len(tensor.shape) != 3:
+            found[name] = tensor
+            continue
+        count, rows, columns = tensor.shape
+        parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
+        rows //= len(parts)
+        for expert in range(count):
+            for number, part in enumerate(parts):
+                index = expert, slice(number * rows, (number + 1) * rows)
+                found[f"{match[1]}.{expert}.{part}.weight"] = Tensor(
+                    (rows, columns), tensor.dtype, lambda t=tensor, i=index: t.read()[i]
+                )
+    return found
+
+
+def _wide(name: str, tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """A tensor as numbers to use: float8 times its blocks' scales, float32."""
+    if scale is None:
+        if tensor.dtype.itemsize == 1 and tensor.dtype.kind not in "bui":
+            raise InputError(f"{name}: float8 without its {name + SCALE}")
+        return tensor
+    blocks = tuple(-(-n // BLOCK) for n in tensor.shape)
+    if len(blocks) != 2 or scale.shape != blocks:
+        raise InputError(f"{name + SCALE}: has shape {scale.shape}; {tensor.shape} needs {blocks}")
+    read = lambda: dequantized(tensor.read(), scale.read())  # noqa: E731
+    return Tensor(tensor.shape, np.dtype(np.float32), read)
+
+
+def dequantized(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Float32 [R, C] of float8 values and a scale a block of 128 x 128; edges may be short."""
+    if scales.dtype == np.uint8:  # e8m0 as its bits
+        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+    wide = scales.astype(np.float32).repeat(BLOCK, 0)[: values.shape[0]]
+    return values.astype(np.float32) * wide.repeat(BLOCK, 1)[:, : values.shape[1]]
+
+
+def write_tensors(
+    directory: pathlib.Path,
+    tensors: Iterable[tuple[str, Callable[[], np.ndarray], tuple[int, ...], np.dtype]],
+    max_bytes: int,
+) -> None:
+    """Write (name, read, shape, dtype) as safetensors shards of at most `max_bytes`, and an index.
+
+    A larger tensor gets a shard of its own. Each tensor is read when it is written.
+    """
+    shards: list[list] = [[]]
+    filled = 0
+    for entry in tensors:
+        size = math.prod(entry[2]) * np.dtype(entry[3]).itemsize
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    weight_map, total = {}, 0
+    for number, entries in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        total += _write_shard(directory / file, entries)
+        weight_map |= {entry[0]: file for entry in entries}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path: pathlib.Path, entries: list) -> int:
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, _, shape, dtype in entries:
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        kind = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape)}
+        header[name] = kind | {"data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, read, _, _ in entries:
+            file.write(np.ascontiguousarray(read()).reshape(-1).view(np.uint8).data)
+    return end

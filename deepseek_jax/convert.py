@@ -1,0 +1,150 @@
+"""Command: translate checkpoints: Orbax, HF/PyTorch safetensors."""
+
+import argparse
+import collections
+import datetime
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from deepseek_jax.checkpoint import huggingface, names
+from deepseek_jax.checkpoint.integrity import resolve
+from deepseek_jax.checkpoint.manager import read_config, read_params, write_params
+from deepseek_jax.checkpoint.safetensors import Tensor, is_folder_of_tensors, open_tensors
+from deepseek_jax.core.config import from_dict, to_dict
+from deepseek_jax.core.errors import InputError, run_command
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.corpus import made_whole
+from deepseek_jax.data.text import reported
+from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
+from deepseek_jax.models.build import build
+from deepseek_jax.models.counts import describe
+from deepseek_jax.models.decoder import Decoder
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: list[str]) -> None:
+    """Convert or inspect as the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="deepseek_jax.convert", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    inward = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint of ours")
+    outward = commands.add_parser("to-hf", help="a checkpoint of ours to a Hugging Face folder")
+    look = commands.add_parser("inspect", help="say what a checkpoint of either kind holds")
+    look.add_argument("path", metavar="PATH")
+    for command in (inward, outward):
+        command.add_argument("source", metavar="SRC")
+        command.add_argument("target", metavar="DST", help="the folder to write, which must be new")
+    outward.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    outward.add_argument("--max-shard-size", default="5GB", help="bytes a file (KB, MB, GB)")
+    options = parser.parse_args(argv)
+    if options.command == "inspect":
+        print(inspect(pathlib.Path(options.path)))
+        return
+    source, target = pathlib.Path(options.source), pathlib.Path(options.target)
+    if target.exists():
+        raise InputError(f"{target}: exists; choose a new folder, or delete it first")
+    with reported(str(target)):
+        if options.command == "from-hf":
+            from_hf(source, target)
+        else:
+            size = re.fullmatch(r"0*([1-9]\d*) ?([KMG]B)?", options.max_shard_size.upper())
+            if not size:
+                raise InputError(f"--max-shard-size {options.max_shard_size} is no size like 5GB")
+            to_hf(source, target, options.dtype, int(size[1]) * UNITS[size[2] or ""])
+    print(f"{target}: written")
+
+
+def from_hf(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Write a Hugging Face folder as the checkpoint `target`; a killed call goes on where it was.
+
+    Weights keep their dtypes; float8 becomes bfloat16.
+    """
+    folder = huggingface.open_folder(source)
+    found = huggingface.params_of(folder, build(folder.config, Precision(compute="float32")))
+    params = {name: Tensor(s.shape, s.dtype, lambda s=s: s.read(())) for name, s in found.items()}
+    files = {
+        f"{huggingface.BESIDE}/{name}": content
+        for name, content in huggingface.kept_files(source).items()
+    }
+    if tokenizer := folder_tokenizer(source):
+        files |= tokenizer.files()
+    config = {"model": to_dict(folder.config), "precision": to_dict(Precision())}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_params(target.absolute(), params, config=config, files=files, progress=_progress())
+
+
+def folder_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder, if it has one."""
+    if not (directory / "tokenizer.json").exists():
+        return None
+    return open_tokenizer(TokenizerFile(path=str(directory)))
+
+
+def to_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None, shard: int) -> None:
+    """Write a checkpoint of ours as a folder that transformers loads."""
+    source = resolve(source)
+    config = from_dict(Decoder, read_config(source)["model"], "model")
+    kept = source / huggingface.BESIDE
+    files = huggingface.kept_files(kept if kept.exists() else source)
+    files = files if kept.exists() else {k: v for k, v in files.items() if k != "config.json"}
+    with made_whole(target) as partial:
+        huggingface.write_folder(
+            partial,
+            build(config, Precision(compute="float32")),
+            read_params(source),
+            files=files,
+            dtype=dtype and jnp.dtype(dtype),
+            max_shard_bytes=shard,
+            progress=_progress(),
+        )
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Shows bytes done and in all on stderr, with the rate and the time left, once a second."""
+    start = shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < 1 or not done:
+            return
+        shown, rate = now, done / (now - start)
+        left = datetime.timedelta(seconds=round((total - done) / rate))
+        text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.0f} MB/s  ETA {left}"
+        print(text, file=sys.stderr, flush=True)
+
+    return show
+
+
+def inspect(path: pathlib.Path) -> str:
+    """What a checkpoint is: family, sizes, dtypes, and which tensors would not fit."""
+    if is_folder_of_tensors(path):
+        folder = huggingface.open_folder(path)
+        config, tensors = folder.config, open_tensors(path)
+        family = folder.original["model_type"]
+        try:
+            huggingface.params_of(folder, build(config, Precision(compute="float32")))
+            fit = "every tensor fits"
+        except InputError as error:
+            fit = str(error)
+    else:
+        path = resolve(path)
+        config = from_dict(Decoder, read_config(path)["model"], "model")
+        tensors, family, fit = read_params(path), names.family_of(config), "a checkpoint of ours"
+    sizes = collections.Counter()
+    for tensor in tensors.values():
+        sizes[str(tensor.dtype)] += math.prod(tensor.shape) * tensor.dtype.itemsize
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in sizes.most_common())
+    return f"{family}: {describe(config)}\n{len(tensors)} tensors: {kinds}\n{fit}"
+
+
+if __name__ == "__main__":
+    run_command(main)
