@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
     for command in (inward, outward):
         command.add_argument("source", metavar="SRC")
         command.add_argument("target", metavar="DST", help="the folder to write, which must be new")
-    outward.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    kinds = ["float32", "bfloat16", "float16"]
+    inward.add_argument("--dtype", choices=kinds, help="of the weights; by default their own")
+    outward.add_argument("--dtype", choices=[*kinds, "float8-block"], help="as the original's")
     outward.add_argument("--max-shard-size", default="5GB", help="bytes a file (KB, MB, GB)")
     options = parser.parse_args(argv)
     if options.command == "inspect":
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{target}: exists; choose a new folder, or delete it first")
     with reported(str(target)):
         if options.command == "from-hf":
-            from_hf(source, target)
+            from_hf(source, target, options.dtype)
         else:
             size = re.fullmatch(r"0*([1-9]\d*) ?([KMG]B)?", options.max_shard_size.upper())
             if not size:
@@ -62,18 +64,18 @@ def main(argv: list[str]) -> None:
     print(f"{target}: written")
 
 
-def from_hf(source: pathlib.Path, target: pathlib.Path) -> None:
+def from_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
     """Write a Hugging Face folder as the checkpoint `target`; a killed call goes on where it was.
 
-    Weights keep their dtypes; float8 becomes bfloat16.
+    Weights get `dtype`, or keep their own; float8 becomes float32.
     """
     folder = huggingface.open_folder(source)
     found = huggingface.params_of(folder, build(folder.config, Precision(compute="float32")))
-    params = {name: Tensor(s.shape, s.dtype, lambda s=s: s.read(())) for name, s in found.items()}
-    files = {
-        f"{huggingface.BESIDE}/{name}": content
-        for name, content in huggingface.kept_files(source).items()
-    }
+    params = {}
+    for name, weight in found.items():
+        kind = jnp.dtype(dtype) if dtype and not name.endswith("router/bias") else weight.dtype
+        params[name] = Tensor(weight.shape, kind, lambda w=weight, k=kind: w.read(()).astype(k))
+    files = huggingface.keep(source)
     if tokenizer := folder_tokenizer(source):
         files |= tokenizer.files()
     config = {"model": to_dict(folder.config), "precision": to_dict(Precision())}
@@ -92,16 +94,13 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None, shard: 
     """Write a checkpoint of ours as a folder that transformers loads."""
     source = resolve(source)
     config = from_dict(Decoder, read_config(source)["model"], "model")
-    kept = source / huggingface.BESIDE
-    files = huggingface.kept_files(kept if kept.exists() else source)
-    files = files if kept.exists() else {k: v for k, v in files.items() if k != "config.json"}
     with made_whole(target) as partial:
         huggingface.write_folder(
             partial,
             build(config, Precision(compute="float32")),
             read_params(source),
-            files=files,
-            dtype=dtype and jnp.dtype(dtype),
+            beside=source / huggingface.BESIDE,
+            dtype=dtype,
             max_shard_bytes=shard,
             progress=_progress(),
         )

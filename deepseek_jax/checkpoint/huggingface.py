@@ -4,18 +4,37 @@ What a folder holds beside weights (tokenizer, chat template, generation setting
 that we have no use for) is kept as it is and written back.
 """
 
+import functools
 import json
+import math
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.manager import disk_names
-from deepseek_jax.checkpoint.safetensors import Tensor, open_tensors, write_tensors
+from deepseek_jax.checkpoint.safetensors import (
+    BLOCK,
+    SCALE,
+    Entry,
+    Tensor,
+    dequantized,
+    mapped,
+    narrowed,
+    open_scales,
+    open_tensors,
+    quantized,
+    write_shard,
+    write_tensors,
+)
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import Model
@@ -27,6 +46,11 @@ KEPT = (
     "merges.txt",
 )  # fmt: skip
 BESIDE = "huggingface"  # the folder of a converted checkpoint that holds these
+SCALES = "scales.safetensors"  # in it: of the original's float8 weights
+FLOAT8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK],
+    "activation_scheme": "dynamic",
+}  # fmt: skip
 
 
 class Folder(NamedTuple):
@@ -57,8 +81,18 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
 
 
 def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
-    """The weights of a folder by our names on disk, none read yet; InputError as names.sources."""
-    return names.sources(folder.config, names.leaves(model), folder.tensors)
+    """The weights of a folder by our names on disk, none read yet but copies, which must agree.
+
+    Raises InputError as names.sources does, and for an MTP layer with an embedding of its own.
+    """
+    ours = names.leaves(model)
+    found = names.sources(folder.config, ours, folder.tensors)
+    for copy, path in names.copies(folder.config, ours).items():
+        same = folder.tensors.get(copy)
+        whole = next(row.theirs for row in names.table(folder.config, ours) if row.ours == (path,))
+        if same and not np.array_equal(same.read(), folder.tensors[whole].read()):
+            raise InputError(f"{copy} differs from {whole}; here they share one")
+    return found
 
 
 def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
@@ -75,13 +109,19 @@ def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
     return tree.map_with_path(placed, abstract)
 
 
-def kept_files(directory: pathlib.Path) -> dict[str, bytes]:
-    """What stands beside the weights, by name."""
-    return {
+def keep(directory: pathlib.Path) -> dict[str, bytes]:
+    """What stands beside the weights, and the float8 weights' scales, by name: see BESIDE."""
+    files = {
         name: (directory / name).read_bytes()
         for name in ("config.json", *KEPT)
         if (directory / name).exists()
     }
+    if scales := open_scales(directory):
+        with tempfile.NamedTemporaryFile() as file:
+            entries = [Entry(name, *scale) for name, scale in scales.items()]
+            write_shard(pathlib.Path(file.name), entries)
+            files[SCALES] = pathlib.Path(file.name).read_bytes()
+    return {f"{BESIDE}/{name}": content for name, content in files.items()}
 
 
 def write_folder(
@@ -89,41 +129,71 @@ def write_folder(
     model: Model,
     params: Mapping[str, Tensor],
     *,
-    files: Mapping[str, bytes],
-    dtype: np.dtype | None,
+    beside: pathlib.Path,
+    dtype: str | None,
     max_shard_bytes: int,
     progress: Callable[[int, int], None],
 ) -> None:
     """Write weights (by our names on disk) into a folder that transformers loads.
 
-    `files` are those of `kept_files`; `dtype` None keeps each weight's own. Router biases stay
-    float32.
+    `beside` holds what `keep` wrote. `dtype` is a dtype's name, "float8-block", or None, which is
+    as the original was. Float8 weights that did not change keep their values and scales; the others
+    get new ones. Router biases stay float32.
     """
     ours = names.leaves(model)
-    rows = names.table(model.config, ours)
-    original = json.loads(files.get("config.json", b"{}"))
-    done = [0, 0]
+    kept = {file.name: file for file in beside.glob("*")}
+    original = json.loads(kept["config.json"].read_text()) if "config.json" in kept else {}
+    scales = mapped(kept[SCALES]) if SCALES in kept else {}
+    how = original.get("quantization_config") or {}
+    entries: list[Entry] = []
+    done = 0
 
-    def entry(row: names.Row) -> tuple:
-        kind = params[row.ours[0]].dtype
-        if dtype is not None and not row.theirs.endswith("e_score_correction_bias"):
-            kind = np.dtype(dtype)
+    def add(row: names.Row) -> None:
         shape = names.their_shape(row, ours)
-        size = int(np.prod(shape)) * kind.itemsize
-        done[1] += size
 
-        def read() -> np.ndarray:
-            arrays = [params[path].read() for path in row.ours]
-            progress(done[0], done[1])
-            done[0] += size
-            return names.joined(row, ours, arrays).astype(kind)
+        def wide() -> np.ndarray:
+            nonlocal done
+            progress(done, total)
+            done += math.prod(shape) * params[row.ours[0]].dtype.itemsize
+            return names.joined(row, ours, [params[path].read() for path in row.ours])
 
-        return row.theirs, read, shape, kind
+        kind = params[row.ours[0]].dtype
+        narrow = row.theirs in scales or (not scales and names.is_quantized(row.theirs))
+        if (dtype == "float8-block" or (dtype is None and scales)) and narrow:
+            pair = functools.lru_cache(1)(lambda: _float8(wide(), scales.get(row.theirs), how))
+            blocks = tuple(-(-size // BLOCK) for size in shape)
+            of_scales = scales[row.theirs].dtype if row.theirs in scales else np.dtype(np.float32)
+            float8 = np.dtype(ml_dtypes.float8_e4m3fn)
+            entries.append(Entry(row.theirs, shape, float8, lambda: pair()[0]))
+            entries.append(Entry(row.theirs + SCALE, blocks, of_scales, lambda: pair()[1]))
+            return
+        if dtype not in (None, "float8-block") and not row.theirs.endswith("correction_bias"):
+            kind = np.dtype(jnp.dtype(dtype))
+        entries.append(Entry(row.theirs, shape, kind, lambda: wide().astype(kind)))
 
-    entries = [entry(row) for row in rows]
-    kinds = {str(kind) for name, _, _, kind in entries if name == "model.embed_tokens.weight"}
-    config = names.hf_config(model.config, original, kinds.pop())
+    rows = names.table(model.config, ours)
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in params.values())
+    for row in rows:
+        add(row)
+    stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
+    config = names.hf_config(model.config, original, str(stored))
+    if any(entry.name.endswith(SCALE) for entry in entries):
+        config["quantization_config"] = FLOAT8 | how
+    else:
+        config.pop("quantization_config", None)
     write_tensors(directory, entries, max_shard_bytes)
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
+    for name in KEPT:
+        if name in kept:
+            shutil.copyfile(kept[name], directory / name)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _float8(wide: np.ndarray, scale: Tensor | None, how: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Float8 values and scales; a tensor that its old scales still express exactly keeps them."""
+    if scale is not None:
+        old = scale.read()
+        values = narrowed(wide, old)
+        if np.array_equal(dequantized(values, old).astype(wide.dtype), wide):
+            return values, old
+    values, new = quantized(wide, how.get("scale_fmt") == "ue8m0")
+    return values, new if scale is None else new.astype(scale.dtype)

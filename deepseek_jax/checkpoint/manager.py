@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -288,45 +289,57 @@ def write_params(
     """Write parameters, by their names on disk, as the checkpoint `directory`, some at a time.
 
     At most two pieces of PIECE bytes, or of one leaf, are in memory. What a killed call had written
-    stays beside `directory` and is not written again. `progress` is told bytes done and in all.
+    stays in `directory`.parts and is not written again. `progress` is told bytes done and in all.
     """
-    partial = directory.with_name(f"{directory.name}.saving")
+    parts, partial = (directory.with_name(f"{directory.name}.{x}") for x in ("parts", "saving"))
+    shutil.rmtree(partial, ignore_errors=True)
+    done = _written(parts)
     sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in params.items()}
-    if not partial.exists():
-        done = _written(partial)
-        pieces: list[list[str]] = [[]]
-        for name in (name for name in params if name not in done):
-            if sum(sizes[n] for n in pieces[-1]) + sizes[name] > PIECE and pieces[-1]:
-                pieces.append([])
-            pieces[-1].append(name)
-        written, response = sum(sizes[name] for name in done), None
-        with _context():
-            for piece in filter(None, pieces):
-                arrays = {f"params/{name}": params[name].read() for name in piece}
-                if response:
-                    response.result()
-                progress(written, sum(sizes.values()))
-                response = ocp.partial.save_async(partial, unflatten_dict(arrays, sep="/"))
-                written += sum(sizes[name] for name in piece)
+    pieces: list[list[str]] = [[]]
+    for name in (name for name in params if name not in done):
+        if pieces[-1] and sum(sizes[n] for n in pieces[-1]) + sizes[name] > PIECE:
+            pieces.append([])
+        pieces[-1].append(name)
+    written, response = sum(sizes[name] for name in done), None
+    with _context():
+        for piece in filter(None, pieces):
+            arrays = {f"params/{name}": params[name].read() for name in piece}
             if response:
                 response.result()
-            ocp.partial.finalize(partial)
+            progress(written, sum(sizes.values()))
+            response = ocp.partial.save_async(parts / "step", unflatten_dict(arrays, sep="/"))
+            written += sum(sizes[name] for name in piece)
+        if response:
+            response.result()
+        # Joining moves files about: it works on links, so that a kill leaves the parts as they are.
+        shutil.copytree(parts, partial, copy_function=_linked)
+        ocp.partial.finalize(partial / "step")
     leaves = {f"params/{n}": f"{x.dtype}{list(x.shape)}" for n, x in params.items()}
     meta = {"step": 0, "position": 0, "leaves": leaves}
     texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
     files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
     for name, content in files.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_bytes(content)
-    integrity.write_manifest(partial)
-    partial.rename(directory)
+        (partial / "step" / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / "step" / name).write_bytes(content)
+    integrity.write_manifest(partial / "step")
+    (partial / "step").rename(directory)
+    shutil.rmtree(partial)
+    shutil.rmtree(parts)
 
 
-def _written(partial: pathlib.Path) -> set[str]:
-    """The parameters that a killed `write_params` has left whole."""
+def _linked(source: str, target: str) -> None:
+    """A second name for a large file; a copy of a small one, which may be rewritten in place."""
+    if os.path.getsize(source) > 2**16:
+        os.link(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _written(parts: pathlib.Path) -> set[str]:
+    """The parameters that a killed `write_params` has left whole; what is not whole goes."""
     found = set()
-    for folder in partial.parent.glob(f"{partial.name}.partial_save/*"):
-        if (folder / "commit_success.txt").exists():
+    for folder in [*parts.glob("step.partial_save/*"), *parts.glob("*-tmp")]:
+        if (folder / "commit_success.txt").exists() and folder.suffix != ".orbax-checkpoint-tmp":
             tree_of = json.loads((folder / "state" / "_METADATA").read_text())["tree_metadata"]
             keys = ([key["key"] for key in leaf["key_metadata"]] for leaf in tree_of.values())
             found |= {"/".join(key[1:]) for key in keys}

@@ -31,6 +31,7 @@ TOP = {
     "final_norm/scale": "model.norm.weight",
     "head/weight": "lm_head.weight",
 }
+PARTS = ("gate", "up", "down")
 LAYER = {  # behind layer_N/ and model.layers.N.
     "attention_norm/scale": "input_layernorm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
@@ -43,9 +44,9 @@ LAYER = {  # behind layer_N/ and model.layers.N.
     "attention/kv_norm/scale": "self_attn.kv_a_layernorm.weight",
     "attention/k_up/weight": "self_attn.kv_b_proj.weight",
     "attention/v_up/weight": "self_attn.kv_b_proj.weight",
-    **{f"mlp/{n}/weight": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-    **{f"moe/shared/{n}/weight": f"mlp.shared_experts.{n}_proj.weight" for n in ("gate", "up", "down")},
-    **{f"moe/experts/{n}": f"mlp.experts.{{}}.{n}_proj.weight" for n in ("gate", "up", "down")},
+    **{f"mlp/{n}/weight": f"mlp.{n}_proj.weight" for n in PARTS},
+    **{f"moe/shared/{n}/weight": f"mlp.shared_experts.{n}_proj.weight" for n in PARTS},
+    **{f"moe/experts/{n}": f"mlp.experts.{{}}.{n}_proj.weight" for n in PARTS},
     "moe/router/weight": "mlp.gate.weight",
     "moe/router/bias": "mlp.gate.e_score_correction_bias",
 }  # fmt: skip
@@ -115,12 +116,24 @@ def table(config: Decoder, ours: Mapping[str, Leaf]) -> list[Row]:
         else:
             before = rows[prefix + name].ours if prefix + name in rows else ()
             rows[prefix + name] = Row(prefix + name, (*before, path))
-    for depth in range(config.num_mtp_layers):
-        for name, path in COPIES.items():
-            path = path if path in ours else "embedding/weight"  # a tied head
-            key = f"model.layers.{config.num_layers + depth}.{name}"
-            rows[key] = Row(key, (path,))
-    return list(rows.values())
+    copied = [Row(key, (path,)) for key, path in copies(config, ours).items()]
+    return [*rows.values(), *copied]
+
+
+def copies(config: Decoder, ours: Mapping[str, Leaf]) -> dict[str, str]:
+    """Their names of what an MTP layer repeats there -> the weight of ours that it repeats."""
+    return {
+        f"model.layers.{config.num_layers + depth}.{name}": path
+        for depth in range(config.num_mtp_layers)
+        for name, path in COPIES.items()
+        if path in ours  # no head where it is tied
+    }
+
+
+def is_quantized(theirs: str) -> bool:
+    """Whether DeepSeek stores this matrix as float8 (transformers' names)."""
+    inside = theirs.startswith("model.layers.") and theirs.endswith("_proj.weight")
+    return (inside or theirs.endswith("kv_a_proj_with_mqa.weight")) and "eh_proj" not in theirs
 
 
 def _sides(leaf: Leaf, path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -162,8 +175,7 @@ def sources(
     """
     rows = table(config, ours)
     wanted = {row.theirs: their_shape(row, ours) for row in rows}
-    optional = {row.theirs for row in rows if row.theirs.endswith(tuple(COPIES))}
-    optional &= {name for name in wanted if name.startswith("model.layers.")}
+    optional = copies(config, ours).keys()
     extra = [name for name in theirs if name not in wanted and not COMPUTED.fullmatch(name)]
     if config.tie_embeddings:
         extra = [name for name in extra if name != "lm_head.weight"]
@@ -320,6 +332,8 @@ def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
         return None
     if kind != "yarn":
         raise InputError(f"config.json: rope type {kind!r} is not one of 'default', 'yarn'")
+    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
+        raise InputError("config.json: rope's attention_factor and truncate have no equal here")
     fields = {ours: rope[theirs] for ours, theirs in YARN.items() if rope.get(theirs) is not None}
     # Without both, transformers scales cosine and sine by the whole factor, the softmax by none.
     if not (fields.get("mscale") and fields.get("mscale_all_dim")):
@@ -330,20 +344,18 @@ def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
 
 
 def _mixture(family: str, value: Callable[[str], Any]) -> MoE:
-    methods = {"deepseek_v3": ("noaux_tc", "greedy")}.get(
-        family, ("greedy", "group_limited_greedy")
-    )
-    if value("topk_method") not in methods:
-        raise InputError(
-            f"config.json: topk_method {value('topk_method')!r} of {family} is unknown"
-        )
+    method, known = value("topk_method"), ("greedy", "group_limited_greedy")
+    if family == "deepseek_v3":
+        known = ("greedy", "noaux_tc")
+    if method not in known:
+        raise InputError(f"config.json: topk_method {method!r} of {family} is not one of {known}")
     chosen = {ours: value(theirs) for ours, theirs in ROUTER.items()}
     grouped = {"num_groups": chosen["num_groups"] or 1}
     grouped["num_active_groups"] = (chosen["num_active_groups"] or 1) if chosen["num_groups"] else 1
     if family == "deepseek_v3":
         router = Sigmoid(**chosen | grouped)
     else:
-        if value("topk_method") == "greedy":
+        if method == "greedy":
             grouped = {"num_groups": 1, "num_active_groups": 1}
         # transformers' V2 never normalizes, whatever norm_topk_prob says.
         router = Softmax(**chosen | grouped | {"normalize": False})
@@ -407,6 +419,6 @@ def hf_config(config: Decoder, original: Mapping[str, Any], dtype: str) -> dict[
     found["rope_parameters"] = rope | {"rope_theta": a.rope_theta}
     found |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
     found |= {"torch_dtype": dtype, "dtype": dtype}
-    kept = {k: v for k, v in original.items() if k not in ("quantization_config", "auto_map")}
+    kept = {k: v for k, v in original.items() if k != "auto_map"}
     longest = kept.get("max_position_embeddings", found["max_position_embeddings"])
     return kept | found | {"max_position_embeddings": longest}

@@ -55,6 +55,12 @@ def open_tensors(directory: str | pathlib.Path) -> dict[str, Tensor]:
     }
 
 
+def open_scales(directory: str | pathlib.Path) -> dict[str, Tensor]:
+    """The scales of a folder's float8 tensors, by the names of these."""
+    found = _stored(pathlib.Path(directory))
+    return {n.removesuffix(SCALE): tensor for n, tensor in found.items() if n.endswith(SCALE)}
+
+
 def is_folder_of_tensors(directory: str | pathlib.Path) -> bool:
     """Whether this looks like a Hugging Face checkpoint rather than one of ours."""
     path = pathlib.Path(directory)
@@ -64,7 +70,7 @@ def is_folder_of_tensors(directory: str | pathlib.Path) -> bool:
 
 def _stored(directory: pathlib.Path) -> dict[str, Tensor]:
     for pattern, index, opened in (
-        ("*.safetensors", INDEX, _mapped),
+        ("*.safetensors", INDEX, mapped),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json", _unpickled),
     ):
         files = sorted(path.name for path in directory.glob(pattern))
@@ -101,7 +107,7 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
     return listed
 
 
-def _mapped(path: pathlib.Path) -> dict[str, Tensor]:
+def mapped(path: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file: a length, a JSON header, the values."""
     size = path.stat().st_size
     try:
@@ -194,45 +200,70 @@ def dequantized(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return values.astype(np.float32) * wide.repeat(BLOCK, 1)[:, : values.shape[1]]
 
 
-def write_tensors(
-    directory: pathlib.Path,
-    tensors: Iterable[tuple[str, Callable[[], np.ndarray], tuple[int, ...], np.dtype]],
-    max_bytes: int,
-) -> None:
-    """Write (name, read, shape, dtype) as safetensors shards of at most `max_bytes`, and an index.
+def quantized(wide: np.ndarray, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Float8 e4m3 values and float32 scales a block of 128 x 128, its largest value at 448."""
+    rows, columns = wide.shape
+    edges = [(0, -rows % BLOCK), (0, -columns % BLOCK)]
+    blocks = np.abs(np.pad(wide.astype(np.float32), edges))
+    blocks = blocks.reshape(-1, BLOCK, blocks.shape[1] // BLOCK, BLOCK).max((1, 3))
+    scales = np.where(blocks == 0, 1, blocks / np.float32(448)).astype(np.float32)
+    if power_of_two:
+        scales = np.exp2(np.ceil(np.log2(scales))).astype(np.float32)
+    return narrowed(wide, scales), scales
 
-    A larger tensor gets a shard of its own. Each tensor is read when it is written.
-    """
-    shards: list[list] = [[]]
-    filled = 0
-    for entry in tensors:
-        size = math.prod(entry[2]) * np.dtype(entry[3]).itemsize
-        if shards[-1] and filled + size > max_bytes:
+
+def narrowed(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The float8 values nearest to `wide` over given scales; too large ones are clipped."""
+    ones = np.ones(wide.shape, ml_dtypes.float8_e4m3fn)
+    ratio = wide.astype(np.float32) / dequantized(ones, scales)
+    return np.clip(ratio, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+
+
+class Entry(NamedTuple):
+    """A tensor to write, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(directory: pathlib.Path, entries: Iterable[Entry], max_bytes: int) -> None:
+    """Write safetensors shards of at most `max_bytes` (or of one tensor), and their index."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > max_bytes:
             shards.append([])
-            filled = 0
         shards[-1].append(entry)
-        filled += size
-    weight_map, total = {}, 0
-    for number, entries in enumerate(shards, 1):
+    if len(shards) == 1:
+        write_shard(directory / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
-        total += _write_shard(directory / file, entries)
-        weight_map |= {entry[0]: file for entry in entries}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_shard(directory / file, shard)
+        weight_map |= {entry.name: file for entry in shard}
+    total = sum(entry.size for shard in shards for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(path: pathlib.Path, entries: list) -> int:
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, _, shape, dtype in entries:
-        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        kind = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape)}
-        header[name] = kind | {"data_offsets": [begin, end]}
+def write_shard(path: pathlib.Path, entries: list[Entry]) -> None:
+    """Write one safetensors file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.size
+        kind = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape)}
+        header[entry.name] = kind | {"data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, read, _, _ in entries:
-            file.write(np.ascontiguousarray(read()).reshape(-1).view(np.uint8).data)
-    return end
+        for entry in entries:
+            file.write(np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8).data)
