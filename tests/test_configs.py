@@ -1,5 +1,6 @@
 """Contract: every file in configs/ loads, says its command, and its model has shapes."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -13,6 +14,26 @@ from deepseek_jax.training.recipe import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.py"))
+
+
+# Total parameters in billions without MTP layers, as published (V2-Lite, V2 and V3 papers; the
+# 16B and the active counts by the formula of models/counts on the published shapes).
+PUBLISHED = {
+    "deepseek_moe_16b": (16.376, 2.83),
+    "deepseek_v2_lite": (15.706, 2.66),
+    "deepseek_v2": (235.741, 21.4),
+    "deepseek_v3": (671.026, 37.6),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_models_have_their_published_sizes(name):
+    config = load_config(ROOT / f"configs/{name}.py", TrainConfig).model
+    total, active = num_params(build(dataclasses.replace(config, num_mtp_layers=0)))
+    assert round(total / 1e9, 3) == PUBLISHED[name][0]
+    assert float(f"{active / 1e9:.3g}") == PUBLISHED[name][1]
+    if config.num_mtp_layers:
+        assert round((num_params(build(config))[0] - total) / 1e9, 2) == 11.61
 
 
 @pytest.fixture(params=CONFIGS)

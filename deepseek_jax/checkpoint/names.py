@@ -17,6 +17,7 @@ from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.safetensors import Tensor
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.mla import MLA
@@ -320,6 +321,7 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
     if family == "deepseek_v3":
         mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
         fields["num_mtp_layers"] = mtp or 0
+    fields["norm_eps"] = float(fields["norm_eps"])
     try:
         return Decoder(**fields, attention=attention)
     except (TypeError, ValueError) as error:
@@ -340,7 +342,7 @@ def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
         if fields.get("mscale_all_dim"):
             raise InputError("config.json: rope has mscale_all_dim but no mscale")
         fields |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    return Yarn(**fields)
+    return from_dict(Yarn, fields, "config.json: rope")
 
 
 def _mixture(family: str, value: Callable[[str], Any]) -> MoE:
@@ -353,12 +355,12 @@ def _mixture(family: str, value: Callable[[str], Any]) -> MoE:
     grouped = {"num_groups": chosen["num_groups"] or 1}
     grouped["num_active_groups"] = (chosen["num_active_groups"] or 1) if chosen["num_groups"] else 1
     if family == "deepseek_v3":
-        router = Sigmoid(**chosen | grouped)
+        router = from_dict(Sigmoid, chosen | grouped, "config.json: router")
     else:
         if method == "greedy":
             grouped = {"num_groups": 1, "num_active_groups": 1}
         # transformers' V2 never normalizes, whatever norm_topk_prob says.
-        router = Softmax(**chosen | grouped | {"normalize": False})
+        router = from_dict(Softmax, chosen | grouped | {"normalize": False}, "config.json: router")
     sizes = {ours: value(theirs) or 0 for ours, theirs in MIXTURE.items()}
     return MoE(**sizes, router=router)
 
