@@ -21,8 +21,7 @@ from absl import flags
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
 from deepseek_jax.data.corpus import digest, open_bpe, open_corpus
-from deepseek_jax.data.mixture import Mixed
-from deepseek_jax.data.packing import Batch, Rows
+from deepseek_jax.data.packing import Batch, Mixed, Rows
 from deepseek_jax.data.text import reported
 from deepseek_jax.data.tokenizer import (
     BPE,

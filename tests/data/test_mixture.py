@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.data.mixture import CHUNK, Mixed
+from deepseek_jax.data.packing import CHUNK, Mixed
 from deepseek_jax.data.sources import Mixture, Part, StandardLibrary
 
 LIBRARY = StandardLibrary()
