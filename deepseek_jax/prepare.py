@@ -15,10 +15,10 @@ import numpy as np
 
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.data import records, sources
+from deepseek_jax.data import sources
 from deepseek_jax.data import tokenizer as tokenizers
-from deepseek_jax.data.corpus import made_whole, open_corpus
-from deepseek_jax.data.loader import Data, make_tokenizer
+from deepseek_jax.data.corpus import SIDES, made_whole, make_tokenizer, open_corpus, write_shard
+from deepseek_jax.data.loader import Data
 from deepseek_jax.data.text import reported
 
 FORMATS = {"text": sources.TextFiles, "jsonl": sources.JSONL, "parquet": sources.Parquet}
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     manifest = prepare(data, pathlib.Path(options.output), int(size[1]) * UNITS[size[2] or ""])
-    for side in records.SIDES:
+    for side in SIDES:
         rows = [row for row in manifest["shards"] if row["split"] == side]
         counts = [f"{sum(row[n] for row in rows):,} {n}" for n in COUNTS]
         print(f"{side}: {', '.join(counts)} in {len(rows)} shards")
@@ -71,16 +71,16 @@ def prepare(data: Data, output: pathlib.Path, shard_bytes: int) -> dict:
         raise InputError(f"{output}: exists; choose a new folder, or delete it first")
     with reported(str(output)), made_whole(output) as partial:
         cache = partial / "cache"
-        tokenizer = make_tokenizer(data, cache)
+        tokenizer = make_tokenizer(data.tokenizer, [data.source], data.held_out, cache)
         corpus = open_corpus(data.source, tokenizer, cache)
         shards = []
-        for side in records.SIDES:
+        for side in SIDES:
             numbers = corpus.documents(data.held_out, training=side == "train")
             ends = np.cumsum(corpus.lengths[numbers]) * corpus.tokens.itemsize
             cuts = np.flatnonzero(np.diff(ends // shard_bytes)) + 1
             for number, shard in enumerate(np.split(numbers, cuts)):
                 file = partial / f"{side}-{number:05d}.array_record"
-                sha256 = records.write(map(corpus.document, shard), side, file)
+                sha256 = write_shard(map(corpus.document, shard), side, file)
                 counts = (len(shard), corpus.lengths[shard].sum(), corpus.num_bytes[shard].sum())
                 row = {"file": file.name, "split": side, "sha256": sha256}
                 shards.append(row | dict(zip(COUNTS, map(int, counts), strict=True)))

@@ -20,16 +20,10 @@ from absl import flags
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
-from deepseek_jax.data.corpus import digest, open_bpe, open_corpus
+from deepseek_jax.data.corpus import digest, make_tokenizer, open_corpus
 from deepseek_jax.data.packing import Batch, Mixed, Rows
 from deepseek_jax.data.text import reported
-from deepseek_jax.data.tokenizer import (
-    BPE,
-    Tokenizer,
-    TokenizerConfig,
-    load_tokenizer,
-    open_tokenizer,
-)
+from deepseek_jax.data.tokenizer import BPE, Tokenizer, TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +113,11 @@ def open_data(
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
     parts = sources.parts(config.source)
-    with reported(str(cache)):
-        tokenizer = tokenizer or make_tokenizer(config, cache)
-        corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
+    plain = [part.source for part in parts]
+    with reported(f"{cache} (--data.cache-dir)"):
+        if tokenizer is None:
+            tokenizer = make_tokenizer(config.tokenizer, plain, config.held_out, cache)
+        corpora = [open_corpus(source, tokenizer, cache) for source in plain]
     shape = (1.0 if whole else config.held_out, sequence_length, num_targets)
     training = [Rows(corpus, *shape, seed + i) for i, corpus in enumerate(corpora)]
     limit = config.eval_tokens and config.eval_tokens // len(parts)
@@ -131,20 +127,6 @@ def open_data(
     order = [(c.fingerprint, p.weight, p.schedule) for c, p in zip(corpora, parts, strict=True)]
     fingerprint = digest([tokenizer.files(), order, shape[:2], seed])
     return Dataset(tokenizer, Mixed(training, parts, seed), held, fingerprint)
-
-
-def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
-    """The tokenizer that its records bring, or else the config's, trained if it must be."""
-    plain = [part.source for part in sources.parts(config.source)]
-    prepared = [source.path for source in plain if isinstance(source, sources.Records)]
-    found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
-    if any(tokenizer.files() != found[0].files() for tokenizer in found):
-        raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
-    if found:
-        return found[0]
-    if isinstance(config.tokenizer, BPE):
-        return open_bpe(config.tokenizer, plain, config.held_out, cache)
-    return open_tokenizer(config.tokenizer)
 
 
 class Batches(Iterator[Batch]):
