@@ -19,7 +19,7 @@ from deepseek_jax.data import sources
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.corpus import SIDES, made_whole, make_tokenizer, open_corpus, write_shard
 from deepseek_jax.data.loader import Data
-from deepseek_jax.data.text import reported
+from deepseek_jax.data.sources import reported
 
 FORMATS = {"text": sources.TextFiles, "jsonl": sources.JSONL, "parquet": sources.Parquet}
 COUNTS = ("documents", "tokens", "bytes")

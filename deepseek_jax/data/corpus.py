@@ -28,7 +28,7 @@ import numpy as np
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data import sources
-from deepseek_jax.data.text import MIB, Document
+from deepseek_jax.data.sources import MIB, Document
 from deepseek_jax.data.tokenizer import (
     BPE,
     Tokenizer,

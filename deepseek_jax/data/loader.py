@@ -22,7 +22,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
 from deepseek_jax.data.corpus import digest, make_tokenizer, open_corpus
 from deepseek_jax.data.packing import Batch, Mixed, Rows
-from deepseek_jax.data.text import reported
+from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import BPE, Tokenizer, TokenizerConfig
 
 

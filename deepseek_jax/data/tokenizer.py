@@ -17,7 +17,7 @@ import tokenizers
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
-from deepseek_jax.data.text import reported
+from deepseek_jax.data.sources import reported
 
 INFO = "tokenizer_info.json"  # beside the model file: which kind it is, and its special ids
 
