@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -142,20 +142,27 @@ def reported(where: str = "") -> Iterator[None]:
         raise InputError(f"{error.filename or where}: {error.strerror or error}") from None
 
 
+def one_line(error: Exception) -> str:
+    """What a library says, short enough for a message of ours."""
+    return " ".join(str(error).split())[:160]
+
+
 def files(source: Plain) -> list[File]:
     """The files that a source reads; InputError when there are none."""
-    if isinstance(source, StandardLibrary):
-        return standard_library_files()
+    if isinstance(source, TextFiles):
+        return matched_files(source.paths)
     if isinstance(source, Records):
         return matched_files((f"{source.path}/manifest.json", f"{source.path}/*.array_record"))
-    return matched_files(source.paths)
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    found = [File(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.py"))]
+    kept = [file for file in found if SKIPPED.isdisjoint(file.key.split("/"))]
+    if not kept:
+        raise InputError(f"{root}: this Python carries no sources of its standard library")
+    return kept
 
 
 def matched_files(patterns: tuple[str, ...]) -> list[File]:
-    """The files that names and globs match (`**` crosses folders), sorted, each once.
-
-    Raises InputError for a pattern that matches no file.
-    """
+    """The files that names and globs match, sorted, each once; InputError where none is."""
     found: dict[pathlib.Path, str] = {}
     for pattern in patterns or ("",):
         full = os.path.expanduser(pattern)
@@ -170,16 +177,6 @@ def matched_files(patterns: tuple[str, ...]) -> list[File]:
             raise InputError(f"{pattern!r}: no such file; check the paths")
         found = matches | found
     return [File(*item) for item in sorted(found.items())]
-
-
-def standard_library_files() -> list[File]:
-    """The Python sources of this machine's standard library that may be used."""
-    root = pathlib.Path(sysconfig.get_path("stdlib"))
-    found = [File(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.py"))]
-    files = [file for file in found if SKIPPED.isdisjoint(file.key.split("/"))]
-    if not files:
-        raise InputError(f"{root}: this Python carries no sources of its standard library")
-    return files
 
 
 def fingerprint(source: Plain) -> str:
@@ -209,27 +206,23 @@ def documents(source: Plain) -> Iterator[Document]:
 
     What takes over ten seconds tells on stderr how far it is, and how fast.
     """
-    found, done, start = files(source), 0, time.monotonic()
-    last = start
-    for document in _documents(source, found):
-        if document.text:
-            yield document
-            done += len(document.text.encode())
-            if (now := time.monotonic()) - last > 10:
-                last = now
-                _tell(done, now - start, [] if isinstance(source, Parquet) else found)
+    found, done = files(source), 0
+    compressed = isinstance(source, Parquet)  # their sizes say little
+    total = 0 if compressed else sum(file.path.stat().st_size for file in found)
+    start = last = time.monotonic()
+    for document in filter(lambda document: document.text, _documents(source, found)):
+        yield document
+        done += len(document.text.encode())
+        if (now := time.monotonic()) - last > 10:
+            last, rate = now, done / (now - start)
+            line = f"documents: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
+            if total:
+                minutes, seconds = divmod(int(max(total - done, 0) / rate), 60)
+                line += f", {min(done / total, 1):.0%}, {minutes}:{seconds:02d} left"
+            print(line, file=sys.stderr, flush=True)
     if not done:
         names = ", ".join(str(file.path) for file in found[:3])
         raise InputError(f"{names}: no text here; give files that are not empty")
-
-
-def _tell(done: int, seconds: float, found: list[File]) -> None:
-    """One line of progress; `found` is empty where sizes say little, as of compressed files."""
-    line = f"documents: {done / 1e6:,.1f} MB, {done / seconds / 1e6:.1f} MB/s"
-    if total := sum(file.path.stat().st_size for file in found):
-        left = int(seconds * max(total - done, 0) / done)
-        line += f", {min(done / total, 1):.0%}, {left // 60}:{left % 60:02d} left"
-    print(line, file=sys.stderr, flush=True)
 
 
 def _documents(source: Plain, found: list[File]) -> Iterator[Document]:
@@ -268,8 +261,7 @@ def _pieces(path: pathlib.Path, alone: bool) -> Iterator[str]:
 @functools.lru_cache(maxsize=1)
 def distinct(files: tuple[File, ...]) -> list[File]:
     """The files, without those that share over 30 % of their lines with one already kept."""
-    # line -> numbers of the kept files that have it
-    owners: dict[bytes, list[int]] = collections.defaultdict(list)
+    owners: dict[bytes, list[int]] = collections.defaultdict(list)  # line -> kept files' numbers
     kept: list[File] = []
     for file in files:
         data = file.path.read_bytes()
@@ -312,22 +304,18 @@ def _field(content: str, field: str, where: str) -> str:
         reason = str(error).replace(" line 1", "")
         raise InputError(f"{where}: not JSON ({reason})") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object but {_short(record)}")
+        raise InputError(f"{where}: not a JSON object but {json.dumps(record):.60}")
     if field not in record:
-        raise InputError(f"{where}: no field {field!r} in {_short(record)}; set the source's field")
+        shown = f"{json.dumps(record):.60}"
+        raise InputError(f"{where}: no field {field!r} in {shown}; set the source's field")
     value = record[field]
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} is not a string but {_short(value)}")
+        raise InputError(f"{where}: field {field!r} is not a string but {json.dumps(value):.60}")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"{where}: field {field!r} has half a surrogate pair") from None
     return value
-
-
-def _short(value: Any) -> str:
-    shown = json.dumps(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _parquet_documents(file: File, column: str) -> Iterator[Document]:
@@ -338,15 +326,14 @@ def _parquet_documents(file: File, column: str) -> Iterator[Document]:
             if column not in (names := table.schema_arrow.names):
                 only = f"no column {column!r}, only {', '.join(names)}"
                 raise InputError(f"{file.path}: {only}; set the source's column")
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0):
-                    content = value.as_py()
-                    if not isinstance(content, str | None):
-                        raise InputError(f"{where} holds {value.type}, not strings")
-                    yield Document(f"{file.key}:{row}", content or "")
-                    row += 1
+            batches = table.iter_batches(batch_size=256, columns=[column])
+            for row, value in enumerate(value for batch in batches for value in batch.column(0)):
+                content = value.as_py()
+                if not isinstance(content, str | None):
+                    raise InputError(f"{where} holds {value.type}, not strings")
+                yield Document(f"{file.key}:{row}", content or "")
     except UnicodeDecodeError:
         raise InputError(f"{where} is not UTF-8 in row {row}") from None
     except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise InputError(f"{file.path}: not a Parquet file that can be read ({reason})") from None
