@@ -79,11 +79,8 @@ class Dataset:
 
     def held_out_text(self) -> bytes:
         """The held-out documents, concatenated, as the tokenizer gives them back."""
-        return b"".join(
-            self.tokenizer.decode_bytes(rows.corpus.document(number).tokens.tolist())
-            for rows in self.held
-            for number in rows.documents
-        )
+        documents = (rows.corpus.document(i).tokens for rows in self.held for i in rows.documents)
+        return b"".join(self.tokenizer.decode_bytes(tokens.tolist()) for tokens in documents)
 
     def describe(self) -> str:
         """The documents, tokens and bytes of both sides, in a line."""
@@ -149,13 +146,13 @@ def _serve(worker: int, num_workers: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
 
-    def follow(parent: Any) -> None:
+    def follow() -> None:
         parent.join()
         os._exit(1)
 
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def batches(
@@ -175,8 +172,7 @@ def batches(
         raise InputError(f"batch_size {batch_size} does not divide over {process_count} processes")
     if not flags.FLAGS.is_parsed():  # Grain asks absl, whose own main() is not ours
         flags.FLAGS.mark_as_parsed()
-    size = batch_size // process_count
-    own = start + np.arange(process_index * size, (process_index + 1) * size)
+    own = np.split(start + np.arange(batch_size), process_count)[process_index]
     train = dataset.train
     steps = grain.MapDataset.range(2**48)  # rows never end
     source = steps.map(lambda step: train.batch(own + step * batch_size))

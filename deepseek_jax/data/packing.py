@@ -100,7 +100,8 @@ class Mixed:
     def __init__(self, rows: list[Rows], parts: tuple[Part, ...], seed: int):
         self.rows, self._parts, self._seed = rows, parts, seed
         self._chunk = functools.lru_cache(2)(self._numbered)
-        self._counts = functools.cache(self._counted)
+        # How many rows of a chunk each part has.
+        self._counts = functools.cache(lambda c: np.bincount(self._draw(c), minlength=len(parts)))
 
     def __reduce__(self):
         return Mixed, (self.rows, self._parts, self._seed)
@@ -126,10 +127,6 @@ class Mixed:
             before = sum(self._counts(earlier)[which] for earlier in range(chunk))
             found[1, parts == which] = before + np.arange(np.sum(parts == which))
         return found
-
-    def _counted(self, chunk: int) -> np.ndarray:
-        """How many rows of a chunk each part has."""
-        return np.bincount(self._draw(chunk), minlength=len(self._parts))
 
     def _draw(self, chunk: int) -> np.ndarray:
         """The part of every row of a chunk."""
