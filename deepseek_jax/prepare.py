@@ -19,7 +19,6 @@ from deepseek_jax.data import sources
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.corpus import SIDES, made_whole, make_tokenizer, open_corpus, write_shard
 from deepseek_jax.data.loader import Data
-from deepseek_jax.data.sources import reported
 
 FORMATS = {"text": sources.TextFiles, "jsonl": sources.JSONL, "parquet": sources.Parquet}
 COUNTS = ("documents", "tokens", "bytes")
@@ -28,9 +27,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(argv: list[str]) -> None:
     """Prepare what the command line names and print a summary."""
-    parser = argparse.ArgumentParser(
-        prog="deepseek_jax.prepare", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("deepseek_jax.prepare", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help="files to read")
     add("--output", required=True, metavar="DIR", help="the folder to write, which must be new")
@@ -50,11 +47,9 @@ def main(argv: list[str]) -> None:
     kind = FORMATS.get(options.format) or sources.kind_of(paths)
     name = {sources.JSONL: "field", sources.Parquet: "column"}.get(kind)
     try:
-        data = Data(
-            source=kind(paths=paths, **({name: options.field} if name else {})),
-            tokenizer=_tokenizer(options.tokenizer),
-            held_out=options.held_out,
-        )
+        source = kind(paths=paths, **({name: options.field} if name else {}))
+        tokenizer = _tokenizer(options.tokenizer)
+        data = Data(source=source, tokenizer=tokenizer, held_out=options.held_out)
     except ValueError as error:
         raise InputError(str(error)) from None
     manifest = prepare(data, pathlib.Path(options.output), int(size[1]) * UNITS[size[2] or ""])
@@ -69,7 +64,7 @@ def prepare(data: Data, output: pathlib.Path, shard_bytes: int) -> dict:
     """Write the folder `output`; its manifest. InputError if it exists or the data are no good."""
     if output.exists():
         raise InputError(f"{output}: exists; choose a new folder, or delete it first")
-    with reported(str(output)), made_whole(output) as partial:
+    with sources.reported(str(output)), made_whole(output) as partial:
         cache = partial / "cache"
         tokenizer = make_tokenizer(data.tokenizer, [data.source], data.held_out, cache)
         corpus = open_corpus(data.source, tokenizer, cache)

@@ -28,7 +28,6 @@ import numpy as np
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data import sources
-from deepseek_jax.data.sources import MIB, Document
 from deepseek_jax.data.tokenizer import (
     BPE,
     Tokenizer,
@@ -39,7 +38,7 @@ from deepseek_jax.data.tokenizer import (
 )
 
 VERSION = 2  # of the cached form, and of how documents and tokens are made
-SAMPLE = 32 * MIB  # text that a BPE is trained on at most
+SAMPLE = 32 * sources.MIB  # text that a BPE is trained on at most
 INDEX = np.dtype([("hash", "<u8"), ("num_bytes", "<i8"), ("length", "<i8")])
 HEADER = struct.Struct("<QQ")
 SIDES = {"held_out": 0, "train": 2**64 - 1}  # the hash that puts a document on that side
@@ -143,12 +142,12 @@ def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
                 yield Encoded(key_hash(key), len(text.encode()), np.frombuffer(tokens, np.uint32))
 
 
-def _batched(source: sources.Plain) -> Iterator[list[Document]]:
+def _batched(source: sources.Plain) -> Iterator[list[sources.Document]]:
     batch, size = [], 0
     for document in sources.documents(source):
         batch.append(document)
         size += len(document.text) + 512  # what a document takes beside its text
-        if size >= 4 * MIB:
+        if size >= 4 * sources.MIB:
             yield batch
             batch, size = [], 0
     yield batch
@@ -180,7 +179,7 @@ def read_shards(path: str) -> Iterator[Encoded]:
             raise InputError(f"{shard}: not the file that manifest.json names (other SHA-256)")
         with contextlib.closing(require(SHARDS).ArrayRecordReader(str(shard))) as reader:
             count = reader.num_records()
-            step = max(1, 16 * MIB * count // shard.stat().st_size)
+            step = max(1, 16 * sources.MIB * count // shard.stat().st_size)
             for first in range(0, count, step):
                 for record in reader.read(first, min(first + step, count)):
                     number, num_bytes = HEADER.unpack_from(record)

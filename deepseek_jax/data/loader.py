@@ -22,7 +22,6 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
 from deepseek_jax.data.corpus import digest, make_tokenizer, open_corpus
 from deepseek_jax.data.packing import Batch, Mixed, Rows
-from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import BPE, Tokenizer, TokenizerConfig
 
 
@@ -67,10 +66,6 @@ class Dataset:
         """The UTF-8 bytes of the documents that are scored."""
         return sum(rows.num_bytes for rows in self.held)
 
-    def train_row(self, number: int) -> Batch:
-        """Row `number` of the training data: a batch without its first dimension."""
-        return {name: value[0] for name, value in self.train.batch(np.array([number])).items()}
-
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The held-out documents in order; each source's last batch is filled with padding."""
         for rows in self.held:
@@ -111,7 +106,7 @@ def open_data(
     cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
     parts = sources.parts(config.source)
     plain = [part.source for part in parts]
-    with reported(f"{cache} (--data.cache-dir)"):
+    with sources.reported(f"{cache} (--data.cache-dir)"):
         if tokenizer is None:
             tokenizer = make_tokenizer(config.tokenizer, plain, config.held_out, cache)
         corpora = [open_corpus(source, tokenizer, cache) for source in plain]

@@ -202,10 +202,7 @@ def kind_of(paths: tuple[str, ...]) -> type[TextFiles]:
 
 
 def documents(source: Plain) -> Iterator[Document]:
-    """The source's documents, none empty, as a stream; InputError names file and line.
-
-    What takes over ten seconds tells on stderr how far it is, and how fast.
-    """
+    """The source's documents, none empty; InputError names file and line, stderr the progress."""
     found, done = files(source), 0
     compressed = isinstance(source, Parquet)  # their sizes say little
     total = 0 if compressed else sum(file.path.stat().st_size for file in found)
