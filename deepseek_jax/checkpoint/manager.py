@@ -6,30 +6,29 @@ stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `laye
 config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import logging
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.checkpoint.integrity import lock_run, resolve
+from deepseek_jax.checkpoint.integrity import resolve as resolve  # for whoever loads
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 
-__all__ = ["Checkpoint", "Manager", "load_params", "lock_run", "read_config", "resolve"]
-
+Restored = collections.namedtuple("Restored", "step state position config")
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
 # Orbax's threads log each failure with its traceback before `save` or `wait` raises it.
@@ -52,15 +51,6 @@ class Checkpoint:
             raise ValueError(f"{given} must be at least 1.")
 
 
-class Restored(NamedTuple):
-    """What a checkpoint held."""
-
-    step: int
-    state: Any
-    position: int
-    config: dict[str, Any]
-
-
 class Manager:
     """The checkpoints under `directory`, saved and restored; the caller holds `lock_run`.
 
@@ -71,7 +61,7 @@ class Manager:
     def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
         self.directory = pathlib.Path(directory).absolute()
         self._config, self._layers = config, layers
-        self._good, self._bad = set(), set()  # steps that this process wrote or verified
+        self._last, self._bad = None, set()  # the step written or restored last; damaged ones
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
         try:
@@ -88,7 +78,7 @@ class Manager:
         save cannot start or the previous one failed (the disk is full, for instance).
         """
         self.wait()
-        if step in self._good:  # a step's state is a function of the run: nothing can differ
+        if step == self._last:  # a step's state is a function of the run: nothing can differ
             return
         arrays = _to_disk(state, self._layers)
         leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
@@ -117,7 +107,7 @@ class Manager:
                 integrity.remove(whole)  # a damaged one of the same step
                 partial.rename(whole)
                 integrity.sync(self.directory)
-            self._good.add(step)
+            self._last = step
             self._bad.discard(step)
             if jax.process_index() == 0:
                 self._retire(step)
@@ -143,10 +133,8 @@ class Manager:
         sound = [s for s in known if s not in self._bad]
         every = self._config.keep_every
         keep = {*sound[-self._config.keep_last :], *(s for s in sound if every and s % every == 0)}
-        for step in known:
-            if step not in keep:
-                integrity.remove(self.directory / str(step))
-                self._good.discard(step)
+        for step in sorted({*known} - keep):
+            integrity.remove(self.directory / str(step))
 
     def wait(self) -> None:
         """Return once nothing is being written; raises what went wrong with the last save."""
@@ -163,23 +151,18 @@ class Manager:
         damaged or the checkpoint is of another model.
         """
         self.wait()
-        step, fault = None, None
+        step, fault = None, InputError(f"{self.directory}: damaged, as process 0 says")
         if jax.process_index() == 0:
             try:
                 step = integrity.newest_good(self.directory)
             except InputError as error:  # the others must hear of it, or they wait forever
-                fault = error
-        if jax.process_count() > 1:
-            number = -2 if fault else -1 if step is None else step
-            number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-            step = None if number < 0 else number
-            if number == -2:
-                fault = fault or InputError(f"{self.directory}: damaged, as process 0 says")
-        if fault:
+                step, fault = -1, error
+        step = multihost_utils.broadcast_one_to_all(np.int32(-2 if step is None else step)).item()
+        if step == -1:
             raise fault
-        if step is None:
+        if step == -2:
             return None
-        self._good.add(step)
+        self._last = step
         self._bad.update(s for s in integrity.steps(self.directory) if s > step)
         path = self.directory / str(step)
         state, meta = _from_disk(path, abstract_state, self._layers, "")
@@ -230,11 +213,6 @@ def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
     return arrays
 
 
-@functools.lru_cache(maxsize=256)
-def _stack(sharding: Sharding) -> Any:
-    return jax.jit(lambda *rows: jnp.stack(rows), out_shardings=sharding)
-
-
 def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
     """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
 
@@ -245,7 +223,7 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this package ({error})") from None
     theirs = {
-        name: jax.ShapeDtypeStruct(json.loads(text[text.index("[") :]), bool)  # only shapes count
+        name: tuple(json.loads(text[text.index("[") :]))
         for name, text in meta["leaves"].items()
         if name.startswith(prefix)
     }
@@ -256,17 +234,16 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
         if rows:
             shape = shape[1:]
             if isinstance(sharding, NamedSharding):
-                spec = PartitionSpec(*sharding.spec[1:])
-                lies = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+                lies = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
         array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=lies)
         wanted |= dict.fromkeys(rows or [prefix + name], array)
         places[prefix + name] = rows, sharding
-    if difference := tree.difference(wanted, theirs):
+    if difference := tree.difference({name: x.shape for name, x in wanted.items()}, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
     with _context():
         loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
     values = []
     for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
         found = [loaded.pop(row) for row in rows or [name]]
-        values.append(_stack(sharding)(*found) if rows else found[0])
+        values.append(jax.jit(jnp.stack, out_shardings=sharding)(found) if rows else found[0])
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta

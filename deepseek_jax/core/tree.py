@@ -1,4 +1,4 @@
-"""Select, map, count and compare pytree leaves by path."""
+"""Select, map and compare pytree leaves by path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,17 +24,11 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any, **kwargs:
     )
 
 
-def num_bytes(tree: Any) -> int:
-    """The bytes that all leaves (arrays or shapes) take."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def difference(ours: dict[str, Any], theirs: dict[str, Any], most: int = 5) -> str:
-    """How two {path: array or shape} tables differ, in a sentence; empty when they agree."""
+def difference(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 5) -> str:
+    """How two {path: shape} tables differ, in a sentence; empty when they agree."""
     rows = [f"{name} is missing" for name in ours if name not in theirs]
     rows += [f"{name} is not in this model" for name in theirs if name not in ours]
-    for name in [name for name in ours if name in theirs]:
-        here, there = tuple(ours[name].shape), tuple(theirs[name].shape)
-        rows += [f"{name} is {there} where this model has {here}"] if here != there else []
-    more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return "; ".join(rows[:most]) + more
+    for name, here in ours.items():
+        if here != (there := theirs.get(name, here)):
+            rows.append(f"{name} is {there} where this model has {here}")
+    return "; ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")
