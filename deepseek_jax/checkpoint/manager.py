@@ -110,7 +110,11 @@ class Manager:
             self._last = step
             self._bad.discard(step)
             if jax.process_index() == 0:
-                self._retire(step)
+                known = [s for s in integrity.steps(self.directory) if s <= step]
+                sound, every = [s for s in known if s not in self._bad], self._config.keep_every
+                keep = [s for s in sound if every and s % every == 0]
+                for old in sorted({*known} - {*keep, *sound[-self._config.keep_last :]}):
+                    integrity.remove(self.directory / str(old))
         except Exception as error:  # `wait` raises it in the training thread
             raise self._failure(step, error) from error
 
@@ -127,14 +131,6 @@ class Manager:
         kept = f"checkpoint {left[-1]} is intact" if left else "there is no earlier one"
         what = f"{self.directory / str(step)}: this checkpoint could not be written: {reason}"
         return InputError(f"{what}; {kept}; make room, then run the same command again to resume")
-
-    def _retire(self, newest: int) -> None:
-        known = [s for s in integrity.steps(self.directory) if s <= newest]
-        sound = [s for s in known if s not in self._bad]
-        every = self._config.keep_every
-        keep = {*sound[-self._config.keep_last :], *(s for s in sound if every and s % every == 0)}
-        for step in sorted({*known} - keep):
-            integrity.remove(self.directory / str(step))
 
     def wait(self) -> None:
         """Return once nothing is being written; raises what went wrong with the last save."""
@@ -231,11 +227,9 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     for name, leaf in tree.flatten(abstract).items():
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
         rows, shape, lies = _rows(prefix + name, leaf.shape, layers), leaf.shape, sharding
-        if rows:
-            shape = shape[1:]
-            if isinstance(sharding, NamedSharding):
-                lies = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
-        array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=lies)
+        if rows and isinstance(sharding, NamedSharding):
+            lies = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+        array = jax.ShapeDtypeStruct(shape[1:] if rows else shape, leaf.dtype, sharding=lies)
         wanted |= dict.fromkeys(rows or [prefix + name], array)
         places[prefix + name] = rows, sharding
     if difference := tree.difference({name: x.shape for name, x in wanted.items()}, theirs):

@@ -18,13 +18,11 @@ WEIGHT_AXES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a weight's dimensions mean.
+    """What a weight's dimensions mean: `axes` has a member of WEIGHT_AXES for each.
 
-    Attributes:
-      axes: one logical name (a member of WEIGHT_AXES) a dimension.
-      reduced: the dimensions that a matmul sums over (Muon's inputs, the quantizer's blocks).
-      outputs: the dimensions that a matmul produces. Dimensions in neither are batches of
-        matrices (stacked layers, experts). Both empty: not a matrix (norm scales, biases).
+    A matmul sums over `reduced` (Muon's inputs, the quantizer's blocks) and produces `outputs`;
+    dimensions in neither are batches of matrices (stacked layers, experts). Both empty: not a
+    matrix (norm scales, biases).
     """
 
     axes: tuple[str, ...]

@@ -65,8 +65,7 @@ def _one_line(error: BaseException) -> str:
 def override(config: T, argv: list[str], prog: str, description: str = "") -> T:
     """The config with command-line flags (`--model.num-layers 4`) applied by tyro.
 
-    Unknown flags, wrong types and values that contradict each other end the process with tyro's
-    message and exit code 2.
+    Unknown flags, wrong types and contradictions exit with tyro's message and code 2.
     """
     marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(
@@ -112,13 +111,11 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
 
 
 def _from_fields(kind: Any, data: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}
-    values = {}
+    hints, values = typing.get_type_hints(kind), {}
     for given in (name for name in data if name != "type"):
         name = MIGRATIONS.get((kind.__name__, given), given)
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{where} has an unknown field {given!r}{hint}")
         values[name] = from_dict(hints[name], data[given], f"{where}.{name}")
