@@ -74,8 +74,8 @@ class Manager:
     def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
         """Copy `state` to the host and write it in the background, with `files` {name: bytes}.
 
-        `state` may be donated or overwritten as soon as this returns. Raises InputError when this
-        save cannot start or the previous one failed (the disk is full, for instance).
+        `state` may be donated once this returns. InputError if this save cannot start or the
+        previous one failed (the disk is full, for instance).
         """
         self.wait()
         if step == self._last:  # a step's state is a function of the run: nothing can differ
@@ -141,10 +141,9 @@ class Manager:
     close = wait  # before the process ends
 
     def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest good checkpoint as arrays with `abstract_state`'s shapes and shardings.
+        """The newest good checkpoint with `abstract_state`'s shapes and shardings; None if none.
 
-        None when there is no checkpoint. Warns about damaged newer ones; InputError when all are
-        damaged or the checkpoint is of another model.
+        Warns about damaged newer ones; InputError if all are damaged or it is of another model.
         """
         self.wait()
         step, fault = None, InputError(f"{self.directory}: damaged, as process 0 says")

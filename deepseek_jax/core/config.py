@@ -27,10 +27,7 @@ MIGRATIONS: dict[tuple[str, str], str] = {}  # (class name, old field) -> new fi
 
 
 def load_config(path: str | pathlib.Path, kind: type[T]) -> T:
-    """Run a config file and return what its `get_config()` gives.
-
-    Raises InputError when the file is missing, fails, or returns something other than `kind`.
-    """
+    """What a config file's `get_config()` gives; InputError if missing, failing or no `kind`."""
     path = pathlib.Path(path)
     if not path.is_file():
         known = sorted(str(p) for p in path.parent.glob("*.py"))
@@ -63,10 +60,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def override(config: T, argv: list[str], prog: str, description: str = "") -> T:
-    """The config with command-line flags (`--model.num-layers 4`) applied by tyro.
-
-    Unknown flags, wrong types and contradictions exit with tyro's message and code 2.
-    """
+    """The config with flags (`--model.num-layers 4`); bad ones exit with tyro's message, code 2."""
     marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(
         type(config), prog=prog, description=description, args=argv, default=config, config=marks
