@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.tokenizer import BPE, train_bpe
-from deepseek_jax.evaluation.tasks import open_task
+from deepseek_jax.evaluation.suite import open_task
 
 
 def test_default_is_what_training_held_out(run):
