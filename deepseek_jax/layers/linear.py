@@ -132,9 +132,7 @@ class Projection(nn.Module):
         outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
         y = matmul(x, w).reshape(*x.shape[:2], *outputs)
         if self.bias:
-            y = y + self.offset.astype(y.dtype).reshape(
-                (1,) * (y.ndim - self.offset.ndim) + self.offset.shape
-            )
+            y = y + self.offset.astype(y.dtype)[None, None]
         return y
 
 
