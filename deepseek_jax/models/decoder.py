@@ -70,12 +70,8 @@ class Decoder:
     @property
     def segments(self) -> tuple[tuple[int | MoE, int], ...]:
         """Runs of like blocks: (the feed-forward part, repeats), in order."""
-        if self.moe is None:
-            return ((self.mlp_dim, self.num_layers),)
-        runs = (
-            (self.mlp_dim, self.num_dense_layers),
-            (self.moe, self.num_layers - self.num_dense_layers),
-        )
+        num_dense = self.num_layers if self.moe is None else self.num_dense_layers
+        runs = ((self.mlp_dim, num_dense), (self.moe, self.num_layers - num_dense))
         return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
 
 
