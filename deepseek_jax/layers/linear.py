@@ -43,15 +43,7 @@ class Declared(nn.meta.AxisMetadata[Any]):
         return self.replace(spec=self.spec.stacked())
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
-        del index, params
-        spec = self.spec
-        return self.replace(
-            spec=Spec(
-                axes=spec.axes[1:],
-                reduced=tuple(i - 1 for i in spec.reduced),
-                outputs=tuple(i - 1 for i in spec.outputs),
-            )
-        )
+        raise NotImplementedError("what is declared is stacked once and never scanned again")
 
 
 def weight(
