@@ -14,9 +14,8 @@ from deepseek_jax.layers.moe import MoE
 from deepseek_jax.layers.router import Balance, Sigmoid
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.training.language import Language
-from deepseek_jax.training.optimizer import Muon
+from deepseek_jax.training.optimizer import WSD, Muon
 from deepseek_jax.training.recipe import TrainConfig
-from deepseek_jax.training.schedule import WSD
 
 
 def get_config() -> TrainConfig:

@@ -3,12 +3,11 @@
 import importlib
 from typing import Any
 
-_LAZY = {"load": "deepseek_jax.serving.language"}  # public name -> the module that has it
 __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
     """`deepseek_jax.load`, imported when first asked for: `import deepseek_jax` stays light."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "load":
+        return importlib.import_module("deepseek_jax.serving.language").load
     raise AttributeError(f"module 'deepseek_jax' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from deepseek_jax.core.config import from_dict, to_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.corpus import made_whole
-from deepseek_jax.data.text import reported
+from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe

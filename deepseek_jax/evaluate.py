@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.evaluation.suite import compressors, held_out
-from deepseek_jax.evaluation.tasks import open_task
+from deepseek_jax.evaluation.suite import compressors, held_out, open_task
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.serving.language import load

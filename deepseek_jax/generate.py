@@ -31,16 +31,14 @@ def main(argv: list[str]) -> None:
     check_texts(prompts, stop)
     model = load(checkpoint)
     if len(prompts) == 1:
-        model.generate(prompts, stop=stop, stream=_show, **arguments)
+        model.generate(
+            prompts, stop=stop, stream=lambda _, new: print(new, end="", flush=True), **arguments
+        )
         print()
         return
     completions = model.generate(prompts, stop=stop, **arguments)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(f"--- {prompt!r}\n{completion}")
-
-
-def _show(row: int, text: str) -> None:
-    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ import numpy as np
 
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.data import records, sources
+from deepseek_jax.data import sources
 from deepseek_jax.data import tokenizer as tokenizers
-from deepseek_jax.data.corpus import made_whole, open_corpus
-from deepseek_jax.data.loader import Data, make_tokenizer
-from deepseek_jax.data.text import reported
+from deepseek_jax.data.corpus import SIDES, made_whole, make_tokenizer, open_corpus, write_shard
+from deepseek_jax.data.loader import Data
 
 FORMATS = {"text": sources.TextFiles, "jsonl": sources.JSONL, "parquet": sources.Parquet}
 COUNTS = ("documents", "tokens", "bytes")
@@ -28,9 +27,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(argv: list[str]) -> None:
     """Prepare what the command line names and print a summary."""
-    parser = argparse.ArgumentParser(
-        prog="deepseek_jax.prepare", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("deepseek_jax.prepare", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help="files to read")
     add("--output", required=True, metavar="DIR", help="the folder to write, which must be new")
@@ -50,15 +47,13 @@ def main(argv: list[str]) -> None:
     kind = FORMATS.get(options.format) or sources.kind_of(paths)
     name = {sources.JSONL: "field", sources.Parquet: "column"}.get(kind)
     try:
-        data = Data(
-            source=kind(paths=paths, **({name: options.field} if name else {})),
-            tokenizer=_tokenizer(options.tokenizer),
-            held_out=options.held_out,
-        )
+        source = kind(paths=paths, **({name: options.field} if name else {}))
+        tokenizer = _tokenizer(options.tokenizer)
+        data = Data(source=source, tokenizer=tokenizer, held_out=options.held_out)
     except ValueError as error:
         raise InputError(str(error)) from None
     manifest = prepare(data, pathlib.Path(options.output), int(size[1]) * UNITS[size[2] or ""])
-    for side in records.SIDES:
+    for side in SIDES:
         rows = [row for row in manifest["shards"] if row["split"] == side]
         counts = [f"{sum(row[n] for row in rows):,} {n}" for n in COUNTS]
         print(f"{side}: {', '.join(counts)} in {len(rows)} shards")
@@ -69,18 +64,18 @@ def prepare(data: Data, output: pathlib.Path, shard_bytes: int) -> dict:
     """Write the folder `output`; its manifest. InputError if it exists or the data are no good."""
     if output.exists():
         raise InputError(f"{output}: exists; choose a new folder, or delete it first")
-    with reported(str(output)), made_whole(output) as partial:
+    with sources.reported(str(output)), made_whole(output) as partial:
         cache = partial / "cache"
-        tokenizer = make_tokenizer(data, cache)
+        tokenizer = make_tokenizer(data.tokenizer, [data.source], data.held_out, cache)
         corpus = open_corpus(data.source, tokenizer, cache)
         shards = []
-        for side in records.SIDES:
+        for side in SIDES:
             numbers = corpus.documents(data.held_out, training=side == "train")
             ends = np.cumsum(corpus.lengths[numbers]) * corpus.tokens.itemsize
             cuts = np.flatnonzero(np.diff(ends // shard_bytes)) + 1
             for number, shard in enumerate(np.split(numbers, cuts)):
                 file = partial / f"{side}-{number:05d}.array_record"
-                sha256 = records.write(map(corpus.document, shard), side, file)
+                sha256 = write_shard(map(corpus.document, shard), side, file)
                 counts = (len(shard), corpus.lengths[shard].sum(), corpus.num_bytes[shard].sum())
                 row = {"file": file.name, "split": side, "sha256": sha256}
                 shards.append(row | dict(zip(COUNTS, map(int, counts), strict=True)))

@@ -36,7 +36,12 @@ def main(argv: list[str]) -> None:
         parser.print_help()
         print("\nEvery field of the config is a flag as well: add --config FILE to see them.")
         return
-    profile_steps = _span(own.profile_steps)
+    trace = None
+    if (span := own.profile_steps) is not None:
+        first, _, last = span.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise InputError(f"--profile-steps is {span!r}; write first:last, e.g. 20:22")
+        trace = int(first), int(last)
     config = core_config.load_config(own.config, TrainConfig)
     config = core_config.override(config, rest, prog="train", description=parser.format_help())
     if not config.run_dir:
@@ -51,17 +56,8 @@ def main(argv: list[str]) -> None:
     if own.dry_run:
         print(dry_run(config))
         return
-    if code := train(config, Lent(held_out, closing), profile_steps):
+    if code := train(config, Lent(held_out, closing), trace):
         raise SystemExit(code)
-
-
-def _span(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise InputError(f"--profile-steps is {text!r}; write first:last, e.g. 20:22")
-    return int(first), int(last)
 
 
 def dry_run(config: TrainConfig) -> str:

@@ -52,10 +52,8 @@ def damage(directory: pathlib.Path) -> str:
     """What is wrong with a checkpoint directory, in a few words; empty when every file is sound."""
     try:
         files = dict(json.loads((directory / MANIFEST).read_text())["files"])
-    except OSError as error:
-        return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, TypeError, KeyError):
-        return f"{MANIFEST} is unreadable"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{MANIFEST}: {getattr(error, 'strerror', 'no table of fingerprints')}"
 
     def fault(name: str) -> str:
         try:

@@ -6,6 +6,7 @@ stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `laye
 config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -16,25 +17,24 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.checkpoint.integrity import lock_run, resolve
+from deepseek_jax.checkpoint.integrity import resolve as resolve  # for whoever loads
 from deepseek_jax.checkpoint.safetensors import Tensor
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 
-__all__ = ["Checkpoint", "Manager", "load_params", "lock_run", "read_config", "resolve"]
-
+Restored = collections.namedtuple("Restored", "step state position config")
 PIECE = 2**28  # bytes that `write_params` hands to the disk at a time
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
@@ -58,15 +58,6 @@ class Checkpoint:
             raise ValueError(f"{given} must be at least 1.")
 
 
-class Restored(NamedTuple):
-    """What a checkpoint held."""
-
-    step: int
-    state: Any
-    position: int
-    config: dict[str, Any]
-
-
 class Manager:
     """The checkpoints under `directory`, saved and restored; the caller holds `lock_run`.
 
@@ -77,7 +68,7 @@ class Manager:
     def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
         self.directory = pathlib.Path(directory).absolute()
         self._config, self._layers = config, layers
-        self._good, self._bad = set(), set()  # steps that this process wrote or verified
+        self._last, self._bad = None, set()  # the step written or restored last; damaged ones
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
         try:
@@ -90,11 +81,11 @@ class Manager:
     def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
         """Copy `state` to the host and write it in the background, with `files` {name: bytes}.
 
-        `state` may be donated or overwritten as soon as this returns. Raises InputError when this
-        save cannot start or the previous one failed (the disk is full, for instance).
+        `state` may be donated once this returns. InputError if this save cannot start or the
+        previous one failed (the disk is full, for instance).
         """
         self.wait()
-        if step in self._good:  # a step's state is a function of the run: nothing can differ
+        if step == self._last:  # a step's state is a function of the run: nothing can differ
             return
         arrays = _to_disk(state, self._layers)
         leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
@@ -123,10 +114,14 @@ class Manager:
                 integrity.remove(whole)  # a damaged one of the same step
                 partial.rename(whole)
                 integrity.sync(self.directory)
-            self._good.add(step)
+            self._last = step
             self._bad.discard(step)
             if jax.process_index() == 0:
-                self._retire(step)
+                known = [s for s in integrity.steps(self.directory) if s <= step]
+                sound, every = [s for s in known if s not in self._bad], self._config.keep_every
+                keep = [s for s in sound if every and s % every == 0]
+                for old in sorted({*known} - {*keep, *sound[-self._config.keep_last :]}):
+                    integrity.remove(self.directory / str(old))
         except Exception as error:  # `wait` raises it in the training thread
             raise self._failure(step, error) from error
 
@@ -144,16 +139,6 @@ class Manager:
         what = f"{self.directory / str(step)}: this checkpoint could not be written: {reason}"
         return InputError(f"{what}; {kept}; make room, then run the same command again to resume")
 
-    def _retire(self, newest: int) -> None:
-        known = [s for s in integrity.steps(self.directory) if s <= newest]
-        sound = [s for s in known if s not in self._bad]
-        every = self._config.keep_every
-        keep = {*sound[-self._config.keep_last :], *(s for s in sound if every and s % every == 0)}
-        for step in known:
-            if step not in keep:
-                integrity.remove(self.directory / str(step))
-                self._good.discard(step)
-
     def wait(self) -> None:
         """Return once nothing is being written; raises what went wrong with the last save."""
         writing, self._writing = self._writing, None
@@ -163,29 +148,23 @@ class Manager:
     close = wait  # before the process ends
 
     def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest good checkpoint as arrays with `abstract_state`'s shapes and shardings.
+        """The newest good checkpoint with `abstract_state`'s shapes and shardings; None if none.
 
-        None when there is no checkpoint. Warns about damaged newer ones; InputError when all are
-        damaged or the checkpoint is of another model.
+        Warns about damaged newer ones; InputError if all are damaged or it is of another model.
         """
         self.wait()
-        step, fault = None, None
+        step, fault = None, InputError(f"{self.directory}: damaged, as process 0 says")
         if jax.process_index() == 0:
             try:
                 step = integrity.newest_good(self.directory)
             except InputError as error:  # the others must hear of it, or they wait forever
-                fault = error
-        if jax.process_count() > 1:
-            number = -2 if fault else -1 if step is None else step
-            number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-            step = None if number < 0 else number
-            if number == -2:
-                fault = fault or InputError(f"{self.directory}: damaged, as process 0 says")
-        if fault:
+                step, fault = -1, error
+        step = multihost_utils.broadcast_one_to_all(np.int32(-2 if step is None else step)).item()
+        if step == -1:
             raise fault
-        if step is None:
+        if step == -2:
             return None
-        self._good.add(step)
+        self._last = step
         self._bad.update(s for s in integrity.steps(self.directory) if s > step)
         path = self.directory / str(step)
         state, meta = _from_disk(path, abstract_state, self._layers, "")
@@ -236,11 +215,6 @@ def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
     return arrays
 
 
-@functools.lru_cache(maxsize=256)
-def _stack(sharding: Sharding) -> Any:
-    return jax.jit(lambda *rows: jnp.stack(rows), out_shardings=sharding)
-
-
 def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
     """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
 
@@ -251,7 +225,7 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this package ({error})") from None
     theirs = {
-        name: jax.ShapeDtypeStruct(json.loads(text[text.index("[") :]), bool)  # only shapes count
+        name: tuple(json.loads(text[text.index("[") :]))
         for name, text in meta["leaves"].items()
         if name.startswith(prefix)
     }
@@ -259,22 +233,19 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
     for name, leaf in tree.flatten(abstract).items():
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
         rows, shape, lies = disk_names(prefix + name, leaf.shape, layers), leaf.shape, sharding
-        if rows:
-            shape = shape[1:]
-            if isinstance(sharding, NamedSharding):
-                spec = PartitionSpec(*sharding.spec[1:])
-                lies = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-        array = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=lies)
+        if rows and isinstance(sharding, NamedSharding):
+            lies = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+        array = jax.ShapeDtypeStruct(shape[1:] if rows else shape, leaf.dtype, sharding=lies)
         wanted |= dict.fromkeys(rows or [prefix + name], array)
         places[prefix + name] = rows, sharding
-    if difference := tree.difference(wanted, theirs):
+    if difference := tree.difference({name: x.shape for name, x in wanted.items()}, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
     with _context():
         loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
     values = []
     for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
         found = [loaded.pop(row) for row in rows or [name]]
-        values.append(_stack(sharding)(*found) if rows else found[0])
+        values.append(jax.jit(jnp.stack, out_shardings=sharding)(found) if rows else found[0])
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta
 
 

@@ -22,10 +22,10 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE
-from deepseek_jax.layers.router import Sigmoid, Softmax
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.ops.rope import Yarn
+from deepseek_jax.ops.routing import Sigmoid, Softmax
 
 TOP = {
     "embedding/weight": "model.embed_tokens.weight",

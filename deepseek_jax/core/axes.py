@@ -8,33 +8,21 @@ MESH_AXES = ("slice", "stage", "data", "fsdp", "context", "expert", "tensor")
 # Every mesh axis that carries batch rows outside the experts.
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
-WEIGHT_AXES = frozenset(
-    {
-        "layers",  # stacked repeats of a block, scanned over
-        "vocab",
-        "embed",
-        "heads",
-        "kv_heads",
-        "head",  # the width of one head
-        "q_rank",
-        "kv_rank",
-        "mlp",
-        "experts",
-        "expert_mlp",
-        "router",  # a router's outputs: experts or groups, never sharded
-    }
-)
+# `layers` are stacked repeats of a block, scanned over; `head` is the width of one head, `router` a
+# router's outputs: experts or groups, never sharded.
+WEIGHT_AXES = {
+    "layers", "vocab", "embed", "heads", "kv_heads", "head", "q_rank", "kv_rank", "mlp",
+    "experts", "expert_mlp", "router",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a weight's dimensions mean.
+    """What a weight's dimensions mean: `axes` has a member of WEIGHT_AXES for each.
 
-    Attributes:
-      axes: one logical name (a member of WEIGHT_AXES) a dimension.
-      reduced: the dimensions that a matmul sums over (Muon's inputs, the quantizer's blocks).
-      outputs: the dimensions that a matmul produces. Dimensions in neither are batches of
-        matrices (stacked layers, experts). Both empty: not a matrix (norm scales, biases).
+    A matmul sums over `reduced` (Muon's inputs, the quantizer's blocks) and produces `outputs`;
+    dimensions in neither are batches of matrices (stacked layers, experts). Both empty: not a
+    matrix (norm scales, biases).
     """
 
     axes: tuple[str, ...]
@@ -47,16 +35,10 @@ class Spec:
 
     def stacked(self) -> "Spec":
         """The spec of `repeats` such weights stacked along a new leading dimension."""
-        return Spec(
-            axes=("layers", *self.axes),
-            reduced=tuple(i + 1 for i in self.reduced),
-            outputs=tuple(i + 1 for i in self.outputs),
-        )
+        reduced, outputs = (tuple(i + 1 for i in dims) for dims in (self.reduced, self.outputs))
+        return Spec(axes=("layers", *self.axes), reduced=reduced, outputs=outputs)
 
     def unstacked(self) -> "Spec":
-        """The spec of one of the stacked weights."""
-        return Spec(
-            axes=self.axes[1:],
-            reduced=tuple(i - 1 for i in self.reduced),
-            outputs=tuple(i - 1 for i in self.outputs),
-        )
+        """The spec of one of the weights that `stacked` stacked."""
+        reduced, outputs = (tuple(i - 1 for i in dims) for dims in (self.reduced, self.outputs))
+        return Spec(axes=self.axes[1:], reduced=reduced, outputs=outputs)

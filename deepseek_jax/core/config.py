@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
-import sys
+import runpy
 import traceback
 import types
 import typing
@@ -27,24 +27,18 @@ MIGRATIONS: dict[tuple[str, str], str] = {}  # (class name, old field) -> new fi
 
 
 def load_config(path: str | pathlib.Path, kind: type[T]) -> T:
-    """Run a config file and return what its `get_config()` gives.
-
-    Raises InputError when the file is missing, fails, or returns something other than `kind`.
-    """
+    """What a config file's `get_config()` gives; InputError if missing, failing or no `kind`."""
     path = pathlib.Path(path)
     if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        known = sorted(str(p) for p in path.parent.glob("*.py"))
         near = difflib.get_close_matches(str(path), known, n=3) or known[:5]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise InputError(f"{path}: no such config file{hint}")
-    module = types.ModuleType(f"deepseek_jax_config_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses defined in a config look their module up
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-        if not hasattr(module, "get_config"):
+        defined = runpy.run_path(str(path), run_name=f"deepseek_jax_config_{path.stem}")
+        if "get_config" not in defined:
             raise InputError(f"{path}: a config file must define get_config()")
-        config = module.get_config()
+        config = defined["get_config"]()
     except InputError:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to read
@@ -55,8 +49,8 @@ def load_config(path: str | pathlib.Path, kind: type[T]) -> T:
         where = f"{path}:{lines[-1]}" if lines else path
         raise InputError(f"{where}: {_one_line(error)}") from None
     if not isinstance(config, kind):
-        found = type(config).__name__
-        raise InputError(f"{path}: get_config() returned {found}, not {kind.__name__}")
+        found = f"{type(config).__name__}, not {kind.__name__}"
+        raise InputError(f"{path}: get_config() returned {found}")
     return config
 
 
@@ -66,18 +60,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def override(config: T, argv: list[str], prog: str, description: str = "") -> T:
-    """The config with command-line flags (`--model.num-layers 4`) applied by tyro.
-
-    Unknown flags, wrong types and values that contradict each other end the process with tyro's
-    message and exit code 2.
-    """
+    """The config with flags (`--model.num-layers 4`); bad ones exit with tyro's message, code 2."""
+    marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(
-        type(config),
-        default=config,
-        args=argv,
-        prog=prog,
-        description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        type(config), prog=prog, description=description, args=argv, default=config, config=marks
     )
 
 
@@ -94,55 +80,39 @@ def to_dict(value: Any) -> Any:
 def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
     """The inverse of `to_dict` for a value annotated `kind`; InputError names what does not fit."""
     origin, members = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if isinstance(data, dict):
-            tag = data.get("type")
-            by_name: dict = {m.__name__: m for m in members if hasattr(m, "__dataclass_fields__")}
-            if tag not in by_name:
-                raise InputError(f"{where}.type is {tag!r}, not one of {sorted(by_name)}")
-            return _from_fields(by_name[tag], data, where)
-        for member in members:
-            with contextlib.suppress(InputError):
-                return from_dict(member, data, where)
-        raise InputError(f"{where} is {data!r}, which fits none of {members}")
-    if origin is Literal:
-        if data not in members:
-            raise InputError(f"{where} is {data!r}, not one of {members}")
-        return data
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise InputError(f"{where} is {data!r}, not a list")
+    if origin is tuple and isinstance(data, list):
         kinds = members[:1] * len(data) if members[-1] is Ellipsis else members
         if len(kinds) != len(data):
             raise InputError(f"{where} has {len(data)} items, not {len(kinds)}")
         parts = enumerate(zip(kinds, data, strict=True))
         return tuple(from_dict(part, item, f"{where}[{i}]") for i, (part, item) in parts)
-    if dataclasses.is_dataclass(kind):
-        return _from_fields(kind, data, where)
+    choices = {m.__name__: m for m in members or [kind] if hasattr(m, "__dataclass_fields__")}
+    if choices and origin is not tuple and isinstance(data, dict):
+        tag = data.get("type", None if members else kind.__name__)
+        if tag not in choices:
+            raise InputError(f"{where}.type is {tag!r}, not one of {sorted(choices)}")
+        return _from_fields(choices[tag], data, where)
+    if origin in (typing.Union, types.UnionType):
+        for member in members:
+            with contextlib.suppress(InputError):
+                return from_dict(member, data, where)
+    if type(data) is kind or (origin is Literal and data in members):
+        return data
     if kind is float and type(data) is int:
         return float(data)
-    if type(data) is kind:
-        return data
-    raise InputError(f"{where} is {data!r}, which is not {getattr(kind, '__name__', kind)}")
+    wanted = "a list" if origin is tuple else f"one of {members}" if members else kind.__name__
+    raise InputError(f"{where} is {data!r}, not {wanted}")
 
 
-def _from_fields(kind: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise InputError(f"{where} is {data!r}, not the fields of a {kind.__name__}")
-    if data.get("type", kind.__name__) != kind.__name__:
-        raise InputError(f"{where}.type is {data['type']!r}, not {kind.__name__!r}")
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}
-    values = {}
-    for given, item in data.items():
-        if given == "type":
-            continue
-        name = str(MIGRATIONS.get((kind.__name__, given), given))
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+def _from_fields(kind: Any, data: dict[str, Any], where: str) -> Any:
+    hints, values = typing.get_type_hints(kind), {}
+    for given in (name for name in data if name != "type"):
+        name = MIGRATIONS.get((kind.__name__, given), given)
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{where} has an unknown field {given!r}{hint}")
-        values[name] = from_dict(hints[name], item, f"{where}.{name}")
+        values[name] = from_dict(hints[name], data[given], f"{where}.{name}")
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
@@ -159,10 +129,9 @@ def read_json(path: str | pathlib.Path) -> dict[str, Any]:
     """The tagged data of a config file written by `save_json`, checked for its version."""
     try:
         data = json.loads(pathlib.Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{path}: not readable as JSON ({reason})") from None
     if not isinstance(data, dict) or data.pop("version", None) != VERSION:
         raise InputError(f"{path}: not a config of version {VERSION}")
     return data

@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Precision:
     """Dtypes. Norms, softmaxes, router scores and losses are float32 whatever these say."""
 
-    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute: Literal["auto", Dtype] = "auto"
     """Arithmetic of matmuls and activations; auto picks by hardware and says what."""
     params: Dtype = "float32"
     """Stored parameters (the router bias stays float32)."""
@@ -24,11 +24,10 @@ class Precision:
     """Finite float16 steps after which the loss scale doubles."""
 
     def __post_init__(self):
-        if self.loss_scale < 1 or self.loss_scale_growth < 1:
-            raise ValueError(
-                f"precision.loss_scale ({self.loss_scale}) and precision.loss_scale_growth "
-                f"({self.loss_scale_growth}) must be at least 1."
-            )
+        scale, growth = self.loss_scale, self.loss_scale_growth
+        if scale < 1 or growth < 1:
+            given = f"precision.loss_scale ({scale}) and precision.loss_scale_growth ({growth})"
+            raise ValueError(f"{given} must be at least 1.")
 
 
 def compute_dtype(precision: Precision) -> tuple[jnp.dtype, str]:
@@ -38,8 +37,7 @@ def compute_dtype(precision: Precision) -> tuple[jnp.dtype, str]:
     platform = jax.default_backend()
     if platform != "cpu":
         return jnp.dtype(jnp.bfloat16), f"auto: {platform} has bfloat16 matrix units"
-    found = {"amx_bf16", "avx512_bf16"} & _cpu_flags()
-    if found:
+    if found := {"amx_bf16", "avx512_bf16"} & _cpu_flags():
         return jnp.dtype(jnp.bfloat16), f"auto: this CPU multiplies bfloat16 ({min(found)})"
     return jnp.dtype(jnp.float32), "auto: this CPU has no bfloat16 arithmetic"
 

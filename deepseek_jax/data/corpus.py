@@ -1,33 +1,56 @@
-"""Documents as tokens on disk: one memory-mapped file of ids and an index, made once and cached.
+"""Tokenized documents on disk: a memory-mapped cache, made once, and the shards of `prepare`.
 
 A cache folder is named by a hash of all that went into it, written under another name and renamed
 when whole, so that neither a killed nor a second process leaves half of one.
+
+A shard is an ArrayRecord file beside a manifest. Its records are two little-endian 64-bit numbers
+(a hash, which decides the side; the UTF-8 bytes of the text) and then the ids, [bos] and [eos]
+included, in the manifest's dtype.
 """
 
 import array
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import hashlib
 import heapq
 import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data import records, sources
-from deepseek_jax.data.records import Encoded
-from deepseek_jax.data.text import MIB, Document, reported
-from deepseek_jax.data.tokenizer import BPE, Tokenizer, load_tokenizer, train_bpe
+from deepseek_jax.core.extras import require
+from deepseek_jax.data import sources
+from deepseek_jax.data.tokenizer import (
+    BPE,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    open_tokenizer,
+    train_bpe,
+)
 
 VERSION = 2  # of the cached form, and of how documents and tokens are made
-SAMPLE = 32 * MIB  # text that a BPE is trained on at most
+SAMPLE = 32 * sources.MIB  # text that a BPE is trained on at most
 INDEX = np.dtype([("hash", "<u8"), ("num_bytes", "<i8"), ("length", "<i8")])
+HEADER = struct.Struct("<QQ")
+SIDES = {"held_out": 0, "train": 2**64 - 1}  # the hash that puts a document on that side
+SHARDS = "array_record.python.array_record_module"
+
+
+class Encoded(NamedTuple):
+    """A tokenized document."""
+
+    hash: int
+    num_bytes: int
+    tokens: np.ndarray
 
 
 class Corpus:
@@ -57,9 +80,8 @@ class Corpus:
 
     def document(self, number: int) -> Encoded:
         """One document."""
-        end = self.starts[number] + self.lengths[number]
-        tokens = self.tokens[self.starts[number] : end]
-        return Encoded(int(self.hashes[number]), int(self.num_bytes[number]), tokens)
+        ids = slice(self.starts[number], self.starts[number] + self.lengths[number])
+        return Encoded(int(self.hashes[number]), int(self.num_bytes[number]), self.tokens[ids])
 
     def documents(self, fraction: float, training: bool) -> np.ndarray:
         """The numbers of the documents of one side, ascending."""
@@ -83,10 +105,7 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path) -> Corpus:
-    """The source's documents as tokens, from the cache or made now.
-
-    Raises InputError for whatever is wrong with the source, or when the cache cannot be written.
-    """
+    """The source's documents as tokens, from the cache or made now; InputError or OSError."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def build(directory: pathlib.Path) -> None:
@@ -109,7 +128,7 @@ def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path
 def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
     """Tokenize on all cores while the next texts are read and the last results are used."""
     if isinstance(source, sources.Records):
-        yield from records.read(source.path)
+        yield from read_shards(source.path)
         return
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         jobs = (
@@ -123,42 +142,89 @@ def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
                 yield Encoded(key_hash(key), len(text.encode()), np.frombuffer(tokens, np.uint32))
 
 
-def _batched(source: sources.Plain) -> Iterator[list[Document]]:
+def _batched(source: sources.Plain) -> Iterator[list[sources.Document]]:
     batch, size = [], 0
     for document in sources.documents(source):
         batch.append(document)
         size += len(document.text) + 512  # what a document takes beside its text
-        if size >= 4 * MIB:
+        if size >= 4 * sources.MIB:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-def open_bpe(
-    config: BPE, plain: list[sources.Plain], fraction: float, cache: pathlib.Path
+def write_shard(documents: Iterable[Encoded], side: str, file: pathlib.Path) -> str:
+    """Write documents of one side as a shard; its SHA-256."""
+    try:
+        writer = require(SHARDS).ArrayRecordWriter(str(file), "group_size:1")
+        with contextlib.closing(writer):
+            for _, num_bytes, tokens in documents:
+                writer.write(HEADER.pack(SIDES[side], num_bytes) + tokens.tobytes())
+    except RuntimeError as error:  # the library's, for a full disk too
+        raise InputError(f"{file}: cannot write a shard ({error})") from None
+    return _sha256(file)
+
+
+def read_shards(path: str) -> Iterator[Encoded]:
+    """The documents of a folder that `prepare` wrote; InputError when one of them is damaged."""
+    file = pathlib.Path(path, "manifest.json").expanduser()
+    try:
+        manifest = json.loads(file.read_bytes())
+        dtype = np.dtype(manifest["dtype"])
+        hashes = {file.with_name(row["file"]): row["sha256"] for row in manifest["shards"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error!r}); run `prepare` again") from None
+    for shard, expected in hashes.items():
+        if _sha256(shard) != expected:
+            raise InputError(f"{shard}: not the file that manifest.json names (other SHA-256)")
+        with contextlib.closing(require(SHARDS).ArrayRecordReader(str(shard))) as reader:
+            count = reader.num_records()
+            step = max(1, 16 * sources.MIB * count // shard.stat().st_size)
+            for first in range(0, count, step):
+                for record in reader.read(first, min(first + step, count)):
+                    number, num_bytes = HEADER.unpack_from(record)
+                    yield Encoded(number, num_bytes, np.frombuffer(record, dtype, -1, HEADER.size))
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def make_tokenizer(
+    config: TokenizerConfig, plain: list[sources.Plain], fraction: float, cache: pathlib.Path
 ) -> Tokenizer:
-    """The BPE of the sources' training sides (an even sample), from the cache or trained now."""
-
-    def build(directory: pathlib.Path) -> None:
-        sample: list[tuple] = []  # a heap: what has the largest draw leaves first
-        held, size = [], 0
-        for part, source in enumerate(plain):
-            hashes = array.array("Q")
-            for key, text in sources.documents(source):
-                number, length = (part, len(hashes)), len(text.encode())
-                hashes.append(key_hash(key))
-                heapq.heappush(sample, (-key_hash(f"{number} {key}"), number, length, text))
-                size += length
-                while size > SAMPLE and len(sample) > 1:
-                    size -= heapq.heappop(sample)[2]
-            held.append(held_out(np.array(hashes), fraction))
-        kept = sorted((number, text) for _, number, _, text in sample)
-        texts = (text for (part, number), text in kept if not held[part][number])
-        train_bpe(config, texts).save(directory)
-
+    """The tokenizer that records bring, or else the config's, trained or cached if it must be."""
+    prepared = [source.path for source in plain if isinstance(source, sources.Records)]
+    found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
+    if any(tokenizer.files() != found[0].files() for tokenizer in found):
+        raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
+    if found:
+        return found[0]
+    if not isinstance(config, BPE):
+        return open_tokenizer(config)
     prints = [sources.fingerprint(source) for source in plain]
     facts = ["bpe", config.vocab_size, fraction, SAMPLE, prints]
+    build = functools.partial(_train, config, plain, fraction)
     return _cached(cache, facts, build, load_tokenizer)
+
+
+def _train(config: BPE, plain: list[sources.Plain], fraction: float, out: pathlib.Path) -> None:
+    """Train a BPE on an even sample of the sources' training sides, and save it."""
+    sample: list[tuple] = []  # a heap: what has the largest draw leaves first
+    held, size = [], 0
+    for part, source in enumerate(plain):
+        hashes = array.array("Q")
+        for key, text in sources.documents(source):
+            number, length = (part, len(hashes)), len(text.encode())
+            hashes.append(key_hash(key))
+            heapq.heappush(sample, (-key_hash(f"{number} {key}"), number, length, text))
+            size += length
+            while size > SAMPLE and len(sample) > 1:
+                size -= heapq.heappop(sample)[2]
+        held.append(held_out(np.array(hashes), fraction))
+    kept = sorted((number, text) for _, number, _, text in sample)
+    train_bpe(config, (text for (part, i), text in kept if not held[part][i])).save(out)
 
 
 def digest(facts: Any) -> str:
@@ -175,17 +241,16 @@ def _cached(
     damage = (OSError, ValueError, KeyError, InputError)
     with contextlib.suppress(*damage):
         return load(path)
-    with reported(f"{cache} (--data.cache-dir)"):
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.lock", "w") as lock:
-            with contextlib.suppress(OSError):  # some network file systems cannot lock
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            with contextlib.suppress(*damage):  # another process may have built it meanwhile
-                return load(path)
-            shutil.rmtree(path, ignore_errors=True)
-            with made_whole(path) as partial:
-                build(partial)
-        return load(path)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # some network file systems cannot lock
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(*damage):  # another process may have built it meanwhile
+            return load(path)
+        shutil.rmtree(path, ignore_errors=True)
+        with made_whole(path) as partial:
+            build(partial)
+    return load(path)
 
 
 @contextlib.contextmanager

@@ -20,17 +20,9 @@ from absl import flags
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
-from deepseek_jax.data.corpus import digest, open_bpe, open_corpus
-from deepseek_jax.data.mixture import Mixed
-from deepseek_jax.data.packing import Batch, Rows
-from deepseek_jax.data.text import reported
-from deepseek_jax.data.tokenizer import (
-    BPE,
-    Tokenizer,
-    TokenizerConfig,
-    load_tokenizer,
-    open_tokenizer,
-)
+from deepseek_jax.data.corpus import digest, make_tokenizer, open_corpus
+from deepseek_jax.data.packing import Batch, Mixed, Rows
+from deepseek_jax.data.tokenizer import BPE, Tokenizer, TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,10 +66,6 @@ class Dataset:
         """The UTF-8 bytes of the documents that are scored."""
         return sum(rows.num_bytes for rows in self.held)
 
-    def train_row(self, number: int) -> Batch:
-        """Row `number` of the training data: a batch without its first dimension."""
-        return {name: value[0] for name, value in self.train.batch(np.array([number])).items()}
-
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """The held-out documents in order; each source's last batch is filled with padding."""
         for rows in self.held:
@@ -86,11 +74,8 @@ class Dataset:
 
     def held_out_text(self) -> bytes:
         """The held-out documents, concatenated, as the tokenizer gives them back."""
-        return b"".join(
-            self.tokenizer.decode_bytes(rows.corpus.document(number).tokens.tolist())
-            for rows in self.held
-            for number in rows.documents
-        )
+        documents = (rows.corpus.document(i).tokens for rows in self.held for i in rows.documents)
+        return b"".join(self.tokenizer.decode_bytes(tokens.tolist()) for tokens in documents)
 
     def describe(self) -> str:
         """The documents, tokens and bytes of both sides, in a line."""
@@ -120,9 +105,11 @@ def open_data(
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
     parts = sources.parts(config.source)
-    with reported(str(cache)):
-        tokenizer = tokenizer or make_tokenizer(config, cache)
-        corpora = [open_corpus(part.source, tokenizer, cache) for part in parts]
+    plain = [part.source for part in parts]
+    with sources.reported(f"{cache} (--data.cache-dir)"):
+        if tokenizer is None:
+            tokenizer = make_tokenizer(config.tokenizer, plain, config.held_out, cache)
+        corpora = [open_corpus(source, tokenizer, cache) for source in plain]
     shape = (1.0 if whole else config.held_out, sequence_length, num_targets)
     training = [Rows(corpus, *shape, seed + i) for i, corpus in enumerate(corpora)]
     limit = config.eval_tokens and config.eval_tokens // len(parts)
@@ -132,20 +119,6 @@ def open_data(
     order = [(c.fingerprint, p.weight, p.schedule) for c, p in zip(corpora, parts, strict=True)]
     fingerprint = digest([tokenizer.files(), order, shape[:2], seed])
     return Dataset(tokenizer, Mixed(training, parts, seed), held, fingerprint)
-
-
-def make_tokenizer(config: Data, cache: pathlib.Path) -> Tokenizer:
-    """The tokenizer that its records bring, or else the config's, trained if it must be."""
-    plain = [part.source for part in sources.parts(config.source)]
-    prepared = [source.path for source in plain if isinstance(source, sources.Records)]
-    found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
-    if any(tokenizer.files() != found[0].files() for tokenizer in found):
-        raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
-    if found:
-        return found[0]
-    if isinstance(config.tokenizer, BPE):
-        return open_bpe(config.tokenizer, plain, config.held_out, cache)
-    return open_tokenizer(config.tokenizer)
 
 
 class Batches(Iterator[Batch]):
@@ -168,13 +141,13 @@ def _serve(worker: int, num_workers: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
 
-    def follow(parent: Any) -> None:
+    def follow() -> None:
         parent.join()
         os._exit(1)
 
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def batches(
@@ -194,8 +167,7 @@ def batches(
         raise InputError(f"batch_size {batch_size} does not divide over {process_count} processes")
     if not flags.FLAGS.is_parsed():  # Grain asks absl, whose own main() is not ours
         flags.FLAGS.mark_as_parsed()
-    size = batch_size // process_count
-    own = start + np.arange(process_index * size, (process_index + 1) * size)
+    own = np.split(start + np.arange(batch_size), process_count)[process_index]
     train = dataset.train
     steps = grain.MapDataset.range(2**48)  # rows never end
     source = steps.map(lambda step: train.batch(own + step * batch_size))

@@ -1,9 +1,12 @@
-"""Rows of training data cut from a stream of documents; every row is a function of its number.
+"""Rows of training data: stretches of documents, drawn from a mixture; each depends on its number.
 
 An epoch's stream is its documents in an order drawn from (seed, epoch), each [bos] tokens [eos].
 A row is a stretch of `sequence_length` tokens of it, and the rows come in a drawn order too. A
 document may go on in another row: its targets look past the row's end, so every token of a
 document but its first is a target exactly once an epoch.
+
+Row i of a mixture draws its source from (seed, i) and weights(i), and takes the row of that source
+whose number is the source's count among the rows before i: nothing but i is remembered.
 """
 
 import functools
@@ -12,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.data.corpus import Corpus
+from deepseek_jax.data.sources import Part
 
 Batch = dict[str, np.ndarray]
+CHUNK = 1 << 16  # rows whose sources are drawn at once
 
 
 class _Epoch(NamedTuple):
@@ -59,7 +64,7 @@ class Rows:
         for number in np.unique(epochs):
             epoch = self._epoch(int(number))
             cut.append(self._cut(epoch, epoch.rows[numbers[epochs == number] % self.num_rows]))
-        return join(cut)
+        return _joined(cut)
 
     def _cut(self, epoch: _Epoch, rows: np.ndarray) -> Batch:
         length, starts = self.length, rows[:, None] * self.length
@@ -89,10 +94,50 @@ class Rows:
         return _Epoch(starts, self.corpus.starts[documents] - starts[:-1], rows)
 
 
-def join(batches: list[Batch]) -> Batch:
+class Mixed:
+    """The training rows of several sources as one endless sequence."""
+
+    def __init__(self, rows: list[Rows], parts: tuple[Part, ...], seed: int):
+        self.rows, self._parts, self._seed = rows, parts, seed
+        self._chunk = functools.lru_cache(2)(self._numbered)
+        # How many rows of a chunk each part has.
+        self._counts = functools.cache(lambda c: np.bincount(self._draw(c), minlength=len(parts)))
+
+    def __reduce__(self):
+        return Mixed, (self.rows, self._parts, self._seed)
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        """Rows by ascending number [B]."""
+        part, row = self.origin(numbers)
+        found = _joined([self.rows[which].batch(row[part == which]) for which in np.unique(part)])
+        back = np.argsort(np.argsort(part, kind="stable"))
+        return {name: values[back] for name, values in found.items()}
+
+    def origin(self, numbers: np.ndarray) -> np.ndarray:
+        """The part of each row (by ascending number [B]) and its number within that part [2, B]."""
+        chunks = numbers // CHUNK
+        found = [self._chunk(int(c))[:, numbers[chunks == c] % CHUNK] for c in np.unique(chunks)]
+        return np.concatenate(found, axis=1)
+
+    def _numbered(self, chunk: int) -> np.ndarray:
+        """The part of every row of a chunk, and the row's number within that part [2, CHUNK]."""
+        parts = self._draw(chunk)
+        found = np.stack([parts, parts])
+        for which in range(len(self._parts)):
+            before = sum(self._counts(earlier)[which] for earlier in range(chunk))
+            found[1, parts == which] = before + np.arange(np.sum(parts == which))
+        return found
+
+    def _draw(self, chunk: int) -> np.ndarray:
+        """The part of every row of a chunk."""
+        numbers = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)
+        ends = np.cumsum([part.weights(numbers) for part in self._parts], axis=0)
+        uniform = (drawn_bits(numbers, self._seed, len(self._parts)) >> np.uint64(11)) * 2.0**-53
+        return np.sum(uniform * ends[-1] >= ends[:-1], axis=0)
+
+
+def _joined(batches: list[Batch]) -> Batch:
     """The rows of several batches, one after another."""
-    if len(batches) == 1:
-        return batches[0]
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 

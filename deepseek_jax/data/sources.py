@@ -1,26 +1,52 @@
 """Where documents come from: typed descriptions, and their documents as a stream.
 
 The order of a source's documents depends on its files only. A document's key decides, by its hash,
-whether it is trained on or held out.
+whether it is trained on or held out. A text file larger than 1 MiB becomes several documents, cut
+after a line where there is one: one file of 2 GB and ten thousand tiny ones take the same memory.
 """
 
+import collections
+import contextlib
 import dataclasses
+import functools
+import glob
 import hashlib
 import json
+import os
+import pathlib
+import re
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
-from deepseek_jax.data import text
-from deepseek_jax.data.text import MIB, Document, File
 
+MIB = 1 << 20
 SMALL = 64 * MIB  # smaller sources are known by their contents, larger ones by their files' times
 MAX_LINE = 256 * MIB
+
+# Tests, data tables and copies of other packages are no good text.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+SKIPPED |= {"encodings", "lib2to3", "pydoc_data", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """A text and the name that decides its side: documents of one key stay together."""
+
+    key: str
+    text: str
+
+
+class File(NamedTuple):
+    """A file of a source, and its name relative to the source's root."""
+
+    path: pathlib.Path
+    key: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,13 +133,50 @@ def parts(source: Source) -> tuple[Part, ...]:
     return source.parts if isinstance(source, Mixture) else (Part(source=source),)
 
 
+@contextlib.contextmanager
+def reported(where: str = "") -> Iterator[None]:
+    """What the operating system refuses, as an InputError; `where` if it names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or where}: {error.strerror or error}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, short enough for a message of ours."""
+    return " ".join(str(error).split())[:160]
+
+
 def files(source: Plain) -> list[File]:
     """The files that a source reads; InputError when there are none."""
-    if isinstance(source, StandardLibrary):
-        return text.standard_library_files()
+    if isinstance(source, TextFiles):
+        return matched_files(source.paths)
     if isinstance(source, Records):
-        return text.matched_files((f"{source.path}/manifest.json", f"{source.path}/*.array_record"))
-    return text.matched_files(source.paths)
+        return matched_files((f"{source.path}/manifest.json", f"{source.path}/*.array_record"))
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    found = [File(path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*.py"))]
+    kept = [file for file in found if SKIPPED.isdisjoint(file.key.split("/"))]
+    if not kept:
+        raise InputError(f"{root}: this Python carries no sources of its standard library")
+    return kept
+
+
+def matched_files(patterns: tuple[str, ...]) -> list[File]:
+    """The files that names and globs match, sorted, each once; InputError where none is."""
+    found: dict[pathlib.Path, str] = {}
+    for pattern in patterns or ("",):
+        full = os.path.expanduser(pattern)
+        if os.path.isdir(full):
+            raise InputError(f"{pattern}: a folder; give its files, such as {pattern}/**/*.txt")
+        # A name that exists may hold characters that a glob would read.
+        plain = os.path.isfile(full)
+        names = [full] if plain else filter(os.path.isfile, glob.glob(full, recursive=True))
+        root = os.path.dirname(full if plain else re.split(r"[*?[]", full)[0])
+        matches = {pathlib.Path(name): name[len(root) :].lstrip("/") for name in names}
+        if not matches:
+            raise InputError(f"{pattern!r}: no such file; check the paths")
+        found = matches | found
+    return [File(*item) for item in sorted(found.items())]
 
 
 def fingerprint(source: Plain) -> str:
@@ -131,7 +194,7 @@ def fingerprint(source: Plain) -> str:
 
 def kind_of(paths: tuple[str, ...]) -> type[TextFiles]:
     """Which source reads files of these endings; InputError when they are of several kinds."""
-    found = {ENDINGS.get(file.path.suffix.lower(), TextFiles) for file in text.matched_files(paths)}
+    found = {ENDINGS.get(file.path.suffix.lower(), TextFiles) for file in matched_files(paths)}
     if len(found) > 1:
         kinds = " and ".join(sorted(kind.__name__ for kind in found))
         raise InputError(f"{' '.join(paths)}: {kinds}, files of different kinds; give one kind")
@@ -139,44 +202,84 @@ def kind_of(paths: tuple[str, ...]) -> type[TextFiles]:
 
 
 def documents(source: Plain) -> Iterator[Document]:
-    """The source's documents, none empty, as a stream; InputError names file and line.
-
-    What takes over ten seconds tells on stderr how far it is, and how fast.
-    """
-    found, done, start = files(source), 0, time.monotonic()
-    last = start
-    for document in _documents(source, found):
-        if document.text:
-            yield document
-            done += len(document.text.encode())
-            if (now := time.monotonic()) - last > 10:
-                last = now
-                _tell(done, now - start, [] if isinstance(source, Parquet) else found)
+    """The source's documents, none empty; InputError names file and line, stderr the progress."""
+    found, done = files(source), 0
+    compressed = isinstance(source, Parquet)  # their sizes say little
+    total = 0 if compressed else sum(file.path.stat().st_size for file in found)
+    start = last = time.monotonic()
+    for document in filter(lambda document: document.text, _documents(source, found)):
+        yield document
+        done += len(document.text.encode())
+        if (now := time.monotonic()) - last > 10:
+            last, rate = now, done / (now - start)
+            line = f"documents: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
+            if total:
+                minutes, seconds = divmod(int(max(total - done, 0) / rate), 60)
+                line += f", {min(done / total, 1):.0%}, {minutes}:{seconds:02d} left"
+            print(line, file=sys.stderr, flush=True)
     if not done:
         names = ", ".join(str(file.path) for file in found[:3])
         raise InputError(f"{names}: no text here; give files that are not empty")
 
 
-def _tell(done: int, seconds: float, found: list[File]) -> None:
-    """One line of progress; `found` is empty where sizes say little, as of compressed files."""
-    line = f"documents: {done / 1e6:,.1f} MB, {done / seconds / 1e6:.1f} MB/s"
-    if total := sum(file.path.stat().st_size for file in found):
-        left = int(seconds * max(total - done, 0) / done)
-        line += f", {min(done / total, 1):.0%}, {left // 60}:{left % 60:02d} left"
-    print(line, file=sys.stderr, flush=True)
-
-
 def _documents(source: Plain, found: list[File]) -> Iterator[Document]:
-    match source:
-        case StandardLibrary():
-            return text.text_documents(text.distinct(tuple(found)))
-        case JSONL(field=field):
-            return (document for file in found for document in _json_documents(file, field))
-        case Parquet(column=column):
-            return (document for file in found for document in _parquet_documents(file, column))
-        case TextFiles():
-            return text.text_documents(found)
-    raise InputError(f"{source.path}: already tokenized; it cannot be read as text")
+    if isinstance(source, StandardLibrary):
+        found = distinct(tuple(found))
+    alone = len(found) == 1
+    for file in found:
+        match source:
+            case JSONL(field=field):
+                yield from _json_documents(file, field)
+            case Parquet(column=column):
+                yield from _parquet_documents(file, column)
+            case Records(path=path):
+                raise InputError(f"{path}: already tokenized; it cannot be read as text")
+            case _:  # a file's pieces share its key, unless it is the only file
+                for number, piece in enumerate(_pieces(file.path, alone)):
+                    yield Document(f"{file.key}#{number}" if alone else file.key, piece)
+
+
+def _pieces(path: pathlib.Path, alone: bool) -> Iterator[str]:
+    """A file's text in pieces of at most 1 MiB; smaller ones in a lone file, to hold some out."""
+    size = path.stat().st_size if alone else 64 * MIB
+    limit = min(MIB, max(size // 64, min(4096, size // 8), min(32, size // 2), 4))
+    line, block = 1, b""
+    with open(path, "rb") as stream:
+        while block := block + stream.read(limit - len(block)):
+            end = len(block)
+            if end == limit:  # cut after the last line, or else before a character that may go on
+                cut = (i for i in range(end - 1, end - 5, -1) if block[i] & 0xC0 != 0x80)
+                end = block.rfind(b"\n") + 1 or next(cut, 0) or end
+            yield decoded(block[:end], path, line)
+            line += block.count(b"\n", 0, end)
+            block = block[end:]
+
+
+@functools.lru_cache(maxsize=1)
+def distinct(files: tuple[File, ...]) -> list[File]:
+    """The files, without those that share over 30 % of their lines with one already kept."""
+    owners: dict[bytes, list[int]] = collections.defaultdict(list)  # line -> kept files' numbers
+    kept: list[File] = []
+    for file in files:
+        data = file.path.read_bytes()
+        lines = [line.strip() for line in data.splitlines() if line.strip()]
+        shared = collections.Counter(owner for line in lines for owner in owners.get(line, ()))
+        with contextlib.suppress(UnicodeDecodeError):  # a few are in old encodings on purpose
+            if max(shared.values(), default=0) <= 0.3 * len(lines) and data.decode():
+                for line in set(lines):
+                    owners[line].append(len(kept))
+                kept.append(file)
+    return kept
+
+
+def decoded(data: bytes, path: pathlib.Path, line: int) -> str:
+    """`data`, which begins on line `line` of the file, as text; InputError names the bad line."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        shown = f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})"
+        raise InputError(f"{shown}; convert it, as with iconv -f ENCODING -t UTF-8") from None
 
 
 def _json_documents(file: File, field: str) -> Iterator[Document]:
@@ -185,7 +288,7 @@ def _json_documents(file: File, field: str) -> Iterator[Document]:
             where = f"{file.path}:{number}"
             if len(line) == MAX_LINE:
                 raise InputError(f"{where}: a line of over 256 MiB; is this JSON Lines?")
-            content = text.decoded(line, file.path, number).removeprefix("\ufeff")
+            content = decoded(line, file.path, number).removeprefix("\ufeff")
             if content.strip():
                 yield Document(f"{file.key}:{number}", _field(content, field, where))
 
@@ -198,22 +301,18 @@ def _field(content: str, field: str, where: str) -> str:
         reason = str(error).replace(" line 1", "")
         raise InputError(f"{where}: not JSON ({reason})") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object but {_short(record)}")
+        raise InputError(f"{where}: not a JSON object but {json.dumps(record):.60}")
     if field not in record:
-        raise InputError(f"{where}: no field {field!r} in {_short(record)}; set the source's field")
+        shown = f"{json.dumps(record):.60}"
+        raise InputError(f"{where}: no field {field!r} in {shown}; set the source's field")
     value = record[field]
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} is not a string but {_short(value)}")
+        raise InputError(f"{where}: field {field!r} is not a string but {json.dumps(value):.60}")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"{where}: field {field!r} has half a surrogate pair") from None
     return value
-
-
-def _short(value: Any) -> str:
-    shown = json.dumps(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _parquet_documents(file: File, column: str) -> Iterator[Document]:
@@ -224,15 +323,14 @@ def _parquet_documents(file: File, column: str) -> Iterator[Document]:
             if column not in (names := table.schema_arrow.names):
                 only = f"no column {column!r}, only {', '.join(names)}"
                 raise InputError(f"{file.path}: {only}; set the source's column")
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0):
-                    content = value.as_py()
-                    if not isinstance(content, str | None):
-                        raise InputError(f"{where} holds {value.type}, not strings")
-                    yield Document(f"{file.key}:{row}", content or "")
-                    row += 1
+            batches = table.iter_batches(batch_size=256, columns=[column])
+            for row, value in enumerate(value for batch in batches for value in batch.column(0)):
+                content = value.as_py()
+                if not isinstance(content, str | None):
+                    raise InputError(f"{where} holds {value.type}, not strings")
+                yield Document(f"{file.key}:{row}", content or "")
     except UnicodeDecodeError:
         raise InputError(f"{where} is not UTF-8 in row {row}") from None
     except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise InputError(f"{file.path}: not a Parquet file that can be read ({reason})") from None

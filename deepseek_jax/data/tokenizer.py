@@ -17,7 +17,7 @@ import tokenizers
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
-from deepseek_jax.data.text import reported
+from deepseek_jax.data.sources import one_line, reported
 
 INFO = "tokenizer_info.json"  # beside the model file: which kind it is, and its special ids
 
@@ -83,14 +83,12 @@ class Tokenizer:
 
     Attributes:
       vocab_size: one more than the largest id.
-      bos_id: the token before a document.
-      eos_id: the token after it. Neither comes out of `encode`, nor shows in `decode`.
-      model: the model file's name and content; nothing for bytes.
+      bos_id, eos_id: the tokens around a document, which no text encodes to or decodes from.
+      file, content: the model file's name and content; empty for bytes.
     """
 
-    kind = "bytes"
+    kind, file, content = "bytes", "", b""
     vocab_size, bos_id, eos_id = 258, 256, 257
-    model: tuple[str, bytes] | None = None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -106,19 +104,16 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes of ids, which may end inside a character."""
-        joined = b"".join(self._table[i] for i in ids if 0 <= i < self.vocab_size)
-        return joined.removeprefix(b" ") if self._begins_with_space else joined
+        table, before = self._table
+        return b"".join(table[i] for i in ids if 0 <= i < self.vocab_size).removeprefix(before)
 
     @functools.cached_property
-    def _table(self) -> list[bytes]:
-        """The bytes of every id."""
+    def _table(self) -> tuple[list[bytes], bytes]:
+        """The bytes of every id, and the space that encoding puts before a text (or nothing)."""
         ends = (self.bos_id, self.eos_id)
-        return [b"" if i in ends else self._spelled(i) for i in range(self.vocab_size)]
-
-    @functools.cached_property
-    def _begins_with_space(self) -> bool:
-        """Whether encoding puts a space before a text."""
-        return b"".join(self._table[i] for i in self.encode("a")).startswith(b" ")
+        table = [b"" if i in ends else self._spelled(i) for i in range(self.vocab_size)]
+        spaced = b"".join(table[i] for i in self.encode("a")).startswith(b" ")
+        return table, b" " if spaced else b""
 
     def _spelled(self, token: int) -> bytes:
         return bytes([token])
@@ -127,7 +122,7 @@ class Tokenizer:
         """The files that `load_tokenizer` reads, by name."""
         names = ("kind", "vocab_size", "bos_id", "eos_id")
         info = json.dumps({name: getattr(self, name) for name in names}).encode()
-        return {INFO: info, **dict([self.model] if self.model else [])}
+        return {INFO: info} | ({self.file: self.content} if self.file else {})
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Write the tokenizer's files into a folder, which is made if need be."""
@@ -139,20 +134,18 @@ class Tokenizer:
 class _HuggingFace(Tokenizer):
     """A `tokenizers` model, whose file is kept as it came."""
 
-    kind = "huggingface"
+    kind, file = "huggingface", "tokenizer.json"
 
-    def __init__(self, content: bytes, where: str, bos: str = "", eos: str = ""):
+    def __init__(self, content: bytes, where: str):
         try:
             library = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{where}: not a tokenizer.json ({_short(error)})") from None
+            raise InputError(f"{where}: not a tokenizer.json ({one_line(error)})") from None
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # their names in a text are text
-        self.model, self._library = ("tokenizer.json", content), library
-        vocab = library.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.bos_id, self.eos_id = _ends(vocab, bos, eos, where)
+        self.content, self._library = content, library
+        self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._added = library.get_added_tokens_decoder()
         self._decoder = str(library.decoder)
 
@@ -177,14 +170,14 @@ class _HuggingFace(Tokenizer):
 
 
 class _SentencePiece(Tokenizer):
-    kind = "sentencepiece"
+    kind, file = "sentencepiece", "tokenizer.model"
 
     def __init__(self, content: bytes, where: str):
         try:
             library = require("sentencepiece").SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise InputError(f"{where}: not a SentencePiece model ({_short(error)})") from None
-        self.model, self._library = ("tokenizer.model", content), library
+            raise InputError(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+        self.content, self._library = content, library
         self.vocab_size = library.vocab_size()
         ends = [i for i in (library.bos_id(), library.eos_id()) if i >= 0]
         if not ends:
@@ -204,14 +197,14 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     file = pathlib.Path(directory, INFO)
     try:
         info: Any = json.loads(_read(file))
-        kind, bos_id, eos_id = info["kind"], info["bos_id"], info["eos_id"]
+        if info["kind"] == "bytes":
+            return Tokenizer()
+        made: Any = {kind.kind: kind for kind in (_HuggingFace, _SentencePiece)}[info["kind"]]
+        bos_id, eos_id = info["bos_id"], info["eos_id"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: damaged; it should describe a tokenizer") from None
-    if kind == "bytes":
-        return Tokenizer()
-    if kind == "sentencepiece":
-        return open_tokenizer(SentencePiece(path=str(file.with_name("tokenizer.model"))))
-    tokenizer = open_tokenizer(TokenizerFile(path=str(file.with_name("tokenizer.json"))))
+    model = file.with_name(made.file)
+    tokenizer = made(_read(model), str(model))
     tokenizer.bos_id, tokenizer.eos_id = bos_id, eos_id
     return tokenizer
 
@@ -228,7 +221,17 @@ def open_tokenizer(config: Bytes | TokenizerFile | SentencePiece | DeepSeek) -> 
     if isinstance(config, SentencePiece):
         return _SentencePiece(_read(file), str(file))
     file = file / "tokenizer.json" if file.is_dir() else file
-    return _HuggingFace(_read(file), str(file), config.bos, config.eos)
+    tokenizer, ends = _HuggingFace(_read(file), str(file)), []
+    for given, usual in ((config.bos, BOS), (config.eos, EOS)):
+        ids = map(tokenizer._library.token_to_id, [given] if given else usual)
+        found = [i for i in ids if i is not None]
+        if given and not found:
+            raise InputError(f"{file}: has no token {given!r}; correct the tokenizer's bos or eos")
+        ends += found[:1]
+    if not ends:
+        raise InputError(f"{file}: none of its tokens is a usual end, as </s>; name bos and eos")
+    tokenizer.bos_id, tokenizer.eos_id = ends[0], ends[-1]  # one may do both
+    return tokenizer
 
 
 def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
@@ -247,28 +250,14 @@ def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    return _HuggingFace(model.to_str().encode(), "the trained BPE", "<|bos|>", "<|eos|>")
-
-
-def _ends(vocab: dict[str, int], bos: str, eos: str, where: str) -> tuple[int, int]:
-    """The ids of the tokens that begin and end a document; one may do both."""
-    ends = []
-    for given, usual in ((bos, BOS), (eos, EOS)):
-        if given and given not in vocab:
-            raise InputError(f"{where}: has no token {given!r}; correct the tokenizer's bos or eos")
-        ends += [vocab[name] for name in ([given] if given else usual) if name in vocab][:1]
-    if not ends:
-        raise InputError(f"{where}: none of its tokens is a usual end, as </s>; name bos and eos")
-    return ends[0], ends[-1]
+    tokenizer = _HuggingFace(model.to_str().encode(), "the trained BPE")
+    tokenizer.bos_id, tokenizer.eos_id = 0, 1
+    return tokenizer
 
 
 def _read(path: pathlib.Path) -> bytes:
     with reported():
         return path.read_bytes()
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _bytes_of_piece(piece: str) -> bytes:

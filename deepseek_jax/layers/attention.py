@@ -71,6 +71,11 @@ class GQA:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}; it counts the token itself, so 1 or more.")
 
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a layer's cache holds of each token."""
+        return dict.fromkeys(("k", "v"), (self.num_kv_heads, self.head_dim))
+
 
 class GroupedQueryAttention(nn.Module):
     """GQA as a module. Its cache is {"k", "v"}: [B, S, K, H] each, keys already rotated."""
@@ -104,18 +109,10 @@ class GroupedQueryAttention(nn.Module):
         if cache is None:
             out = causal_attention(q, k, v, place.segments, scale=scale, window=c.window)
         else:
-            cache = {
-                "k": write_cache(cache["k"], k, place.positions),
-                "v": write_cache(cache["v"], v, place.positions),
-            }
+            new = {"k": k, "v": v}
+            cache = {name: write_cache(cache[name], new[name], place.positions) for name in new}
             mask = cache_mask(place.positions, cache["k"].shape[1], c.window)
             out = masked_attention(q, cache["k"], cache["v"], mask, scale)
         shape = (c.num_heads, c.head_dim, self.embed_dim)
         axes = ("heads", "head", "embed")
         return Projection("btnh,nhd->btd", shape, axes, self.dtypes, name="o")(out), cache
-
-
-def gqa_cache(config: GQA, batch_size: int, length: int, dtype: jnp.dtype) -> dict[str, Array]:
-    """An empty cache of one layer."""
-    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

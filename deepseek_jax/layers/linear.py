@@ -43,8 +43,7 @@ class Declared(nn.meta.AxisMetadata[Any]):
         return self.replace(spec=self.spec.stacked())
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
-        del index, params
-        return self.replace(spec=self.spec.unstacked())
+        raise NotImplementedError("what is declared is stacked once and never scanned again")
 
 
 def weight(

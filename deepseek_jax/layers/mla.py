@@ -44,6 +44,11 @@ class MLA:
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim ({self.rope_dim}) must be even: rotary turns pairs.")
 
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a layer's cache holds of each token."""
+        return {"latent": (self.kv_rank,), "rope_key": (self.rope_dim,)}
+
 
 class LatentAttention(nn.Module):
     """MLA as a module: expanded heads for training, absorbed projections for decoding.
@@ -57,29 +62,23 @@ class LatentAttention(nn.Module):
     dtypes: Dtypes
 
     def setup(self):
-        c, d = self.config, self.embed_dim
+        c, d, heads = self.config, self.embed_dim, ("heads", "head")
         width = c.nope_dim + c.rope_dim
-        heads = ("heads", "head")
+        parts = {
+            "kv_down": ("btd,dc->btc", (d, c.kv_rank + c.rope_dim), ("embed", "kv_rank")),
+            "k_up": ("btc,cnh->btnh", (c.kv_rank, c.num_heads, c.nope_dim), ("kv_rank", *heads)),
+            "v_up": ("btc,cnh->btnh", (c.kv_rank, c.num_heads, c.value_dim), ("kv_rank", *heads)),
+            "o": ("btnh,nhd->btd", (c.num_heads, c.value_dim, d), (*heads, "embed")),
+        }
         if c.q_rank is None:
-            self.q = self._project("btd,dnh->btnh", (d, c.num_heads, width), ("embed", *heads))
+            parts["q"] = ("btd,dnh->btnh", (d, c.num_heads, width), ("embed", *heads))
         else:
-            self.q_down = self._project("btd,dr->btr", (d, c.q_rank), ("embed", "q_rank"))
+            parts["q_down"] = ("btd,dr->btr", (d, c.q_rank), ("embed", "q_rank"))
+            parts["q_up"] = ("btr,rnh->btnh", (c.q_rank, c.num_heads, width), ("q_rank", *heads))
             self.q_norm = RMSNorm(self.dtypes, axis="q_rank")
-            shape = (c.q_rank, c.num_heads, width)
-            self.q_up = self._project("btr,rnh->btnh", shape, ("q_rank", *heads))
-        shape = (d, c.kv_rank + c.rope_dim)
-        self.kv_down = self._project("btd,dc->btc", shape, ("embed", "kv_rank"))
         self.kv_norm = RMSNorm(self.dtypes, axis="kv_rank")
-        axes = ("kv_rank", *heads)
-        shape = (c.kv_rank, c.num_heads, c.nope_dim)
-        self.k_up = self._project("btc,cnh->btnh", shape, axes)
-        shape = (c.kv_rank, c.num_heads, c.value_dim)
-        self.v_up = self._project("btc,cnh->btnh", shape, axes)
-        shape = (c.num_heads, c.value_dim, d)
-        self.o = self._project("btnh,nhd->btd", shape, (*heads, "embed"))
-
-    def _project(self, equation, shape, axes):
-        return Projection(equation, shape, axes, self.dtypes)
+        for name, part in parts.items():
+            setattr(self, name, Projection(*part, self.dtypes))
 
     def __call__(
         self, x: Float[Array, "B T D"], place: Place, cache: dict[str, Any] | None = None
@@ -102,10 +101,8 @@ class LatentAttention(nn.Module):
                 scale=scale,
             )
             return self.o(out), None
-        cache = {
-            "latent": write_cache(cache["latent"], latent, place.positions),
-            "rope_key": write_cache(cache["rope_key"], rope_key[:, :, 0], place.positions),
-        }
+        new = {"latent": latent, "rope_key": rope_key[:, :, 0]}
+        cache = {name: write_cache(cache[name], new[name], place.positions) for name in new}
         return self.o(self._absorbed(q_nope, q_rope, cache, place, scale)), cache
 
     def _absorbed(self, q_nope, q_rope, cache, place, scale):
@@ -120,11 +117,3 @@ class LatentAttention(nn.Module):
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
         seen = jnp.einsum("bnts,bsc->btnc", weights.astype(dtype), latent, **f32)
         return einsum("btnc,cnh->btnh", seen, self.v_up.weight, dtype)
-
-
-def mla_cache(config: MLA, batch_size: int, length: int, dtype: jnp.dtype) -> dict[str, Array]:
-    """An empty cache of one layer."""
-    return {
-        "latent": jnp.zeros((batch_size, length, config.kv_rank), dtype),
-        "rope_key": jnp.zeros((batch_size, length, config.rope_dim), dtype),
-    }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.layers.linear import Dtypes, SwiGLU, weight
-from deepseek_jax.layers.router import Balance, Gate, Router, check_router
+from deepseek_jax.layers.router import Balance, Gate, check_router
 from deepseek_jax.ops import routing
 from deepseek_jax.ops.experts import routed_experts
 
@@ -43,7 +43,7 @@ class MoE:
 
     num_experts: int
     expert_dim: int
-    router: Router
+    router: routing.Router
     num_shared_experts: int = 0
     """Experts every token passes; one MLP of width num_shared_experts * expert_dim."""
     dispatch: Dispatch = Dropless()
@@ -87,19 +87,26 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "N D"],
-        experts: Int[Array, "N A"],
-        weights: Float[Array, "N A"],
-        capacity: int | None,
-    ) -> tuple[Float[Array, "N D"], Int[Array, " E"], Int[Array, ""]]:
-        e, d, f = self.config.num_experts, self.embed_dim, self.config.expert_dim
+        x: Float[Array, "B T D"],
+        experts: Int[Array, "B T A"],
+        weights: Float[Array, "B T A"],
+    ) -> tuple[Float[Array, "B T D"], Int[Array, " E"], Int[Array, ""]]:
+        c, capacity = self.config, None
+        if isinstance(c.dispatch, Capacity):
+            capacity = max(1, math.ceil(c.dispatch.factor * (experts.size / c.num_experts)))
+            # Position before row: a later token must not take an earlier one's place.
+            x, experts, weights = (jnp.swapaxes(a, 0, 1) for a in (x, experts, weights))
+        e, d, f = c.num_experts, self.embed_dim, c.expert_dim
         inward = ("experts", "embed", "expert_mlp"), (e, d, f)
         outward = ("experts", "expert_mlp", "embed"), (e, f, d)
         leaves = (
             weight(self, name, shape, axes, reduced=(1,), outputs=(2,))
             for name, (axes, shape) in {"gate": inward, "up": inward, "down": outward}.items()
         )
-        return routed_experts(x, experts, weights, *leaves, capacity=capacity)
+        tokens = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
+        y, counts, dropped = routed_experts(*tokens, *leaves, capacity=capacity)
+        y = y.reshape(x.shape)
+        return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped
 
 
 class MixtureOfExperts(nn.Module):
@@ -118,7 +125,8 @@ class MixtureOfExperts(nn.Module):
         gate = Gate(c.router, self.embed_dim, c.num_experts, self.dtypes, name="router")
         logits, routes = gate(x)
         experts = jnp.where(valid[..., None], routes.experts, c.num_experts)
-        y, counts, dropped = self._dispatch(x, experts, routes.weights)
+        layer = Experts(c, self.embed_dim, self.dtypes, name="experts")
+        y, counts, dropped = layer(x, experts, routes.weights)
         if c.num_shared_experts:
             width = c.num_shared_experts * c.expert_dim
             y = y + SwiGLU(self.embed_dim, width, self.dtypes, name="shared")(x)
@@ -134,22 +142,3 @@ class MixtureOfExperts(nn.Module):
             uniform_loss=routing.uniform_loss(routes.probabilities, valid),
             z_loss=routing.z_loss(logits, valid),
         )
-
-    def _dispatch(self, x, experts, weights):
-        c = self.config
-        layer = Experts(c, self.embed_dim, self.dtypes, name="experts")
-        batch, length, num_active = experts.shape
-        capacity = None
-        if isinstance(c.dispatch, Capacity):
-            share = batch * length * num_active / c.num_experts
-            capacity = max(1, math.ceil(c.dispatch.factor * share))
-            # Position before row: a later token must not take an earlier one's place.
-            x, experts, weights = (jnp.swapaxes(a, 0, 1) for a in (x, experts, weights))
-        y, counts, dropped = layer(
-            x.reshape(-1, self.embed_dim),
-            experts.reshape(-1, num_active),
-            weights.reshape(-1, num_active),
-            capacity,
-        )
-        y = y.reshape(x.shape)
-        return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped

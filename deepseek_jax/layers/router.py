@@ -1,11 +1,9 @@
-"""Routers as types: which experts a token goes to, with what weight, and how load is balanced.
+"""The router as a layer: a float32 gate, what keeps its load even, and which routers can be.
 
-Sources: softmax top-k (DeepSeekMoE, arXiv 2401.06066), softmax group-limited (V2, 2405.04434),
-sigmoid with a bias that balances without an auxiliary loss (V3, 2412.19437, section 2.1.2).
+A bias that balances without an auxiliary loss: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 """
 
 import dataclasses
-from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,48 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_jax.layers.linear import Dtypes, weight
-from deepseek_jax.ops.routing import Routes, hierarchical_routes, sigmoid_routes, softmax_routes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Softmax:
-    """Top-k of a softmax; with groups, of the best groups only (V2: a group scores its maximum)."""
-
-    num_active_experts: int
-    normalize: bool = False
-    """Whether the chosen weights are divided by their sum."""
-    scale: float = 1.0
-    num_groups: int = 1
-    num_active_groups: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sigmoid:
-    """Top-k of sigmoid + bias, weighted without the bias; a group scores its top two's sum (V3)."""
-
-    num_active_experts: int
-    normalize: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    num_active_groups: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hierarchical:
-    """Two levels: a softmax over groups, then one over the experts inside each chosen group.
-
-    A weight is the product of its group's and its expert's probability. `num_active_experts`
-    counts experts in all, the same number from each chosen group.
-    """
-
-    num_active_experts: int
-    num_groups: int
-    num_active_groups: int = 1
-    normalize: bool = False
-    scale: float = 1.0
-
-
-Router: TypeAlias = Softmax | Sigmoid | Hierarchical
+from deepseek_jax.ops.routing import (
+    Hierarchical,
+    Router,
+    Routes,
+    Sigmoid,
+    Softmax,
+    hierarchical_routes,
+    sigmoid_routes,
+    softmax_routes,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,22 +44,18 @@ class Balance:
 def check_router(router: Router, num_experts: int) -> None:
     """Raise ValueError unless the router's choices exist among `num_experts` experts."""
     top, groups, chosen = router.num_active_experts, router.num_groups, router.num_active_groups
-    if not 1 <= top <= num_experts:
-        raise ValueError(
-            f"router.num_active_experts is {top}, but there are num_experts = {num_experts}: "
-            "it must lie between 1 and that."
-        )
     if router.scale <= 0:
         raise ValueError(f"router.scale is {router.scale}; it must be above 0.")
     if groups < 1 or num_experts % groups:
         raise ValueError(
             f"router.num_groups ({groups}) must divide num_experts ({num_experts}) evenly."
         )
-    if not 1 <= chosen <= groups:
-        raise ValueError(
-            f"router.num_active_groups is {chosen}, but there are num_groups = {groups}: "
-            "it must lie between 1 and that."
-        )
+    for name, value, limit, most in (
+        ("num_active_experts", top, "num_experts", num_experts),
+        ("num_active_groups", chosen, "num_groups", groups),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"router.{name} is {value}; it must be from 1 to {limit} = {most}.")
     if top > chosen * (num_experts // groups):
         raise ValueError(
             f"router.num_active_experts is {top}, but {chosen} active groups hold only "
@@ -122,22 +84,15 @@ class Gate(nn.Module):
         c = self.config
         x = x.astype(jnp.float32)
         logits = self._logits(x, "weight", self.num_experts)
-        choice = {"num_active": c.num_active_experts, "normalize": c.normalize, "scale": c.scale}
         if isinstance(c, Hierarchical):
-            groups = self._logits(x, "groups", c.num_groups)
-            routes = hierarchical_routes(
-                groups, logits, num_active_groups=c.num_active_groups, **choice
-            )
-            return logits, routes
-        choice |= {"num_groups": c.num_groups, "num_active_groups": c.num_active_groups}
+            return logits, hierarchical_routes(c, logits, self._logits(x, "groups", c.num_groups))
         if isinstance(c, Softmax):
-            return logits, softmax_routes(logits, **choice)
+            return logits, softmax_routes(c, logits)
         shape, axes = (self.num_experts,), ("router",)
         bias = weight(self, "bias", shape, axes, init="zeros", dtype=jnp.dtype(jnp.float32))
-        return logits, sigmoid_routes(logits, jax.lax.stop_gradient(bias), **choice)
+        return logits, sigmoid_routes(c, logits, jax.lax.stop_gradient(bias))
 
     def _logits(self, x, name, count):
-        w = weight(
-            self, name, (self.embed_dim, count), ("embed", "router"), reduced=(0,), outputs=(1,)
-        )
+        shape, axes = (self.embed_dim, count), ("embed", "router")
+        w = weight(self, name, shape, axes, reduced=(0,), outputs=(1,))
         return jnp.einsum("btd,de->bte", x, w.astype(jnp.float32))

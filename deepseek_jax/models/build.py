@@ -1,6 +1,7 @@
 """A model as functions: init and apply over explicit trees, nothing hidden."""
 
 import dataclasses
+import functools
 import zlib
 from typing import Any
 
@@ -13,7 +14,7 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes
 from deepseek_jax.layers.moe import Dropless
-from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, empty_cache
+from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output
 from deepseek_jax.ops.matmul import dot
 
 
@@ -93,8 +94,12 @@ class Model:
         return dot("btd,dv->btv", hidden, self.head(params).astype(hidden.dtype))
 
     def init_cache(self, batch_size: int, length: int) -> tuple:
-        """An empty cache for `length` positions a row."""
-        return empty_cache(self.config, batch_size, length, self.dtypes.compute)
+        """An empty cache for `length` positions a row: one a segment, leaves [R, B, S, ...]."""
+        shapes = self.config.attention.cache_shapes.items()
+        return tuple(
+            {n: jnp.zeros((r, batch_size, length, *s), self.dtypes.compute) for n, s in shapes}
+            for _, r in self.config.segments
+        )
 
     def decode(
         self,
@@ -124,9 +129,6 @@ def build(config: Decoder, precision: Precision = Precision()) -> Model:
     module = LanguageDecoder(config, dtypes)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     following = jax.ShapeDtypeStruct((1, 2, config.num_mtp_layers), jnp.int32)
-    declared = jax.eval_shape(
-        lambda tokens, following: module.init(jax.random.key(0), tokens, next_tokens=following),
-        tokens,
-        following,
-    )
+    init = functools.partial(module.init, jax.random.key(0))
+    declared = jax.eval_shape(init, tokens, next_tokens=following)
     return Model(config, dtypes, declared["params"], module)

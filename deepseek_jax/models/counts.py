@@ -12,15 +12,10 @@ from deepseek_jax.models.decoder import Decoder
 
 def num_params(model: Model) -> tuple[int, int]:
     """(total, active) parameters; total includes MTP layers and excludes router biases."""
-    total = active = 0
-    for path, leaf in tree.flatten(model.shapes).items():
-        if path.endswith("router/bias"):
-            continue
-        total += leaf.size
-        if path.startswith("mtp_"):
-            continue
-        active += _visited(model.config, path, leaf.size)
-    return total, active
+    sizes = {path: leaf.size for path, leaf in tree.flatten(model.shapes).items()}
+    sizes = {path: size for path, size in sizes.items() if not path.endswith("router/bias")}
+    kept = (path for path in sizes if not path.startswith("mtp_"))
+    return sum(sizes.values()), sum(_visited(model.config, path, sizes[path]) for path in kept)
 
 
 def _visited(config: Decoder, path: str, size: int) -> int:

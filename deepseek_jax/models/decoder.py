@@ -1,27 +1,25 @@
 """The decoder: embeddings, segments of blocks, head. One config for dense, V2, V3 and the rest.
 
-DeepSeek-V3 (arXiv 2412.19437) is MLA, three dense layers, then MoE ones, and one MTP layer.
+DeepSeek-V3 (arXiv 2412.19437) is MLA, three dense layers, then MoE ones, and one layer of
+multi-token prediction (MTP, section 2.2).
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.layers.attention import GQA, Place, gqa_cache
-from deepseek_jax.layers.block import stacked
-from deepseek_jax.layers.linear import Dtypes, RMSNorm, weight
-from deepseek_jax.layers.mla import MLA, mla_cache
+from deepseek_jax.layers.attention import GQA, Place
+from deepseek_jax.layers.block import Remat, stacked
+from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
+from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE, Routing
-from deepseek_jax.models.mtp import PredictionLayer
 from deepseek_jax.ops.rope import rotation
 from deepseek_jax.parallel.sharding import constrain
 
 Attention: TypeAlias = GQA | MLA
-
-CACHES: dict[type, Any] = {GQA: gqa_cache, MLA: mla_cache}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class Decoder:
     norm_eps: float = 1e-6
     init_scale: float = 0.006
     """Standard deviation of the initial weights (V3's; small models take about embed_dim**-0.5)."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
     unroll: int = 1
     """Layers that one iteration of the scan over layers holds."""
@@ -72,12 +70,8 @@ class Decoder:
     @property
     def segments(self) -> tuple[tuple[int | MoE, int], ...]:
         """Runs of like blocks: (the feed-forward part, repeats), in order."""
-        if self.moe is None:
-            return ((self.mlp_dim, self.num_layers),)
-        runs = (
-            (self.mlp_dim, self.num_dense_layers),
-            (self.moe, self.num_layers - self.num_dense_layers),
-        )
+        num_dense = self.num_layers if self.moe is None else self.num_dense_layers
+        runs = ((self.mlp_dim, num_dense), (self.moe, self.num_layers - num_dense))
         return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
 
 
@@ -118,6 +112,49 @@ class Segment(nn.Module):
         return x, cache, routing
 
 
+class PredictionLayer(nn.Module):
+    """One prediction depth; its block is like the model's last (a stack of one).
+
+    Depth d sees the embedding of token t+1+d beside the previous depth's hidden state at t (after
+    its final norm), and predicts token t+2+d with the shared head. The embedding comes first, as
+    in the released weights.
+    """
+
+    config: Decoder
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], place: Place
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        c = self.config
+        pair = (
+            RMSNorm(self.dtypes, eps=c.norm_eps, name=f"{name}_norm")(x)
+            for name, x in (("embedding", embedded), ("hidden", hidden))
+        )
+        shape, axes = (2 * c.embed_dim, c.embed_dim), ("embed", "mlp")
+        projection = Projection("btc,cd->btd", shape, axes, self.dtypes, name="projection")
+        block = stacked(1, c.remat, 1)(
+            c.attention, c.moe or c.mlp_dim, c.embed_dim, c.norm_eps, self.dtypes, name="block"
+        )
+        x, (_, routing) = block(projection(jnp.concatenate([*pair], axis=-1)), None, place)
+        return RMSNorm(self.dtypes, eps=c.norm_eps, name="final_norm")(x), routing
+
+
+class Table(nn.Module):
+    """Token embeddings, or the head that has one column a token."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    dtypes: Dtypes
+
+    def setup(self):
+        self.weight = weight(self, "weight", self.shape, self.axes, reduced=(0,), outputs=(1,))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[tokens].astype(self.dtypes.compute)
+
+
 class LanguageDecoder(nn.Module):
     """The decoder as a module: hidden states for training, cached logits for decoding."""
 
@@ -126,7 +163,7 @@ class LanguageDecoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = Table(c.vocab_size, c.embed_dim, self.dtypes)
+        self.embedding = Table((c.vocab_size, c.embed_dim), ("vocab", "embed"), self.dtypes)
         self.segments = [
             Segment(c, feed_forward, repeats, self.dtypes, name=f"segment_{index}")
             for index, (feed_forward, repeats) in enumerate(c.segments)
@@ -137,7 +174,7 @@ class LanguageDecoder(nn.Module):
             for depth in range(c.num_mtp_layers)
         ]
         if not c.tie_embeddings:
-            self.head = Head(c.vocab_size, c.embed_dim, self.dtypes)
+            self.head = Table((c.embed_dim, c.vocab_size), ("embed", "vocab"), self.dtypes)
 
     def __call__(
         self,
@@ -161,7 +198,7 @@ class LanguageDecoder(nn.Module):
             predicted.append(previous)
             routing |= {f"{layer.name}/block": one} if one else {}
         if self.is_initializing() and not self.config.tie_embeddings:
-            self.head(hidden)
+            _ = self.head.weight  # declares it; losses and samplers read it themselves
         return Output(hidden, tuple(predicted), routing)
 
     def decode(
@@ -180,40 +217,3 @@ class LanguageDecoder(nn.Module):
         dim = a.head_dim if isinstance(a, GQA) else a.rope_dim
         cosine, sine = rotation(positions, dim, a.rope_theta, a.yarn)
         return Place(cosine, sine, segments, positions)
-
-
-class Table(nn.Module):
-    """Token embeddings."""
-
-    vocab_size: int
-    embed_dim: int
-    dtypes: Dtypes
-
-    def setup(self):
-        shape, axes = (self.vocab_size, self.embed_dim), ("vocab", "embed")
-        self.weight = weight(self, "weight", shape, axes, reduced=(0,), outputs=(1,))
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[tokens].astype(self.dtypes.compute)
-
-
-class Head(nn.Module):
-    """The output projection; losses and samplers read its weight themselves."""
-
-    vocab_size: int
-    embed_dim: int
-    dtypes: Dtypes
-
-    @nn.compact
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "D V"]:
-        shape, axes = (self.embed_dim, self.vocab_size), ("embed", "vocab")
-        return weight(self, "weight", shape, axes, reduced=(0,), outputs=(1,))
-
-
-def empty_cache(config: Decoder, batch_size: int, length: int, dtype: jnp.dtype) -> tuple:
-    """A cache for `length` positions: one a segment, its leaves stacked [R, B, S, ...]."""
-    one = CACHES[type(config.attention)](config.attention, batch_size, length, dtype)
-    return tuple(
-        {name: jnp.zeros((repeats, *leaf.shape), leaf.dtype) for name, leaf in one.items()}
-        for _, repeats in config.segments
-    )

@@ -9,7 +9,6 @@ import functools
 import pathlib
 import time
 import timeit
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +17,15 @@ from jax.sharding import AxisType
 
 # Dense bfloat16 TFLOP/s of one JAX device, by a part of its device_kind; the first match counts.
 # Chips of TPU v2, v3 and 7 (2,307) show up as two devices.
-# fmt: off
 PEAKS = {
     "TPU7": 1153.5, "TPU v6": 918, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v4": 275,
     "TPU v3": 61.5, "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200": 989,
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
     "L40S": 362, "L40": 181, "L4": 121,
-}
-# fmt: on
+}  # fmt: skip
 
-
-class Peak(NamedTuple):
-    """The FLOP/s that matmuls can reach on all devices of the job together, and how it is known."""
-
-    flops: float
-    how: str
+# The FLOP/s that matmuls can reach on all devices of the job together, and how that is known.
+Peak = collections.namedtuple("Peak", "flops how")
 
 
 def matmul_peak(seconds: float = 0.8) -> Peak:
@@ -43,29 +36,27 @@ def matmul_peak(seconds: float = 0.8) -> Peak:
             return Peak(teraflops * 1e12 * jax.device_count(), f"published for {kind}")
     one = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=jax.local_devices()[:1])
     with jax.set_mesh(one):  # in place of the caller's mesh, which would share the work out
-        rates = _rates(seconds)
-    name = max(rates, key=rates.get)
+        rate, name = _best_rate(seconds)
     # A CPU is one machine a process, into however many devices it is split.
     parts = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
-    return Peak(rates[name] * parts, f"measured, {name}")
+    return Peak(rate * parts, f"measured, {name}")
 
 
-def _rates(seconds: float) -> dict[str, float]:
-    """The best FLOP/s of each kind of square matmul, taken in turns: neighbors slow all alike."""
-    runs, rates, small = [], {}, {}
+def _best_rate(seconds: float) -> tuple[float, str]:
+    """The best FLOP/s and its kind of square matmul, taken in turns: neighbors slow all alike."""
+    runs, best = [], (0.0, "")
     for given, result in (("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32",) * 2):
         product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=result))
-        a, b = (jnp.ones((size, size), given) for size in (512, 2048))
-        _seconds(product, a)  # compiles
-        small[f"{given} to {result}"] = 2 * 512**3 / (took := _seconds(product, a))
-        if 64 * took < seconds:  # else nobody wants to wait for the big one
-            _seconds(product, b)
-            runs.append((f"{given} to {result}", product, b))
+        small, big = (jnp.ones((size, size), given) for size in (512, 2048))
+        _seconds(product, small)  # compiles
+        x = big if 64 * _seconds(product, small) < seconds else small  # nobody waits for ever
+        _seconds(product, x)
+        runs.append((product, x, f"{given} to {result}"))
     end = time.perf_counter() + seconds
-    while runs and time.perf_counter() < end:
-        for name, product, b in runs:
-            rates[name] = max(rates.get(name, 0), 2 * 2048**3 / _seconds(product, b))
-    return rates or small
+    while time.perf_counter() < end:
+        for product, x, name in runs:
+            best = max(best, (2 * len(x) ** 3 / _seconds(product, x), name))
+    return best
 
 
 def _seconds(product, x) -> float:

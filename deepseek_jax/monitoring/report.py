@@ -130,10 +130,10 @@ def _grid(count: int, columns: int, height: float) -> tuple[Figure, list]:
 
 def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
     """{file name: (heading, text, figure)} of everything that is a curve."""
-    drawn, known = {}, {key for *_, keys in PANELS for key in keys}
-    others = sorted(key for key in series if key.endswith("loss") and key not in known)
-    table = list(PANELS)
-    table += [("router" if "router/" in key else "training", key, "", (key,)) for key in others]
+    drawn, table = {}, list(PANELS)
+    for key in sorted(series.keys() - {key for *_, keys in PANELS for key in keys}):
+        if key.endswith("loss"):
+            table.append(("router" if "router/" in key else "training", key, "", (key,)))
     for name, (heading, text) in PICTURES.items():
         panels = [p for p in table if p[0] == name and any(key in series for key in p[3])]
         if panels:
@@ -195,7 +195,7 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
     extent = (steps[0], max(steps[-1], steps[0] + 1), columns.shape[1] - 0.5, -0.5)
     maps = [(label, image, extent) for label, image in zip(labels, columns, strict=True)]
     time = _maps(maps, 4, 2.0, "step", "expert", half)
-    text = "An expert's tokens over an even share: white is even, red more, blue less. Each map is "
+    text = "An expert's tokens over an even share: white is even, red more, blue less. Each map is"
     return {
         "expert_load": ("Expert load: layer x expert", f"{text} the mean of its steps.", moments),
         "expert_load_time": ("Expert load over time", f"{text} one layer.", time),

@@ -19,15 +19,18 @@ MASKED = -1e30  # finite: a row with nothing to attend gives a uniform softmax, 
 
 
 def causal_mask(
-    segments: Int[Array, "B T"] | None, length: int, window: int | None
-) -> Bool[Array, "_ T T"]:
-    """Who attends to whom in packed rows: earlier tokens of the same segment, within the window."""
-    query, key = jnp.arange(length)[None, :, None], jnp.arange(length)[None, None, :]
+    segments: Int[Array, "B T"] | None, end: int, window: int | None, start: int = 0, first: int = 0
+) -> Bool[Array, "_ queries keys"]:
+    """Who attends to whom in packed rows: earlier tokens of the same segment, within the window.
+
+    Queries are the positions from `start` to `end`, keys those from `first` to `end`.
+    """
+    query, key = jnp.arange(start, end)[None, :, None], jnp.arange(first, end)[None, None, :]
     mask = query >= key
     if window is not None:
         mask &= query - key < window
     if segments is not None:
-        mask &= segments[:, :, None] == segments[:, None, :]
+        mask &= segments[:, start:end, None] == segments[:, None, first:end]
     return mask
 
 
@@ -59,24 +62,17 @@ def causal_attention(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Causal attention within segments and, if given, a sliding window; see the module's text."""
-    chosen = implementation or _fastest(q, k, v)
-    if chosen == "cudnn":
-        return _cudnn(q, k, v, segments, scale, window)
-    if chosen == "splash":
-        return _splash(q, k, v, segments, scale, window)
-    if chosen == "reference":
+    if implementation == "reference":
         return masked_attention(q, k, v, causal_mask(segments, q.shape[1], window), scale)
-    return _blocks(q, k, v, segments, scale, window)
-
-
-def _fastest(q: Array, k: Array, v: Array) -> Implementation:
-    backend = jax.default_backend()
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        return "cudnn"
-    if backend == "tpu" and q.shape[1] % 128 == 0 and jax.device_count() == 1:
-        return "splash"  # a Pallas kernel: not partitioned automatically, so one device only
-    return "blocks"
+    if implementation is None:
+        implementation, backend = "blocks", jax.default_backend()
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+            implementation = "cudnn"
+        elif backend == "tpu" and q.shape[1] % 128 == 0 and jax.device_count() == 1:
+            implementation = "splash"  # a Pallas kernel: not partitioned, so one device only
+    form = {"blocks": _blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
+    return form(q, k, v, segments, scale, window)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -93,11 +89,8 @@ def _spans(length, window):
     """(first query, end, first key) of each block; at most 8, each is code of its own."""
     block = max(128, -(-length // 8))
     for start in range(0, length, block):
-        yield (
-            start,
-            min(start + block, length),
-            0 if window is None else max(0, start - window + 1),
-        )
+        first = 0 if window is None else max(0, start - window + 1)
+        yield start, min(start + block, length), first
 
 
 def _heads_first(q, k, v, scale):
@@ -111,12 +104,7 @@ def _heads_first(q, k, v, scale):
 
 def _scores(q, k, segments, span, window):
     start, end, first = span
-    query, key = jnp.arange(start, end)[None, :, None], jnp.arange(first, end)[None, None, :]
-    mask = query >= key
-    if window is not None:
-        mask &= query - key < window
-    if segments is not None:
-        mask &= segments[:, start:end, None] == segments[:, None, first:end]
+    mask = causal_mask(segments, end, window, start, first)
     scores = dot("bkgth,bksh->bkgts", q[:, :, :, start:end], k[:, :, first:end])
     return jnp.where(mask[:, None, None], scores, MASKED)
 
@@ -151,23 +139,18 @@ def _blocks_backward(scale, window, residuals, slope):
         scores = _scores(qh, kh, segments, span, window)
         weights = jnp.exp(scores - log_sums[:, :, :, rows])
         change = dot("bkgth,bksh->bkgts", slope[:, :, :, rows], vh[:, :, keys])
-        change = weights * (change - shared[:, :, :, rows])
-        # Apart, or XLA:CPU fuses the exponentials into the transpositions below.
-        weights, change = jax.lax.optimization_barrier(
-            (weights.astype(v.dtype), change.astype(q.dtype))
-        )
+        change = (weights * (change - shared[:, :, :, rows])).astype(q.dtype)
+        weights = weights.astype(v.dtype)
         q_slopes.append(dot("bkgts,bksh->bkgth", change, kh[:, :, keys]))
         k_part = dot("bkgts,bkgth->bksh", change, qh[:, :, :, rows])
         v_part = dot("bkgts,bkgth->bksh", weights, slope[:, :, :, rows])
-        k_slope = k_slope.at[:, :, keys].add(k_part)
-        v_slope = v_slope.at[:, :, keys].add(v_part)
+        k_slope, v_slope = k_slope.at[:, :, keys].add(k_part), v_slope.at[:, :, keys].add(v_part)
     q_slope = jnp.concatenate(q_slopes, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape) * scale
-    return (
-        q_slope.astype(q.dtype),
+    k_slope, v_slope = (
         k_slope.swapaxes(1, 2).astype(k.dtype),
         v_slope.swapaxes(1, 2).astype(v.dtype),
-        None,
     )
+    return q_slope.astype(q.dtype), k_slope, v_slope, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
@@ -177,12 +160,10 @@ def _cudnn(q, k, v, segments, scale, window):
     width = v.shape[-1]
     if width < q.shape[-1]:  # MLA's values are narrower than its keys; cuDNN wants one width
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - width)))
-    mask = None
-    if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     local = None if window is None else (window - 1, 0)
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local,
+        q, k, v, mask=same, scale=scale, is_causal=True, local_window_size=local,
         implementation="cudnn",
     )  # fmt: skip
     return out[..., :width]
@@ -201,9 +182,5 @@ def _splash(q, k, v, segments, scale, window):
     heads_first = [
         jnp.swapaxes(x, 1, 2) for x in (q * scale, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2))
     ]
-    if segments is None:
-        out = jax.vmap(kernel)(*heads_first)
-    else:
-        ids = splash.SegmentIds(q=segments, kv=segments)
-        out = jax.vmap(kernel)(*heads_first, ids)
-    return jnp.swapaxes(out, 1, 2)
+    ids = () if segments is None else (splash.SegmentIds(q=segments, kv=segments),)
+    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, *ids), 1, 2)

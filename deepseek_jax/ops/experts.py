@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.ops.matmul import dot, rows, turned, weight_slope
+from deepseek_jax.ops.matmul import dot, rows, turned
 
 Implementation = Literal["reference", "ragged", "tiles", "few"]
 TILE_SLACK = 1.25  # a fixed tile's rows over an expert's even share
@@ -61,41 +61,29 @@ def routed_experts(
     """
     num_experts = gate.shape[0]
     plan = make_plan(experts, num_experts)
-    dispatched, dropped = plan.counts, jnp.zeros((), jnp.int32)
+    dispatched = plan.counts if capacity is None else jnp.minimum(plan.counts, capacity)
+    dropped = (plan.counts - dispatched).sum()
     if capacity is not None:
-        dispatched = jnp.minimum(plan.counts, capacity)
-        dropped = (plan.counts - dispatched).sum()
-        first = jnp.pad(plan.start, (0, 1))  # expert E, which is none, drops by its id below
-        late = plan.place - first[experts] >= capacity
+        late = _rank(plan, experts) >= capacity
         experts = jnp.where(late, num_experts, experts)
-        if implementation is not None and implementation != "tiles":
-            plan = make_plan(experts, num_experts)
     weights = jnp.where(experts < num_experts, weights, 0.0)
-    chosen = implementation or _fastest(x, experts, num_experts)
-    if chosen != "tiles":  # which narrows them itself, so that their slopes stay wide
-        gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
-    if chosen == "reference":
-        y = _every_expert(x, experts, weights, gate, up, down)
-    elif chosen == "few":
-        y = _few(x, experts, weights, gate, up, down)
-    elif chosen == "ragged":
-        plan = plan if capacity is None else make_plan(experts, num_experts)
-        y = _ragged(x, plan, weights, gate, up, down)
-    else:
-        size = capacity or _even_rows(experts.size, num_experts)
-        size = min(size, x.shape[0])
+    if implementation is None:
+        implementation = "tiles" if jax.default_backend() == "cpu" else "ragged"
+        if experts.size < num_experts:
+            implementation = "few"  # decoding: read only the chosen experts' weights
+    if implementation == "tiles":  # it narrows weights itself, so that their slopes stay wide
+        even = int(experts.size / num_experts * TILE_SLACK)
+        size = min(capacity or max(8, -(-even // 8) * 8), x.shape[0])
         y = _tiles(size, capacity is None, x, weights, gate, up, down, plan, experts)
+    else:
+        form = {"reference": _every_expert, "few": _few, "ragged": _ragged}[implementation]
+        y = form(x, experts, weights, *(w.astype(x.dtype) for w in (gate, up, down)))
     return y, dispatched, dropped
 
 
-def _fastest(x: Array, experts: Array, num_experts: int) -> Implementation:
-    if experts.size < num_experts:
-        return "few"  # decoding: read only the chosen experts' weights
-    return "tiles" if jax.default_backend() == "cpu" else "ragged"
-
-
-def _even_rows(assignments: int, num_experts: int) -> int:
-    return max(8, -(-int(assignments / num_experts * TILE_SLACK) // 8) * 8)
+def _rank(plan, experts):
+    """Which of its expert's assignments each one is; without meaning where there is no expert."""
+    return plan.place - jnp.pad(plan.start, (0, 1))[experts]
 
 
 def swiglu(gate: Float[Array, "*x F"], up: Float[Array, "*x F"]) -> Float[Array, "*x F"]:
@@ -119,7 +107,8 @@ def _few(x, experts, weights, gate, up, down):
     return dot("naf,nafd->nd", h, down[ids]).astype(x.dtype)
 
 
-def _ragged(x, plan, weights, gate, up, down):
+def _ragged(x, experts, weights, gate, up, down):
+    plan = make_plan(experts, gate.shape[0])
     ragged = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
     tokens = x[plan.order // weights.shape[1]]
     h = swiglu(ragged(tokens, gate, plan.counts), ragged(tokens, up, plan.counts))
@@ -136,134 +125,115 @@ def _tiles(size, overflow, x, weights, gate, up, down, plan, experts):
     return _tiles_forward(size, overflow, x, weights, gate, up, down, plan, experts)[0]
 
 
-class _Slots(NamedTuple):
-    token: Array  # [E, rows] whose row each slot of a tile holds
-    weight: Array  # [E, rows] the router's weight there, 0 in empty slots
-    slot: Array  # [N, A] assignment -> slot
-    kept: Array  # [N, A] whether the assignment has one
+def _assigned(plan, weights, start, count, inside):
+    """An expert's assignments number `inside`, their weights, and which are real (else weight 0).
+
+    The expert's first sorted place and its count come as they broadcast against `inside`.
+    """
+    assignment = plan.order[jnp.minimum(start + inside, plan.order.size - 1)]
+    real = inside < count
+    return assignment, jnp.where(real, weights.reshape(-1)[assignment], 0.0), real
 
 
 def _slots(size, weights, plan, experts):
-    num_experts, num_active = plan.counts.shape[0], weights.shape[1]
-    inside = jnp.arange(size)[None, :]
-    place = jnp.minimum(plan.start[:, None] + inside, plan.order.size - 1)
-    assignment = plan.order[place]
-    used = inside < plan.counts[:, None]
-    weight = jnp.where(used, weights.reshape(-1)[assignment], 0.0)
-    rank = plan.place - jnp.pad(plan.start, (0, 1))[experts]
-    kept = (rank < size) & (experts < num_experts)
-    slot = jnp.where(kept, experts * size + rank, 0)
-    return _Slots(assignment // num_active, weight, slot, kept)
+    """Token and weight of each slot [E, size]; each assignment's slot, and if it has one [N, A]."""
+    inside, start = jnp.arange(size)[None, :], plan.start[:, None]
+    assignment, weight, _ = _assigned(plan, weights, start, plan.counts[:, None], inside)
+    rank = _rank(plan, experts)
+    kept = (rank < size) & (experts < plan.counts.size)
+    return assignment // weights.shape[1], weight, jnp.where(kept, experts * size + rank, 0), kept
 
 
-def _combine(values, slots):
+def _combine(values, slot, kept):
     """Sum each token's slots: [E, rows, D] -> [N, D] float32."""
     flat = values.reshape(-1, values.shape[-1])
-    total = jnp.zeros((slots.slot.shape[0], values.shape[-1]), jnp.float32)
-    for slot, kept in zip(slots.slot.T, slots.kept.T, strict=True):  # one fused pass over all A
-        total += jnp.where(kept[:, None], flat.at[slot].get(mode="promise_in_bounds"), 0.0)
+    total = jnp.zeros((slot.shape[0], values.shape[-1]), jnp.float32)
+    for one, real in zip(slot.T, kept.T, strict=True):  # one fused pass over all A
+        total += jnp.where(real[:, None], flat.at[one].get(mode="promise_in_bounds"), 0.0)
     return total
 
 
-def _overflow_tile(index, size, plan, num_active):
-    """The index-th overflow tile: its expert, its assignments, and which of them are real."""
+def _overflow(size, plan, weights, visit, start):
+    """Fold visit(carry, expert, assignment, weight, real) over what fits in no tile of `size`."""
     tiles = -(-jnp.maximum(plan.counts - size, 0) // OVERFLOW_ROWS)
     ends = jnp.cumsum(tiles)
-    expert = (index >= ends).sum()
-    first = size + (index - (ends - tiles)[expert]) * OVERFLOW_ROWS
-    inside = first + jnp.arange(OVERFLOW_ROWS)
-    place = jnp.minimum(plan.start[expert] + inside, plan.order.size - 1)
-    assignment = plan.order[place]
-    return expert, assignment, assignment // num_active, inside < plan.counts[expert]
+
+    def one(index, carry):
+        expert = (index >= ends).sum()
+        inside = size + (index - (ends - tiles)[expert]) * OVERFLOW_ROWS + jnp.arange(OVERFLOW_ROWS)
+        own = _assigned(plan, weights, plan.start[expert], plan.counts[expert], inside)
+        return visit(carry, expert, *own)
+
+    return jax.lax.fori_loop(0, tiles.sum(), one, start)
 
 
-def _num_overflow_tiles(size, plan):
-    return (-(-jnp.maximum(plan.counts - size, 0) // OVERFLOW_ROWS)).sum()
+def _gate_up(x, gate, up):
+    return dot("...rd,...df->...rf", x, gate), dot("...rd,...df->...rf", x, up)
+
+
+def _swiglu_slopes(x, weight, gate, up, down, g, u, y_slope):
+    """Float32 slopes of all that y = (silu(x @ gate) * (x @ up) * weight) @ down is made of."""
+    g, u = g.astype(jnp.float32), u.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(g)
+    silu = g * sigmoid
+    h_slope = dot("...rd,...fd->...rf", y_slope, down)
+    weight_slope = (h_slope * silu * u).sum(-1)
+    h_slope = h_slope * weight[..., None]
+    g_slope = (h_slope * u * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
+    u_slope = (h_slope * silu).astype(x.dtype)
+    h = (silu * u * weight[..., None]).astype(x.dtype)
+    x_slope = dot("...rf,...df->...rd", g_slope, gate) + dot("...rf,...df->...rd", u_slope, up)
+    pairs = ((x, g_slope), (x, u_slope), (h, y_slope))
+    return x_slope, weight_slope, *(dot("...dr,...rf->...df", turned(a), b) for a, b in pairs)
 
 
 def _tiles_forward(size, overflow, x, weights, gate, up, down, plan, experts):
     like = jnp.zeros(0, gate.dtype)
     gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
-    slots = _slots(size, weights, plan, experts)
-    tile = rows(x, slots.token)
-    g = dot("erd,edf->erf", tile, gate).astype(x.dtype)
-    u = dot("erd,edf->erf", tile, up).astype(x.dtype)
-    h = (swiglu(g, u) * slots.weight[..., None]).astype(x.dtype)
-    y = _combine(dot("erf,efd->erd", h, down), slots)
-    if overflow:
+    token, weight, slot, kept = _slots(size, weights, plan, experts)
+    g, u = (part.astype(x.dtype) for part in _gate_up(rows(x, token), gate, up))
+    h = (swiglu(g, u) * weight[..., None]).astype(x.dtype)
+    y = _combine(dot("erf,efd->erd", h, down), slot, kept)
 
-        def one(index, y):
-            expert, assignment, token, real = _overflow_tile(index, size, plan, weights.shape[1])
-            part = rows(x, token)
-            g, u, d = (rows(w, expert) for w in (gate, up, down))
-            h = swiglu(dot("rd,df->rf", part, g), dot("rd,df->rf", part, u))
-            h = h * jnp.where(real, weights.reshape(-1)[assignment], 0.0)[:, None]
-            return y.at[token].add(dot("rf,fd->rd", h.astype(x.dtype), d))
+    def visit(y, expert, assignment, weight, _):
+        token = assignment // weights.shape[1]
+        h = swiglu(*_gate_up(rows(x, token), rows(gate, expert), rows(up, expert)))
+        h = (h * weight[:, None]).astype(x.dtype)
+        return y.at[token].add(dot("rf,fd->rd", h, rows(down, expert)))
 
-        y = jax.lax.fori_loop(0, _num_overflow_tiles(size, plan), one, y)
+    y = _overflow(size, plan, weights, visit, y) if overflow else y
     return y.astype(x.dtype), (x, weights, gate, up, down, plan, experts, g, u, like)
 
 
-def _swiglu_slopes(g, u, h_slope, weight, dtype):
-    """Slopes of gate, up and weight from that of h = silu(g) * u * weight, and h itself."""
-    g, u = g.astype(jnp.float32), u.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(g)
-    silu = g * sigmoid
-    weight_slope = (h_slope * silu * u).sum(-1)
-    h_slope = h_slope * weight[..., None]
-    g_slope = h_slope * u * (sigmoid + silu * (1 - sigmoid))
-    h = silu * u * weight[..., None]
-    slopes = g_slope.astype(dtype), (h_slope * silu).astype(dtype), weight_slope, h.astype(dtype)
-    # XLA:CPU would fuse this arithmetic into the transposition that a weight's slope needs, and
-    # then runs it one strided element at a time (ten times slower than apart).
-    return jax.lax.optimization_barrier(slopes)
-
-
 def _tiles_backward(size, overflow, residuals, y_slope):
-    x, weights, gate, up, down, plan, experts, g, u, like = residuals
-    slots = _slots(size, weights, plan, experts)
-    dtype, num_active = x.dtype, weights.shape[1]
-    tile, tile_slope = rows(x, slots.token), rows(y_slope, slots.token)
-    h_slope = dot("erd,efd->erf", tile_slope, down)
-    g_slope, u_slope, slot_weight_slope, h = _swiglu_slopes(g, u, h_slope, slots.weight, dtype)
-    tile = turned(tile)
-    slopes = (
-        _combine(dot("erf,edf->erd", g_slope, gate) + dot("erf,edf->erd", u_slope, up), slots),
-        jnp.where(slots.kept, slot_weight_slope.reshape(-1)[slots.slot], 0.0),
-        dot("edr,erf->edf", tile, g_slope),
-        dot("edr,erf->edf", tile, u_slope),
-        dot("efr,erd->efd", turned(h), tile_slope),
+    x, weights, *leaves, plan, experts, g, u, like = residuals
+    token, weight, slot, kept = _slots(size, weights, plan, experts)
+    x_slope, weight_slope, *slopes = _swiglu_slopes(
+        rows(x, token), weight, *leaves, g, u, rows(y_slope, token)
     )
+    weight_slope = jnp.where(kept, weight_slope.reshape(-1)[slot], 0.0)
+    slopes = (_combine(x_slope, slot, kept), weight_slope.reshape(-1), *slopes)
+
+    def visit(slopes, expert, assignment, weight, real):
+        token = assignment // weights.shape[1]
+        part, own = rows(x, token), [rows(w, expert) for w in leaves]
+        g, u = _gate_up(part, *own[:2])
+        x_slope, weight_slope, *changes = _swiglu_slopes(
+            part, weight, *own, g, u, rows(y_slope, token)
+        )
+        places = (token, assignment, expert, expert, expert)
+        changes = (x_slope, jnp.where(real, weight_slope, 0.0), *changes)
+        return tuple(
+            slope.at[place].add(change)
+            for slope, place, change in zip(slopes, places, changes, strict=True)
+        )
+
     if overflow:
-
-        def one(index, slopes):
-            x_slope, weight_slope, gate_slope, up_slope, down_slope = slopes
-            expert, assignment, token, real = _overflow_tile(index, size, plan, num_active)
-            part, part_slope = rows(x, token), rows(y_slope, token)
-            weight = jnp.where(real, weights.reshape(-1)[assignment], 0.0)
-            own_gate, own_up, own_down = (rows(w, expert) for w in (gate, up, down))
-            g, u = dot("rd,df->rf", part, own_gate), dot("rd,df->rf", part, own_up)
-            h_slope = dot("rd,fd->rf", part_slope, own_down)
-            g_slope, u_slope, w_slope, h = _swiglu_slopes(g, u, h_slope, weight, dtype)
-            to_x = dot("rf,df->rd", g_slope, own_gate) + dot("rf,df->rd", u_slope, own_up)
-            row, column = assignment // num_active, assignment % num_active
-            return (
-                x_slope.at[token].add(to_x),
-                weight_slope.at[row, column].add(jnp.where(real, w_slope, 0.0)),
-                gate_slope.at[expert].add(dot("rd,rf->df", part, g_slope)),
-                up_slope.at[expert].add(dot("rd,rf->df", part, u_slope)),
-                down_slope.at[expert].add(dot("rf,rd->fd", h, part_slope)),
-            )
-
-        slopes = jax.lax.fori_loop(0, _num_overflow_tiles(size, plan), one, slopes)
-    x_slope, weight_slope, *expert_slopes = slopes
-    return (
-        x_slope.astype(dtype),
-        weight_slope.astype(weights.dtype),
-        *(slope.astype(like.dtype) for slope in expert_slopes),
-        None,
-        None,
-    )
+        slopes = _overflow(size, plan, weights, visit, slopes)
+    x_slope, weight_slope, *slopes = slopes
+    weight_slope = weight_slope.reshape(weights.shape).astype(weights.dtype)
+    slopes = (slope.astype(like.dtype) for slope in slopes)
+    return x_slope.astype(x.dtype), weight_slope, *slopes, None, None
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)
@@ -283,19 +253,16 @@ def feed_forward(
 def _feed_forward(x, gate, up, down):
     like = jnp.zeros(0, gate.dtype)
     gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
-    g, u = (dot("nd,df->nf", x, w).astype(x.dtype) for w in (gate, up))
+    g, u = (part.astype(x.dtype) for part in _gate_up(x, gate, up))
     y = dot("nf,fd->nd", swiglu(g, u).astype(x.dtype), down).astype(x.dtype)
     return y, (x, gate, up, down, g, u, like)
 
 
 def _feed_forward_backward(residuals, y_slope):
-    x, gate, up, down, g, u, like = residuals
-    h_slope = dot("nd,fd->nf", y_slope, down)
+    x, *leaves, g, u, like = residuals
     every = jnp.ones(x.shape[:1], jnp.float32)
-    g_slope, u_slope, _, h = _swiglu_slopes(g, u, h_slope, every, x.dtype)
-    x_slope = dot("nf,df->nd", g_slope, gate) + dot("nf,df->nd", u_slope, up)
-    pairs = ((x, g_slope), (x, u_slope), (h, y_slope))
-    return x_slope.astype(x.dtype), *(weight_slope(*pair).astype(like.dtype) for pair in pairs)
+    x_slope, _, *slopes = _swiglu_slopes(x, every, *leaves, g, u, y_slope)
+    return x_slope.astype(x.dtype), *(slope.astype(like.dtype) for slope in slopes)
 
 
 feed_forward.defvjp(_feed_forward, _feed_forward_backward)

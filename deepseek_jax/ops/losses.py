@@ -21,14 +21,11 @@ def token_losses(
 ) -> Float[Array, " N"]:
     """Negative log-likelihood of every token, float32, in nats. For evaluation: no z-loss."""
 
-    def of_chunk(_, inputs):
-        chunk_hidden, chunk_targets = inputs
-        logits = dot("nd,dv->nv", chunk_hidden, head)
-        return None, _negative_log_likelihood(logits, chunk_targets)[0]
+    def of_chunk(inputs):
+        return _negative_log_likelihood(dot("nd,dv->nv", inputs[0], head), inputs[1])[0]
 
     head = head.astype(hidden.dtype)
-    size, chunks = _chunks(chunk, hidden, targets)
-    return _joined(jax.lax.scan(of_chunk, None, chunks)[1], size)
+    return _joined(jax.lax.map(of_chunk, _chunks(chunk, hidden, targets)), hidden.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -45,22 +42,12 @@ def cross_entropy(
     Only the first sum is differentiable (in hidden and head); the parts are for reading.
     z-loss: PaLM, arXiv 2204.02311, section 5.
     """
-
-    def of_chunk(sums, inputs):
-        chunk_hidden, chunk_targets, chunk_weights = inputs
-        logits = dot("nd,dv->nv", chunk_hidden, head)
-        nll, lse = _negative_log_likelihood(logits, chunk_targets)
-        parts = (chunk_weights * nll).sum(), (chunk_weights * lse**2).sum()
-        return (sums[0] + parts[0], sums[1] + parts[1]), None
-
-    head, zero = head.astype(hidden.dtype), jnp.zeros((), jnp.float32)
-    _, chunks = _chunks(chunk, hidden, targets, weights)
-    (nll, z), _ = jax.lax.scan(of_chunk, (zero, zero), chunks)
-    return nll + z_weight * z, nll, z
+    # Its slopes are dead code here, which XLA removes.
+    return _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk)[0]
 
 
-def _chunks(chunk: int, *arrays: Array) -> tuple[int, tuple[Array, ...]]:
-    """How many tokens there are, and each array as [chunks, chunk, ...], zero-padded.
+def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """Each array as [chunks, chunk, ...], zero-padded.
 
     A chunk is every n-th token, so that tokens sharded over devices stay where they are: of a
     chunk of neighbors every device would compute all.
@@ -69,7 +56,7 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[int, tuple[Array, ...]]:
     count = max(1, -(-size // chunk))
     per_chunk = -(-size // count)
     pad = count * per_chunk - size
-    return size, tuple(
+    return tuple(
         jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1))
         .reshape(per_chunk, count, *a.shape[1:])
         .swapaxes(0, 1)
@@ -106,23 +93,18 @@ def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
         return sums, hidden_slope  # float32 until scaled: float16 would lose small slopes
 
     narrow, zero = head.astype(hidden.dtype), jnp.zeros((), jnp.float32)
-    size, chunks = _chunks(chunk, hidden, targets, weights)
+    chunks = _chunks(chunk, hidden, targets, weights)
     start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
     (nll, z, head_slope), hidden_slope = jax.lax.scan(of_chunk, start, chunks)
-    hidden_slope = _joined(hidden_slope, size)
+    hidden_slope = _joined(hidden_slope, hidden.shape[0])
     # Hidden and head are kept only for their dtypes; XLA drops what is not read.
     return (nll + z_weight * z, nll, z), (hidden_slope, head_slope, hidden, head)
 
 
 def _cross_entropy_backward(z_weight, chunk, residuals, slopes):
     hidden_slope, head_slope, hidden, head = residuals
-    scale = slopes[0]
-    return (
-        (hidden_slope * scale).astype(hidden.dtype),
-        (head_slope * scale).astype(head.dtype),
-        None,
-        None,
-    )
+    hidden_slope = (hidden_slope * slopes[0]).astype(hidden.dtype)
+    return hidden_slope, (head_slope * slopes[0]).astype(head.dtype), None, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,11 +1,12 @@
-"""Routing as pure functions: scores, choices, weights, and the losses that keep load even.
+"""Routers as types and pure functions: choices, weights, and the losses that keep load even.
 
-Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1.2) and V3 (2412.19437, equations 12 to 20),
-router z-loss (ST-MoE, 2202.08906). Everything is float32.
+Sources: DeepSeekMoE (arXiv 2401.06066), V2 (2405.04434, section 2.1.2), V3 (2412.19437, equations
+12 to 20), router z-loss (ST-MoE, 2202.08906). Everything is float32.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,94 +24,92 @@ class Routes(NamedTuple):
     probabilities: Float[Array, "*T E"]
 
 
-def _limit_to_groups(
-    scores: Float[Array, "*T E"], num_groups: int, num_active_groups: int, best: int
-) -> Float[Array, "*T E"]:
-    """Scores with all but the best groups at -inf; a group scores the sum of its `best` highest."""
-    grouped = scores.reshape(*scores.shape[:-1], num_groups, -1)
-    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
-    chosen = jax.lax.top_k(group_scores, num_active_groups)[1]
-    keep = jax.nn.one_hot(chosen, num_groups, dtype=bool).any(-2)
-    return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(scores.shape)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Choice:
+    num_active_experts: int
+    normalize: bool = False
+    """Whether the chosen weights are divided by their sum."""
+    scale: float = 1.0
+    num_groups: int = 1
+    num_active_groups: int = 1
 
 
-def _choose(
-    ranking: Float[Array, "*T E"],
-    scores: Float[Array, "*T E"],
-    num_active: int,
-    normalize: bool,
-    scale: float,
-) -> tuple[Int[Array, "*T A"], Float[Array, "*T A"]]:
-    """The top experts by `ranking`, weighted by their `scores`."""
-    experts = jax.lax.top_k(jax.lax.stop_gradient(ranking), num_active)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if normalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + TINY)
-    return experts, weights * scale
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softmax(_Choice):
+    """Top-k of a softmax; with groups, of the best groups only (V2: a group scores its maximum)."""
 
 
-def softmax_routes(
-    logits: Float[Array, "*T E"],
-    *,
-    num_active: int,
-    normalize: bool,
-    scale: float,
-    num_groups: int = 1,
-    num_active_groups: int = 1,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sigmoid(_Choice):
+    """Top-k of sigmoid + bias, weighted without the bias; a group scores its top two's sum (V3)."""
+
+    normalize: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hierarchical(_Choice):
+    """Two levels: a softmax over groups, then one over the experts inside each chosen group.
+
+    A weight is the product of its group's and its expert's probability. `num_active_experts`
+    counts experts in all, the same number from each chosen group.
+    """
+
+    num_groups: int = dataclasses.field()  # without a default
+
+
+Router: TypeAlias = Softmax | Sigmoid | Hierarchical
+
+
+def _routes(
+    router: Router, scores: Float[Array, "*T E"], experts: Int[Array, "*T A"], probabilities: Array
 ) -> Routes:
+    """The chosen experts, weighted by their scores."""
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if router.normalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + TINY)
+    return Routes(experts, weights * router.scale, probabilities)
+
+
+def _top(router: Router, ranking: Float[Array, "*T E"], best: int) -> Int[Array, "*T A"]:
+    """The top experts, of the best groups only; a group scores the sum of its `best` highest."""
+    if router.num_groups > 1:
+        grouped = ranking.reshape(*ranking.shape[:-1], router.num_groups, -1)
+        group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
+        chosen = jax.lax.top_k(group_scores, router.num_active_groups)[1]
+        keep = jax.nn.one_hot(chosen, router.num_groups, dtype=bool).any(-2)
+        ranking = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(ranking.shape)
+    return jax.lax.top_k(jax.lax.stop_gradient(ranking), router.num_active_experts)[1]
+
+
+def softmax_routes(router: Softmax, logits: Float[Array, "*T E"]) -> Routes:
     """Softmax, then top-k, of the best groups only when there are several (V2: group maximum)."""
     scores = jax.nn.softmax(logits, axis=-1)
-    ranking = scores
-    if num_groups > 1:
-        ranking = _limit_to_groups(scores, num_groups, num_active_groups, best=1)
-    return Routes(*_choose(ranking, scores, num_active, normalize, scale), scores)
+    return _routes(router, scores, _top(router, scores, best=1), scores)
 
 
 def sigmoid_routes(
-    logits: Float[Array, "*T E"],
-    bias: Float[Array, " E"],
-    *,
-    num_active: int,
-    normalize: bool,
-    scale: float,
-    num_groups: int = 1,
-    num_active_groups: int = 1,
+    router: Sigmoid, logits: Float[Array, "*T E"], bias: Float[Array, " E"]
 ) -> Routes:
     """V3: chosen by sigmoid + bias, weighted by the sigmoid alone; a group scores its top two."""
     scores = jax.nn.sigmoid(logits)
     ranking = scores + bias.reshape((1,) * (scores.ndim - 1) + bias.shape)
-    if num_groups > 1:
-        ranking = _limit_to_groups(ranking, num_groups, num_active_groups, best=2)
     probabilities = scores / (scores.sum(-1, keepdims=True) + TINY)
-    return Routes(*_choose(ranking, scores, num_active, normalize, scale), probabilities)
+    return _routes(router, scores, _top(router, ranking, best=2), probabilities)
 
 
 def hierarchical_routes(
-    group_logits: Float[Array, "*T groups"],
-    logits: Float[Array, "*T E"],
-    *,
-    num_active: int,
-    normalize: bool,
-    scale: float,
-    num_active_groups: int,
+    router: Hierarchical, logits: Float[Array, "*T E"], group_logits: Float[Array, "*T groups"]
 ) -> Routes:
     """Two softmaxes: over groups, then over the experts of each chosen group; weights multiply."""
-    num_groups = group_logits.shape[-1]
-    size = logits.shape[-1] // num_groups
+    grouped = logits.reshape(*group_logits.shape, -1)
     of_group = jax.nn.softmax(group_logits, axis=-1)
-    grouped = logits.reshape(*logits.shape[:-1], num_groups, size)
-    of_expert = jax.nn.softmax(grouped, axis=-1)
-    probabilities = of_group[..., None] * of_expert
-    groups = jax.lax.top_k(jax.lax.stop_gradient(of_group), num_active_groups)[1]
-    inside = jnp.take_along_axis(probabilities, groups[..., None], axis=-2)
-    per_group = num_active // num_active_groups
-    local = jax.lax.top_k(jax.lax.stop_gradient(inside), per_group)[1]
-    weights = jnp.take_along_axis(inside, local, axis=-1).reshape(*logits.shape[:-1], num_active)
-    experts = (groups[..., None] * size + local).reshape(*logits.shape[:-1], num_active)
-    if normalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + TINY)
+    probabilities = of_group[..., None] * jax.nn.softmax(grouped, axis=-1)
+    groups = jax.lax.top_k(jax.lax.stop_gradient(of_group), router.num_active_groups)[1][..., None]
+    inside = jnp.take_along_axis(jax.lax.stop_gradient(probabilities), groups, axis=-2)
+    local = jax.lax.top_k(inside, router.num_active_experts // router.num_active_groups)[1]
+    experts = (groups * grouped.shape[-1] + local).reshape(*logits.shape[:-1], -1)
     probabilities = probabilities.reshape(logits.shape)
-    return Routes(experts.astype(jnp.int32), weights * scale, probabilities)
+    return _routes(router, probabilities, experts.astype(jnp.int32), probabilities)
 
 
 def expert_counts(

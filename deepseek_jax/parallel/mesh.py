@@ -25,12 +25,10 @@ class MeshShape:
     tensor: int = 1
 
     def __post_init__(self):
-        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        sizes = list(vars(self).values())
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(
-                f"mesh sizes must be at least 1, one of them may be -1; they are "
-                f"{dict(zip(MESH_AXES, sizes, strict=True))}."
-            )
+            rule = "mesh sizes must be at least 1, one of them may be -1"
+            raise ValueError(f"{rule}; they are {vars(self)}.")
 
 
 def start_processes() -> None:
@@ -39,27 +37,21 @@ def start_processes() -> None:
     JAX_COORDINATOR_ADDRESS alone is enough where JAX knows the cluster (TPU, Slurm, GKE, MPI);
     elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say the rest.
     """
-    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not coordinator or jax.distributed.is_initialized():
-        return
-    count, rank = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    if count is None or rank is None:
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(coordinator, int(count), int(rank))
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
+        given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        count, rank = (None, None) if None in given else map(int, given)
+        jax.distributed.initialize(num_processes=count, process_id=rank)
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh of all seven axes over `devices` (all by default); InputError when they do not fit."""
     devices = devices or jax.devices()
-    sizes = [getattr(shape, axis) for axis in MESH_AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        table = ", ".join(f"mesh.{a} = {s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise InputError(
-            f"the mesh needs {'a multiple of ' if -1 in sizes else ''}{fixed} devices, and there "
-            f"are {len(devices)}: {table}"
-        )
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    given = [getattr(shape, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in given if size != -1)
+    sizes = tuple(len(devices) // fixed if size == -1 else size for size in given)
+    if math.prod(sizes) != len(devices):
+        needed = f"{'a multiple of ' if -1 in given else ''}{fixed} devices"
+        table = ", ".join(f"mesh.{a} = {s}" for a, s in zip(MESH_AXES, given, strict=True))
+        raise InputError(f"the mesh needs {needed}, and there are {len(devices)}: {table}")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)

@@ -8,35 +8,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core.axes import BATCH_AXES, Spec
 
-# The mesh axis that shards each logical axis of a weight; the first that divides wins.
-WEIGHTS: dict[str, tuple[str, ...]] = {
-    "experts": ("expert",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "expert_mlp": ("tensor",),
-    "embed": ("fsdp",),
-    "q_rank": ("fsdp",),
-    "kv_rank": ("fsdp",),
+# The mesh axis that shards each logical axis of a weight.
+WEIGHTS = {
+    "experts": "expert",
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "expert_mlp"), "tensor"),
+    **dict.fromkeys(("embed", "q_rank", "kv_rank"), "fsdp"),
 }
 
 
 def weight_sharding(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> NamedSharding:
     """How a weight lies on the mesh: an axis serves one dimension, and only if it divides it."""
-    taken: set[str] = set()
     entries: list[str | None] = []
     for name, size in zip(spec.axes, shape, strict=True):
-        axis = next(
-            (
-                a
-                for a in WEIGHTS.get(name, ())
-                if a not in taken and mesh.shape[a] > 1 and size % mesh.shape[a] == 0
-            ),
-            None,
-        )
-        taken |= {axis} if axis else set()
-        entries.append(axis)
+        axis = WEIGHTS.get(name)
+        parts = 1 if axis is None or axis in entries else mesh.shape[axis]
+        entries.append(axis if parts > 1 and size % parts == 0 else None)
     while entries and entries[-1] is None:
         entries.pop()
     return NamedSharding(mesh, PartitionSpec(*entries))
@@ -44,12 +30,7 @@ def weight_sharding(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> NamedShar
 
 def tree_shardings(mesh: Mesh, specs: Any, shapes: Any) -> Any:
     """`weight_sharding` of every leaf."""
-    return jax.tree.map(
-        lambda spec, leaf: weight_sharding(mesh, spec, leaf.shape),
-        specs,
-        shapes,
-        is_leaf=lambda node: isinstance(node, Spec),
-    )
+    return jax.tree.map(lambda spec, leaf: weight_sharding(mesh, spec, leaf.shape), specs, shapes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -65,9 +46,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a batch as arrays over the whole mesh."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def constrain(x: jax.Array) -> jax.Array:
@@ -75,7 +54,7 @@ def constrain(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    manual = set(mesh.manual_axes)  # inside a manual region only the others may be named
+    manual = mesh.manual_axes  # inside a manual region only the others may be named
     rows = tuple(axis for axis in BATCH_AXES if axis not in manual)
     time = "context" if "context" not in manual else None
     if x.shape[0] % np.prod([mesh.shape[axis] for axis in rows]):

@@ -36,13 +36,11 @@ class Completion:
     def _let_through(self, text: str, last: bool = False) -> str:
         held = self._held + text
         found = [held.find(stop) for stop in self._stop if stop in held]
+        # The longest end that begins a stop text waits for what follows.
+        starts = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        waiting = max((len(start) for start in starts if held.endswith(start)), default=0)
         self.ended = last or bool(found)
-        shown = min(found, default=len(held) - (0 if last else self._open(held)))
+        shown = min(found, default=len(held) - (0 if last else waiting))
         self._held = held[shown:]
         self.text += held[:shown]
         return held[:shown]
-
-    def _open(self, held: str) -> int:
-        """The length of the longest end of `held` that begins a stop text."""
-        starts = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
-        return max((len(start) for start in starts if held.endswith(start)), default=0)

@@ -101,7 +101,19 @@ class LanguageModel:
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays)."""
-        return _logits(self.model, self.params, self._checked(tokens))
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise InputError("tokens must be rows of one length") from None
+        if tokens.ndim not in (1, 2) or not tokens.size:
+            raise InputError(f"tokens must be [T] or [B, T] and not empty, not {tokens.shape}")
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(f"tokens must be integers, not {tokens.dtype}")
+        least, most, last = tokens.min(), tokens.max(), self.config.vocab_size - 1
+        if least < 0 or most > last:
+            found = f"tokens lie in {least}..{most}"
+            raise InputError(f"{found}, outside this model's vocabulary 0..{last}")
+        return _logits(self.model, self.params, np.atleast_2d(tokens).astype(np.int32))
 
     def generate(
         self,
@@ -114,17 +126,10 @@ class LanguageModel:
         """Complete each prompt; the completions, without their prompts, in order.
 
         A completion ends at the tokenizer's end token, before the first of the `stop` texts, or
-        after `max_new_tokens`. Every row draws from its own key of (seed, row, position), whatever
-        else is in the batch.
-
-        Args:
-          prompts: one text or several.
-          stop: texts that end a completion; they are not part of it.
-          stream: called with (row, new text) as text comes: whole characters, and nothing that
-            may turn out to be part of a stop text.
-          **settings: the fields of `Settings`: max_new_tokens, temperature, top_k, ...
-
-        Raises InputError for what cannot be done.
+        after `max_new_tokens`; `settings` are the fields of `Settings`. Every row draws from its
+        own key of (seed, row, position), whatever else is in the batch. `stream` is called with
+        (row, new text) as text comes: whole characters, and nothing that may turn out to be part of
+        a stop text. Raises InputError for what cannot be done.
         """
         prompts, stop = ([x] if isinstance(x, str) else list(x) for x in (prompts, stop))
         check_texts(prompts, stop)
@@ -132,10 +137,8 @@ class LanguageModel:
         rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
         longest = max(map(len, rows))
         if longest + chosen.max_new_tokens > MAX_LENGTH:
-            raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens {chosen.max_new_tokens} make "
-                f"more than {MAX_LENGTH}: shorten one of them"
-            )
+            both = f"a prompt of {longest} tokens and max_new_tokens {chosen.max_new_tokens}"
+            raise InputError(f"{both} make more than {MAX_LENGTH}: shorten one of them")
         texts = [Completion(self.tokenizer, row[-1], stop) for row in rows]
         state = self._prefilled(rows, longest + chosen.max_new_tokens)
         tokens = np.array([row[-1] for row in rows], np.int32)
@@ -179,22 +182,6 @@ class LanguageModel:
             part = slice(start, start + chunk)
             state = _prefill(self.model, self.params, state, tokens[:, part], positions[:, part])
         return state
-
-    def _checked(self, tokens: Any) -> np.ndarray:
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:
-            raise InputError("tokens must be rows of one length") from None
-        if tokens.ndim not in (1, 2) or not tokens.size:
-            raise InputError(f"tokens must be [T] or [B, T] and not empty, not {tokens.shape}")
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"tokens must be integers, not {tokens.dtype}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise InputError(
-                f"tokens lie in {tokens.min()}..{tokens.max()}, outside this model's vocabulary "
-                f"0..{self.config.vocab_size - 1}"
-            )
-        return np.atleast_2d(tokens).astype(np.int32)
 
 
 def load(path: str | pathlib.Path) -> LanguageModel:

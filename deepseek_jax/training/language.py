@@ -50,9 +50,9 @@ def make_language(config: Language, model: Model) -> Objective:
     depths = {f"mtp_loss_{d}" if d > 1 else "mtp_loss": d for d in range(1, num_mtp + 1)}
     coefficients = {"cross_entropy": 1.0}
     coefficients |= dict.fromkeys(depths, config.mtp_weight / max(num_mtp, 1))
-    moe, bias_rates = model.config.moe, {}
+    moe, bias_rates, paths = model.config.moe, {}, tree.flatten(model.shapes)
     if moe is not None:
-        if not any("/moe/" in path for path in tree.flatten(model.shapes)):
+        if not any("/moe/" in path for path in paths):
             raise InputError(
                 f"model.moe is set, but num_dense_layers ({model.config.num_dense_layers}) leaves "
                 f"none of the {model.config.num_layers} layers to it: lower it or drop model.moe"
@@ -60,9 +60,8 @@ def make_language(config: Language, model: Model) -> Objective:
         for name in ("sequence", "uniform", "z"):
             if weight := getattr(moe.balance, f"{name}_weight"):
                 coefficients[f"router/{name}_loss"] = weight
-        biases = [path for path in tree.flatten(model.shapes) if is_router_bias(path)]
-        trained = [path for path in biases if num_mtp or not path.startswith("mtp_")]
-        blocks = [path.removesuffix("/moe/router/bias") for path in trained]
+        trained = [path for path in paths if num_mtp or not path.startswith("mtp_")]
+        blocks = [path.removesuffix("/moe/router/bias") for path in filter(is_router_bias, trained)]
         bias_rates = dict.fromkeys(blocks, moe.balance.bias_rate)
 
     def weights_fn(batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -78,13 +77,9 @@ def make_language(config: Language, model: Model) -> Objective:
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
         del key  # nothing in this model is random
         targets, weights = batch["targets"], batch["weights"]
-        output = model.apply(
-            params,
-            batch["tokens"],
-            segments=batch["segments"],
-            positions=batch["positions"],
-            next_tokens=targets[..., :num_mtp] if num_mtp else None,
-        )
+        inputs = {name: batch[name] for name in ("tokens", "segments", "positions")}
+        following = targets[..., :num_mtp] if num_mtp else None
+        output = model.apply(params, **inputs, next_tokens=following)
         head = model.head(params)
 
         def entropy(hidden, depth, z_weight=0.0):
@@ -95,11 +90,10 @@ def make_language(config: Language, model: Model) -> Objective:
         total, nll, z = entropy(output.hidden, 0, config.z_weight)
         sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
         sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
-        if moe is not None:
-            for name in ("sequence_loss", "uniform_loss", "z_loss"):
-                parts = (getattr(block, name).sum() for block in output.routing.values())
-                sums[f"router/{name}"] = sum(parts)
-        over = weights_fn(batch)
-        return {name: (sums[name], over[name]) for name in sums}, output.routing
+        for name in ("sequence_loss", "uniform_loss", "z_loss"):
+            parts = (getattr(block, name).sum() for block in output.routing.values())
+            sums[f"router/{name}"] = sum(parts)
+        terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
+        return terms, output.routing
 
     return Objective(loss_fn, weights_fn, coefficients, bias_rates)

@@ -9,13 +9,12 @@ Exit codes: 0 the run is complete; 128 + signal (SIGINT 130, SIGTERM 143) it was
 is saved, and the same command resumes. A second signal kills at once.
 """
 
-import contextlib
-import functools
 import io
 import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.checkpoint.integrity import lock_run, resolve
-from deepseek_jax.checkpoint.integrity import steps as checkpoint_steps
+from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.manager import Manager, load_params
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
@@ -40,9 +38,8 @@ from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import num_batch_shards, place_batch
 from deepseek_jax.training.language import make_language
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
-from deepseek_jax.training.schedule import make_schedule
 from deepseek_jax.training.state import TrainState, abstract_state, initial_state
 from deepseek_jax.training.step import make_gradients, make_train_step
 
@@ -72,8 +69,8 @@ def train(config: TrainConfig, lent: Lent, trace: tuple[int, int] | None = None)
                 f"batch_size ({size.batch_size}) over accumulation_steps "
                 f"({size.accumulation_steps}) does not split over the mesh's {shards} batch shards"
             )
-    alone = lock_run(config.run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone, jax.set_mesh(mesh), contextlib.closing(_Run(config, mesh, lent, trace)) as run:
+    alone = integrity.lock_run(config.run_dir) if jax.process_index() == 0 else nullcontext()
+    with alone, jax.set_mesh(mesh), closing(_Run(config, mesh, lent, trace)) as run:
         return run.go()
 
 
@@ -104,15 +101,11 @@ class _Run:
                 first, end = end, end + stage.steps
                 if step >= end and stage is not self.stages[-1]:
                     continue
-                changed_data = self._open_data(before, stage)
-                if changed_data and step == first:
+                if self._open_data(before, stage, first, step):
                     position = 0
-                else:
-                    self._check_data(step)
-                size = rows = run_step = None
+                size = None
                 while step < end:
-                    changed = size != stage.batch_at(step - first)
-                    if changed:
+                    if changed := size != stage.batch_at(step - first):
                         size = stage.batch_at(step - first)
                         rows = self._rows(stage, size, position)
                         run_step = self._compiled(stage, size, first, state)
@@ -161,7 +154,7 @@ class _Run:
     def _restore(self) -> tuple[TrainState, int]:
         """The newest good checkpoint's state and data position, or a fresh start."""
         recorded = self.run_dir / "config.json"
-        if checkpoint_steps(self.manager.directory) and recorded.exists():
+        if integrity.steps(self.manager.directory) and recorded.exists():
             _check_model(recorded, self.config)
         optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
         abstract = abstract_state(self.model, optimizer, self.mesh)
@@ -184,15 +177,20 @@ class _Run:
             key = jax.random.key(config.seed)
             params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
         else:
-            params = load_params(resolve(config.init_from), abstract.params, self.layers)
+            source = integrity.resolve(config.init_from)
+            params = load_params(source, abstract.params, self.layers)
             self.progress.say(f"starting from the parameters of {config.init_from}")
-        start = functools.partial(
-            initial_state, optimizer=optimizer, loss_scale=config.precision.loss_scale
-        )
+
+        def start(params):
+            return initial_state(params, optimizer, config.precision.loss_scale)
+
         return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
-    def _open_data(self, before: Stage | None, stage: Stage) -> bool:
-        """Open a stage's data; whether they differ from those of the stage before."""
+    def _open_data(self, before: Stage | None, stage: Stage, first: int, step: int) -> bool:
+        """Open a stage's data; whether its rows count from 0, as the stage before had others.
+
+        Refuses other data than the checkpoint's: its position would mean nothing.
+        """
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
@@ -207,16 +205,14 @@ class _Run:
             if found > room:
                 why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
                 raise InputError(f"{why}: raise it or choose a smaller tokenizer")
-        return changed
-
-    def _check_data(self, step: int) -> None:
-        """Refuse to go on with other data than a checkpoint's: its position would mean nothing."""
+        new = changed and step == first
         saved = self.manager.directory / str(step) / FINGERPRINT
-        if saved.exists() and saved.read_text() != self.dataset.fingerprint:
+        if not new and saved.exists() and saved.read_text() != self.dataset.fingerprint:
             raise InputError(
                 f"the training data or their order changed since {saved.parent}: put the old files "
                 "and settings back, or start another run from its parameters with --init-from"
             )
+        return new
 
     def _rows(self, stage: Stage, size: BatchStep, position: int) -> Iterator[Any]:
         return batches(
@@ -250,14 +246,13 @@ class _Run:
         shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(run_step, donate_argnums=0, out_shardings=(shardings, None))
 
-    def _agreed(self, caught: list[int], step: int) -> int | None:
-        """The signal to stop for; several processes ask each other at every logged step."""
-        if jax.process_count() == 1:
-            return caught[0] if caught else None
-        if not _due(self.config.log_every, step):
-            return None
-        number = np.int32(max(caught, default=0))
-        return int(multihost_utils.process_allgather(number).max()) or None
+    def _agreed(self, caught: list[int], step: int) -> int:
+        """The signal to stop for, or 0; several processes ask each other at every logged step."""
+        number = max(caught, default=0)
+        if jax.process_count() > 1:
+            ask = _due(self.config.log_every, step)
+            number = int(multihost_utils.process_allgather(np.int32(number)).max()) if ask else 0
+        return number
 
     def _log(self, done: tuple[int, dict, int, Stage] | None) -> None:
         """Wait for a dispatched step and write what it measured."""
@@ -301,11 +296,10 @@ class _Run:
             bits, loss = last["bits_per_byte"], last["loss"]
             print(f"held-out after {step} steps: {bits:.4f} bits per byte, loss {loss:.4f}")
         print(self.lent.closing(self.model, state.params, self.dataset, self.config))
-        self.log.close()
         print(f"report: {write_report(self.run_dir)}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _caught_signals() -> Iterator[list[int]]:
     """A list that gets the first SIGTERM or SIGINT; after it signals act as by default."""
     caught: list[int] = []

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) and Muon (Moonlight, arXiv 2502.16982), one pass over each weight.
+"""AdamW (arXiv 1711.05101), Muon (Moonlight, arXiv 2502.16982) and learning-rate schedules.
 
 What a weight gets is decided from its Spec, never from its rank, because layers and experts are
 stacked:
@@ -14,6 +14,7 @@ optax's own have no dtype for second moments; this is an optax transformation al
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,6 @@ import optax
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.core.precision import Dtype
-from deepseek_jax.training.schedule import Cosine, Schedule
 
 LIMITS = {  # of both optimizers' fields: from, below
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay"), (0, math.inf)),
@@ -34,14 +34,40 @@ LIMITS = {  # of both optimizers' fields: from, below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Descent:
-    """What both optimizers are told."""
+class Cosine:
+    """Half a cosine (arXiv 1608.03983) from the peak down to a fraction of it."""
+
+    final_fraction: float = 0.1
+    """What is left of the peak at the last step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WSD:
+    """Warmup-stable-decay (arXiv 2404.06395): the peak, and in the last steps straight down."""
+
+    decay_fraction: float = 0.2
+    """The part of all steps that decays."""
+    final_fraction: float = 0.0
+
+    def __post_init__(self):
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"schedule.decay_fraction ({self.decay_fraction}) must lie in (0, 1].")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The peak, to the end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW for every trained weight."""
 
     learning_rate: float = 1e-3
     """The peak."""
     warmup_steps: int = 0
     """Steps of linear warmup to the peak."""
-    schedule: Schedule = Cosine()
+    schedule: Cosine | WSD | Constant = Cosine()
     """The learning rate's shape over a stage's steps."""
     weight_decay: float = 0.1
     """Of matrices, multiplied by the learning rate; norms and biases do not decay."""
@@ -68,12 +94,7 @@ class _Descent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW(_Descent):
-    """AdamW for every trained weight."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Muon(_Descent):
+class Muon(AdamW):
     """Muon for matrices, experts included; AdamW (b1, b2, eps) for the rest."""
 
     momentum: float = 0.95
@@ -129,11 +150,10 @@ def make_optimizer(config: AdamW | Muon, specs: Any) -> optax.GradientTransforma
                 direction = direction + config.weight_decay * param.astype(jnp.float32)
             return -learning_rate * direction, new_mu.astype(mu.dtype), new_nu
 
-        structure = jax.tree.structure(params)
-        trees = (params, grads, state["mu"], state["nu"], kinds, specs)
-        rows = zip(*(structure.flatten_up_to(t) for t in trees), strict=True)
-        results = zip(*(of_leaf(*row) for row in rows), strict=True)
-        updates, mu, nu = (structure.unflatten(leaves) for leaves in results)
+        results = jax.tree.map(of_leaf, params, grads, state["mu"], state["nu"], kinds, specs)
+        updates, mu, nu = (
+            jax.tree.map(lambda _, found, i=i: found[i], params, results) for i in range(3)
+        )
         return updates, {"count": count, "mu": mu, "nu": nu}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -175,3 +195,28 @@ def orthogonal_factor(matrices: jax.Array, num_steps: int) -> jax.Array:
         polynomial = b * gram + c * jnp.einsum("nij,njk->nik", gram, gram)
         matrices = a * matrices + jnp.einsum(times, polynomial, matrices)
     return matrices
+
+
+def make_schedule(
+    schedule: Cosine | WSD | Constant, warmup_steps: int, num_steps: int
+) -> Callable[[Any], Any]:
+    """The factor of the peak learning rate as a function of the step, 0 to num_steps - 1.
+
+    The warmup's first step has 1/warmup_steps and its last the peak; the schedule's last step has
+    exactly its final fraction, which later steps keep. Steps may be arrays.
+    """
+    last = num_steps - 1
+
+    def factor(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+        if isinstance(schedule, Constant):
+            return warm
+        cosine = isinstance(schedule, Cosine)
+        length = 0 if cosine else max(round(schedule.decay_fraction * num_steps), 1)
+        start = max(warmup_steps - 1, 0) if cosine else last - length
+        done = jnp.clip((step - start) / max(last - start, 1), 0.0, 1.0)
+        left = 0.5 * (1.0 + jnp.cos(jnp.pi * done)) if cosine else 1.0 - done
+        return warm * (schedule.final_fraction + (1.0 - schedule.final_fraction) * left)
+
+    return factor

@@ -105,10 +105,9 @@ class TrainConfig:
 
     def filled_stages(self) -> tuple[Stage, ...]:
         """The stages with the run's own values in place of None."""
-        names = [field.name for field in dataclasses.fields(Stage)]
 
         def filled(stage: Stage) -> Stage:
-            own = {name: getattr(self, name) for name in names if getattr(stage, name) is None}
+            own = {name: getattr(self, name) for name, x in vars(stage).items() if x is None}
             return dataclasses.replace(stage, **own)
 
         return tuple(map(filled, self.stages))

@@ -17,25 +17,15 @@ from deepseek_jax.parallel.sharding import tree_shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """One training state; every field is arrays.
+    """One training state; every field is arrays, the counters int32."""
 
-    Attributes:
-      step: int32, steps done, skipped ones included.
-      params: the model's parameters, router biases among them.
-      opt_state: the optimizer's memory.
-      ema: an averaged copy of the parameters, or None.
-      loss_scale: float32, what float16 losses are multiplied by (unused by other dtypes).
-      good_steps: int32, finite steps since the loss scale last changed.
-      skipped: int32, consecutive steps skipped up to this one because something was not finite.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
-    loss_scale: jax.Array
-    good_steps: jax.Array
-    skipped: jax.Array
+    step: jax.Array  # steps done, skipped ones included
+    params: Any  # the model's parameters, router biases among them
+    opt_state: Any  # the optimizer's memory
+    ema: Any  # an averaged copy of the parameters, or None
+    loss_scale: jax.Array  # float32, what float16 losses are multiplied by (other dtypes: unused)
+    good_steps: jax.Array  # finite steps since the loss scale last changed
+    skipped: jax.Array  # consecutive steps skipped up to this one: something was not finite
 
 
 def initial_state(
@@ -48,10 +38,7 @@ def initial_state(
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state's shapes and shardings, nothing computed.
-
-    The optimizer's trees lie like the parameters they follow.
-    """
+    """The state's shapes and shardings; the optimizer's trees lie like the parameters'."""
     state = jax.eval_shape(lambda params: initial_state(params, optimizer, 1.0), model.shapes)
     like_params = tree.flatten(tree_shardings(mesh, model.specs, model.shapes))
     everywhere = NamedSharding(mesh, PartitionSpec())

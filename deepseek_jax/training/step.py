@@ -48,14 +48,14 @@ def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradien
 
     differentiate = jax.grad(scaled_loss, has_aux=True)
 
-    def whole(params, batch, key, scale):
-        weights = _never_zero(objective.weights_fn(batch))
-        return weights, *differentiate(params, batch, key, weights, scale)
+    def microbatch(x):  # [steps, B / steps, ...], each split over the devices as the batch was
+        return x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
 
-    def in_parts(params, batch, key, scale):
-        parts = jax.tree.map(lambda x: _microbatches(x, accumulation_steps), batch)
-        per_part = jax.vmap(objective.weights_fn)(parts)
-        weights = _never_zero(jax.tree.map(lambda w: w.sum(0), per_part))
+    def gradients(params, batch, key, scale):
+        parts = jax.tree.map(microbatch, batch)
+        weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(objective.weights_fn)(parts))
+        # A term without any token has sum 0 and mean 0.
+        weights = jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), weights)
 
         def of_part(part):
             grads, rest = differentiate(params, part, key, weights, scale)
@@ -64,26 +64,15 @@ def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradien
         def add(total, part):
             return jax.tree.map(jnp.add, total, of_part(part)), None
 
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return weights, *jax.lax.scan(add, zero, parts)[0]
-
-    def gradients(params, batch, key, scale):
-        compute = whole if accumulation_steps == 1 else in_parts
-        weights, grads, (sums, aux) = compute(params, batch, key, scale)
+        if accumulation_steps == 1:
+            grads, (sums, aux) = differentiate(params, batch, key, weights, scale)
+        else:
+            shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            grads, (sums, aux) = jax.lax.scan(add, zero, parts)[0]
         return grads, {term: total / weights[term] for term, total in sums.items()}, aux
 
     return gradients
-
-
-def _microbatches(rows: jax.Array, count: int) -> jax.Array:
-    """[B, ...] as [count, B / count, ...], each split over the devices as the batch was."""
-    return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
-
-
-def _never_zero(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Weights to divide by: a term without any token has sum 0 and mean 0."""
-    return {term: jnp.where(weight == 0, 1.0, weight) for term, weight in weights.items()}
 
 
 def make_train_step(
@@ -123,33 +112,26 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         params = _balance_routers(params, routing, objective.bias_rates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        new, old = (params, opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda *pair: jnp.where(finite, *pair), new, old)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {**means, **router_metrics(routing), "total_loss": total_loss, "skipped": skipped}
         metrics |= {"learning_rate": rate, "grad_norm": norm}
-        metrics |= {"loss_scale": scale} if loss_scale_growth else {}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         metrics["expert_load"] = {path: block.counts for path, block in routing.items()}
         state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped
         )
-        return _rescaled(state, finite, loss_scale_growth), metrics
+        if loss_scale_growth:
+            metrics["loss_scale"] = scale
+            good_steps = jnp.where(finite, state.good_steps + 1, 0)
+            grow = good_steps >= loss_scale_growth
+            up = jnp.where(grow, jnp.minimum(scale * 2, 2.0**24), scale)
+            scale = jnp.where(finite, up, jnp.maximum(scale / 2, 1.0))
+            state = state.replace(loss_scale=scale, good_steps=jnp.where(grow, 0, good_steps))
+        return state, metrics
 
     return train_step
-
-
-def _rescaled(state: TrainState, finite: jax.Array, growth: int | None) -> TrainState:
-    if not growth:
-        return state
-    good_steps = jnp.where(finite, state.good_steps + 1, 0)
-    grow = good_steps >= growth
-    up = jnp.where(grow, jnp.minimum(state.loss_scale * 2, 2.0**24), state.loss_scale)
-    scale = jnp.where(finite, up, jnp.maximum(state.loss_scale / 2, 1.0))
-    return state.replace(loss_scale=scale, good_steps=jnp.where(grow, 0, good_steps))
 
 
 def _balance_routers(params: Any, routing: dict[str, Any], rates: dict[str, float]) -> Any:

@@ -44,6 +44,11 @@ def _rows(dataset, count, **more) -> list[dict]:
     return found
 
 
+def _row(dataset, number: int) -> dict:
+    """Row `number` of the training data: a batch without its first dimension."""
+    return {name: value[0] for name, value in dataset.train.batch(np.array([number])).items()}
+
+
 def _same(ours, theirs) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -56,7 +61,7 @@ def test_rows_are_the_same_for_every_batch_size_process_count_and_restart(folder
     whole = _rows(dataset, 8)  # several epochs of the smaller source
     for k, batch in enumerate(whole):
         for b in range(6):
-            _same(again.train_row(5 + 6 * k + b), {n: v[b] for n, v in batch.items()})
+            _same(_row(again, 5 + 6 * k + b), {n: v[b] for n, v in batch.items()})
     halves = [_rows(again, 8, process_index=i, process_count=2) for i in (0, 1)]
     for one, two, batch in zip(*halves, whole, strict=True):
         _same({n: np.concatenate([one[n], two[n]]) for n in one}, batch)
@@ -118,7 +123,7 @@ def test_a_mixture_holds_out_of_every_part_and_one_tokenizer_serves_all(folder):
 def test_a_corpus_shorter_than_a_row_is_one_padded_row(tmp_path):
     (tmp_path / "a.txt").write_text("some words\nand more\n")
     dataset = _open(_data(tmp_path), tmp_path, sequence_length=64, num_targets=1)
-    row = dataset.train_row(0)
+    row = _row(dataset, 0)
     assert 0 < (row["segments"] > 0).sum() < 64
     assert (
         dataset.train.batch(np.arange(7))["segments"].astype(bool).sum()
@@ -134,7 +139,7 @@ def test_the_cache_follows_contents_and_survives_damage(folder):
     assert sorted((folder / "cache").glob("*/tokens.bin")) == made
     whole = made[0].read_bytes()
     made[0].write_bytes(whole[:-2])  # a torn file
-    _same(_open(_data(folder), folder).train_row(0), first.train_row(0))
+    _same(_row(_open(_data(folder), folder), 0), _row(first, 0))
     assert made[0].read_bytes() == whole
     changed = folder / "0.txt"
     changed.write_text(changed.read_text().replace("0", "9"))  # same size, perhaps same second
@@ -188,7 +193,7 @@ def test_eval_tokens_scores_the_first_documents_that_fit(folder, mixed):
             following = every.documents[count : count + 1]  # the next one would be too much
             more = rows.num_tokens + every.corpus.lengths[following].sum()
             assert more > limit // num_parts or count == len(every.documents)
-        _same(dataset.train_row(3), whole.train_row(3))
+        _same(_row(dataset, 3), _row(whole, 3))
         assert dataset.fingerprint == whole.fingerprint
     assert text == whole.held_out_text()
     with pytest.raises(InputError, match=r"eval_tokens \(2\) has room for no"):
@@ -198,7 +203,7 @@ def test_eval_tokens_scores_the_first_documents_that_fit(folder, mixed):
 def _opened(folder, barrier, results):
     barrier.wait()
     dataset = _open(_data(folder, tokenizer=BPE(vocab_size=300)), folder)
-    results.put((dataset.train_row(3)["tokens"].tolist(), os.getpid()))
+    results.put((_row(dataset, 3)["tokens"].tolist(), os.getpid()))
 
 
 def test_two_processes_may_start_at_once(folder):
@@ -253,7 +258,7 @@ def test_config_round_trip_and_overrides(folder):
 def test_row_making_is_not_the_bottleneck_of_a_step(folder):
     """Thousands of rows a second on any machine: a step of the quickstart takes 16."""
     dataset = _open(_data(folder), folder, sequence_length=256)
-    dataset.train_row(0)
+    _row(dataset, 0)
     start = time.perf_counter()
     dataset.train.batch(np.arange(256))
     assert time.perf_counter() - start < 2

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data import text
+from deepseek_jax.data import sources
 from deepseek_jax.data.sources import (
     JSONL,
     Parquet,
@@ -46,9 +46,9 @@ def test_pieces_join_to_the_file(tmp_path_factory, data, limit):
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_bytes(data.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "MIB", limit)
+        patch.setattr(sources, "MIB", limit)
         for alone in (False, True):
-            pieces = list(text._pieces(path, alone))
+            pieces = list(sources._pieces(path, alone))
             assert "".join(pieces) == data
             assert all(len(piece.encode()) <= limit for piece in pieces)
 
@@ -101,7 +101,7 @@ def test_long_reading_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
 def test_standard_library_rules(tmp_path, monkeypatch):
     body = "".join(f"value_{i} = {i}\n" for i in range(20))
     names = {"a.py": body, "copy.py": body[: len(body) // 2], "b.py": "b = 1\n", "empty.py": ""}
-    names |= {f"{name}/c.py": f"{name} = 2\n" for name in sorted(text.SKIPPED)}
+    names |= {f"{name}/c.py": f"{name} = 2\n" for name in sorted(sources.SKIPPED)}
     names |= {"sub/d.py": "d = 1\n", "sub/test/e.py": "e = 1\n", "note.txt": "no\n"}
     for name, content in names.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def test_standard_library_rules(tmp_path, monkeypatch):
 
 
 def test_this_machines_standard_library_is_there():
-    files = text.standard_library_files()
+    files = sources.files(StandardLibrary())
     assert sum(file.path.stat().st_size for file in files) > 5e6
     assert {"ast.py", "json/decoder.py"} <= {file.key for file in files}
 
@@ -191,5 +191,5 @@ def test_an_unreadable_file_is_reported(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)  # a superuser may read everything
-    with pytest.raises(InputError, match=r"a\.txt: Permission denied"), text.reported():
+    with pytest.raises(InputError, match=r"a\.txt: Permission denied"), sources.reported():
         fingerprint(TextFiles(paths=(f"{tmp_path}/a.txt",)))

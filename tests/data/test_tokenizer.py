@@ -110,6 +110,9 @@ def test_a_file_with_one_end_token_uses_it_for_both_and_is_never_cut_or_padded(t
     assert (named.bos_id, named.eos_id) == (0, 1)
     named.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").bos_id == 0
+    _word_level(tmp_path / "tokenizer.json", "a", "b")  # ends whose names only the config knows
+    open_tokenizer(TokenizerFile(path=path, bos="a", eos="b")).save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_id == 1
 
 
 def test_files_that_are_no_good_are_named(tmp_path):

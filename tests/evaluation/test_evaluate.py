@@ -9,8 +9,7 @@ import pytest
 
 from deepseek_jax import evaluate
 from deepseek_jax.core.errors import run_command
-from deepseek_jax.evaluation.suite import held_out
-from deepseek_jax.evaluation.tasks import open_task
+from deepseek_jax.evaluation.suite import held_out, open_task
 
 
 def test_prints_a_table_and_json(run, capsys):

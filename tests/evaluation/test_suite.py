@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.evaluation.suite import compressors, held_out
-from deepseek_jax.evaluation.tasks import open_task
+from deepseek_jax.evaluation.suite import compressors, held_out, open_task
 from deepseek_jax.serving.language import LanguageModel
 
 

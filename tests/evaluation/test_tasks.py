@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.tokenizer import BPE, train_bpe
-from deepseek_jax.evaluation.tasks import open_task
+from deepseek_jax.evaluation.suite import open_task
 
 
 def test_default_is_what_training_held_out(run):
@@ -23,10 +24,12 @@ def test_the_last_stages_data_come_first(run, tmp_path):
     own, given = {"data": None, "sequence_length": None}, {"data": data, "sequence_length": 16}
     dataset = open_task(run.config | {"stages": [own, given]}, run.tokenizer, None)
     assert dataset.held_out_text() in (b"first", b"second")
-    assert dataset.train_row(0)["tokens"].shape == (16,)  # the loop evaluates at this length
+    row = dataset.train.batch(np.arange(1))
+    assert row["tokens"].shape == (1, 16)  # the loop evaluates at this length
     dataset = open_task(run.config | {"stages": [given, own]}, run.tokenizer, None)
     assert dataset.held_out_text() == open_task(run.config, run.tokenizer, None).held_out_text()
-    assert dataset.train_row(0)["tokens"].shape == (run.config["sequence_length"],)
+    row = dataset.train.batch(np.arange(1))
+    assert row["tokens"].shape == (1, run.config["sequence_length"])
 
 
 def test_named_files_are_evaluated_whole(run, tmp_path):

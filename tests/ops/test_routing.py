@@ -21,16 +21,13 @@ VALID = np.arange(T)[None] < np.array([[T], [20], [0]])
 
 def chosen_by(config, logits):
     """The package's function for a router config."""
-    choice = {"num_active": config.num_active_experts, "normalize": config.normalize}
-    choice |= {"scale": config.scale, "num_active_groups": config.num_active_groups}
     kind = type(config).__name__
     if kind == "Hierarchical":
         groups = jnp.asarray(GROUPS[..., : config.num_groups])
-        return routing.hierarchical_routes(groups, logits, **choice)
-    choice["num_groups"] = config.num_groups
+        return routing.hierarchical_routes(config, logits, groups)
     if kind == "Softmax":
-        return routing.softmax_routes(logits, **choice)
-    return routing.sigmoid_routes(logits, jnp.asarray(BIAS), **choice)
+        return routing.softmax_routes(config, logits)
+    return routing.sigmoid_routes(config, logits, jnp.asarray(BIAS))
 
 
 def expected_of(config):
@@ -90,10 +87,9 @@ def test_group_limits_hold():
 
 def test_excluded_groups_never_win():
     """Also where every biased score is negative: what is excluded counts as -inf, not as 0."""
-    choice = {"num_active": 2, "normalize": False, "scale": 1.0}
-    choice |= {"num_groups": 4, "num_active_groups": 1}
+    router = routing.Sigmoid(num_active_experts=2, normalize=False, num_groups=4)
     even, low = (
-        routing.sigmoid_routes(jnp.asarray(LOGITS), jnp.full(E, bias), **choice).experts
+        routing.sigmoid_routes(router, jnp.asarray(LOGITS), jnp.full(E, bias)).experts
         for bias in (0.0, -5.0)
     )
     np.testing.assert_array_equal(np.sort(even, -1), np.sort(low, -1))
@@ -103,7 +99,8 @@ def test_excluded_groups_never_win():
 def test_v3_weights_come_from_unbiased_scores():
     logits = jnp.zeros((1, 1, 4))
     bias = jnp.asarray([0.0, 0.3, 0.2, -1.0])
-    routes = routing.sigmoid_routes(logits, bias, num_active=2, normalize=False, scale=1.0)
+    router = routing.Sigmoid(num_active_experts=2, normalize=False)
+    routes = routing.sigmoid_routes(router, logits, bias)
     assert routes.experts.tolist() == [[[1, 2]]]
     np.testing.assert_allclose(routes.weights, 0.5)
 

@@ -10,9 +10,8 @@ from deepseek_jax.core.config import from_dict, override, to_dict
 from deepseek_jax.data.loader import Data
 from deepseek_jax.parallel.mesh import MeshShape
 from deepseek_jax.training.language import Language
-from deepseek_jax.training.optimizer import AdamW, Muon
+from deepseek_jax.training.optimizer import WSD, AdamW, Constant, Muon
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
-from deepseek_jax.training.schedule import WSD, Constant
 
 
 def recipe(**fields):

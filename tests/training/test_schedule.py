@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from deepseek_jax.training.schedule import WSD, Constant, Cosine, make_schedule
+from deepseek_jax.training.optimizer import WSD, Constant, Cosine, make_schedule
 
 
 def cosine(step, warmup, steps, final):
