@@ -1,4 +1,4 @@
-"""Conversion, ours against transformers' from_pretrained + save_pretrained, and the disk's own speed.
+"""Conversion, ours against transformers' (from_pretrained, save_pretrained) and the disk's speed.
 
     python benchmarks/convert.py [--layers 4] [--rounds 3] [--no-peer]
 
@@ -20,7 +20,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.checkpoint import names
+from deepseek_jax.checkpoint import families, names
 from deepseek_jax.checkpoint.safetensors import Entry, write_tensors
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.mla import MLA
@@ -29,17 +29,13 @@ from deepseek_jax.layers.router import Softmax
 from deepseek_jax.models.build import build
 from deepseek_jax.models.decoder import Decoder
 
-OURS = "import sys; from deepseek_jax import convert; convert.main(sys.argv[1:])"
+OURS = ("-m", "deepseek_jax.convert")
 THEIRS = """
 import sys, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 model.save_pretrained(sys.argv[2], max_shard_size="5GB")
 """
 COPY = "import sys, shutil; shutil.copytree(sys.argv[1], sys.argv[2])"
-MEASURED = """
-import resource
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-"""
 
 
 def write_checkpoint(directory: pathlib.Path, layers: int) -> float:
@@ -64,17 +60,23 @@ def write_checkpoint(directory: pathlib.Path, layers: int) -> float:
         entries.append(Entry(row.theirs, shape, kind, lambda shape=shape: values(shape)))
     directory.mkdir()
     write_tensors(directory, entries, 5 * 10**9)
-    text = json.dumps(names.hf_config(config, {}, "bfloat16"))
+    text = json.dumps(families.hf_config(config, {}, "bfloat16"))
     (directory / "config.json").write_text(text)
     return sum(entry.size for entry in entries) / 1e9
 
 
-def turn(code: str, *arguments: object) -> tuple[float, float]:
-    """Seconds that a process takes, and the most memory (GB) that it held."""
-    start = time.perf_counter()
-    command = [sys.executable, "-c", code + MEASURED, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.perf_counter() - start, float(done.stdout.split()[-1])
+def turn(*command: object) -> tuple[float, float]:
+    """Seconds that a Python process takes, and the most memory (GB) that it held."""
+    start, peak = time.perf_counter(), 0.0
+    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:  # not getrusage: that counts the parent's memory before exec
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        peak = max([peak, *(int(line.split()[1]) / 1e6 for line in lines)])
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{command} failed")
+    return time.perf_counter() - start, peak
 
 
 def main() -> None:
@@ -87,10 +89,10 @@ def main() -> None:
         root = pathlib.Path(name)
         size = write_checkpoint(root / "hf", arguments.layers)
         turns = {
-            "copy": (COPY, root / "hf", root / "copy"),
-            "ours, from-hf": (OURS, "from-hf", root / "hf", root / "ours"),
-            "ours, to-hf": (OURS, "to-hf", root / "ours", root / "back"),
-            "transformers, both": (THEIRS, root / "hf", root / "theirs"),
+            "copy": ("-c", COPY, root / "hf", root / "copy"),
+            "ours, from-hf": (*OURS, "from-hf", root / "hf", root / "ours"),
+            "ours, to-hf": (*OURS, "to-hf", root / "ours", root / "back"),
+            "transformers, both": ("-c", THEIRS, root / "hf", root / "theirs"),
         }
         if arguments.no_peer:
             del turns["transformers, both"]

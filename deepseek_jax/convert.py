@@ -3,6 +3,7 @@
 import argparse
 import collections
 import datetime
+import functools
 import math
 import pathlib
 import re
@@ -11,17 +12,18 @@ import time
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
-from deepseek_jax.checkpoint import huggingface, names
+from deepseek_jax.checkpoint import families, huggingface, names
 from deepseek_jax.checkpoint.integrity import resolve
 from deepseek_jax.checkpoint.manager import read_config, read_params, write_params
 from deepseek_jax.checkpoint.safetensors import Tensor, is_folder_of_tensors, open_tensors
 from deepseek_jax.core.config import from_dict, to_dict
 from deepseek_jax.core.errors import InputError, run_command
+from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.corpus import made_whole
 from deepseek_jax.data.sources import reported
-from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> None:
     outward.add_argument("--dtype", choices=[*kinds, "float8-block"], help="as the original's")
     outward.add_argument("--max-shard-size", default="5GB", help="bytes a file (KB, MB, GB)")
     options = parser.parse_args(argv)
+    restart_with_huge_pages("deepseek_jax.convert")
     if options.command == "inspect":
         print(inspect(pathlib.Path(options.path)))
         return
@@ -74,20 +77,18 @@ def from_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> No
     params = {}
     for name, weight in found.items():
         kind = jnp.dtype(dtype) if dtype and not name.endswith("router/bias") else weight.dtype
-        params[name] = Tensor(weight.shape, kind, lambda w=weight, k=kind: w.read(()).astype(k))
+        read = functools.partial(_read_as, weight, kind)
+        params[name] = Tensor(weight.shape, kind, read)
     files = huggingface.keep(source)
-    if tokenizer := folder_tokenizer(source):
+    if tokenizer := huggingface.tokenizer_of(source):
         files |= tokenizer.files()
     config = {"model": to_dict(folder.config), "precision": to_dict(Precision())}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_params(target.absolute(), params, config=config, files=files, progress=_progress())
 
 
-def folder_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder, if it has one."""
-    if not (directory / "tokenizer.json").exists():
-        return None
-    return open_tokenizer(TokenizerFile(path=str(directory)))
+def _read_as(weight: names.Source, kind: np.dtype) -> np.ndarray:
+    return weight.read(()).astype(kind, copy=False)
 
 
 def to_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None, shard: int) -> None:
@@ -137,7 +138,7 @@ def inspect(path: pathlib.Path) -> str:
     else:
         path = resolve(path)
         config = from_dict(Decoder, read_config(path)["model"], "model")
-        tensors, family, fit = read_params(path), names.family_of(config), "a checkpoint of ours"
+        tensors, family, fit = read_params(path), families.family_of(config), "a checkpoint of ours"
     sizes = collections.Counter()
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] += math.prod(tensor.shape) * tensor.dtype.itemsize

@@ -15,6 +15,10 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 300.0, "factor": 8.0, "beta_fast": 4.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 DEEP_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 MIXED = {
     "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 2,
@@ -32,6 +36,11 @@ CASES = {
     "llama": ("Llama", {"num_key_value_heads": 2, "head_dim": 12}),
     "llama-tied-yarn": (
         "Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "llama-3": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}),
+    "qwen3-yarn": (
+        "Qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": YARN},
     ),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),

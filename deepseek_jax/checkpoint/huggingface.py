@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax.checkpoint import names
+from deepseek_jax.checkpoint import families, names
 from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.safetensors import (
     BLOCK,
+    FLOAT8,
     SCALE,
     Entry,
     Tensor,
@@ -37,6 +37,7 @@ from deepseek_jax.checkpoint.safetensors import (
 )
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import Decoder, layer_table
 
@@ -47,7 +48,7 @@ KEPT = (
 )  # fmt: skip
 BESIDE = "huggingface"  # the folder of a converted checkpoint that holds these
 SCALES = "scales.safetensors"  # in it: of the original's float8 weights
-FLOAT8 = {
+QUANTIZATION = {
     "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK],
     "activation_scheme": "dynamic",
 }  # fmt: skip
@@ -77,7 +78,7 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}
-    return Folder(directory, names.decoder(original), original, tensors)
+    return Folder(directory, families.decoder(original), original, tensors)
 
 
 def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
@@ -86,10 +87,10 @@ def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
     Raises InputError as names.sources does, and for an MTP layer with an embedding of its own.
     """
     ours = names.leaves(model)
-    found = names.sources(folder.config, ours, folder.tensors)
-    for copy, path in names.copies(folder.config, ours).items():
+    found = names.sources(model.config, ours, folder.tensors)
+    for copy, path in names.copies(model.config, ours).items():
         same = folder.tensors.get(copy)
-        whole = next(row.theirs for row in names.table(folder.config, ours) if row.ours == (path,))
+        whole = next(row.theirs for row in names.table(model.config, ours) if row.ours == (path,))
         if same and not np.array_equal(same.read(), folder.tensors[whole].read()):
             raise InputError(f"{copy} differs from {whole}; here they share one")
     return found
@@ -107,6 +108,23 @@ def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     return tree.map_with_path(placed, abstract)
+
+
+def tokenizer_of(directory: pathlib.Path) -> Tokenizer | None:
+    """The folder's tokenizer, if it has one."""
+    if not (directory / "tokenizer.json").exists():
+        return None
+    return open_tokenizer(TokenizerFile(path=str(directory)))
+
+
+def end_ids(directory: pathlib.Path) -> tuple[int, ...]:
+    """The tokens that end a text, as the folder's generation_config.json or config.json says."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return ()
 
 
 def keep(directory: pathlib.Path) -> dict[str, bytes]:
@@ -163,22 +181,21 @@ def write_folder(
             pair = functools.lru_cache(1)(lambda: _float8(wide(), scales.get(row.theirs), how))
             blocks = tuple(-(-size // BLOCK) for size in shape)
             of_scales = scales[row.theirs].dtype if row.theirs in scales else np.dtype(np.float32)
-            float8 = np.dtype(ml_dtypes.float8_e4m3fn)
-            entries.append(Entry(row.theirs, shape, float8, lambda: pair()[0]))
+            entries.append(Entry(row.theirs, shape, FLOAT8, lambda: pair()[0]))
             entries.append(Entry(row.theirs + SCALE, blocks, of_scales, lambda: pair()[1]))
             return
         if dtype not in (None, "float8-block") and not row.theirs.endswith("correction_bias"):
             kind = np.dtype(jnp.dtype(dtype))
-        entries.append(Entry(row.theirs, shape, kind, lambda: wide().astype(kind)))
+        entries.append(Entry(row.theirs, shape, kind, lambda: wide().astype(kind, copy=False)))
 
     rows = names.table(model.config, ours)
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in params.values())
     for row in rows:
         add(row)
     stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
-    config = names.hf_config(model.config, original, str(stored))
+    config = families.hf_config(model.config, original, str(stored))
     if any(entry.name.endswith(SCALE) for entry in entries):
-        config["quantization_config"] = FLOAT8 | how
+        config["quantization_config"] = QUANTIZATION | how
     else:
         config.pop("quantization_config", None)
     write_tensors(directory, entries, max_shard_bytes)

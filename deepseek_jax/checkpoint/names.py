@@ -1,9 +1,9 @@
-"""What Hugging Face calls our configs and weights: one table a family, used in both directions.
+"""What Hugging Face calls our weights: one table, used in both directions.
 
 A torch matrix is [outputs, inputs] and ours [inputs..., outputs...]; `Spec` says which dimensions
 are which. Two of ours may lie in one of theirs (MLA's key and value projections, a head's key rows
-before its value rows), and our stacked experts are one tensor each there. Sources: the configs and
-models of transformers 5.23 and the published checkpoints' indexes.
+before its value rows), and our stacked experts are one tensor each there. Sources: the models of
+transformers 5.23 and the published checkpoints' indexes.
 """
 
 import math
@@ -17,15 +17,10 @@ from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.safetensors import Tensor
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
-from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.attention import GQA
-from deepseek_jax.layers.mla import MLA
-from deepseek_jax.layers.moe import MoE
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import Decoder, layer_table
-from deepseek_jax.ops.rope import Yarn
-from deepseek_jax.ops.routing import Sigmoid, Softmax
 
 TOP = {
     "embedding/weight": "model.embed_tokens.weight",
@@ -39,7 +34,7 @@ LAYER = {  # behind layer_N/ and model.layers.N.
     **{f"attention/{n}/weight": f"self_attn.{n}_proj.weight" for n in "qkvo"},
     **{f"attention/{n}/bias": f"self_attn.{n}_proj.bias" for n in "qkv"},
     "attention/q_down/weight": "self_attn.q_a_proj.weight",
-    "attention/q_norm/scale": "self_attn.q_a_layernorm.weight",
+    "attention/q_norm/scale": "self_attn.q_a_layernorm.weight",  # of MLA; GROUPED has GQA's
     "attention/q_up/weight": "self_attn.q_b_proj.weight",
     "attention/kv_down/weight": "self_attn.kv_a_proj_with_mqa.weight",
     "attention/kv_norm/scale": "self_attn.kv_a_layernorm.weight",
@@ -51,6 +46,7 @@ LAYER = {  # behind layer_N/ and model.layers.N.
     "moe/router/weight": "mlp.gate.weight",
     "moe/router/bias": "mlp.gate.e_score_correction_bias",
 }  # fmt: skip
+GROUPED = {f"attention/{n}_norm/scale": f"self_attn.{n}_norm.weight" for n in "qk"}
 MTP = {  # behind mtp_D/ and model.layers.N. of the layers past the last
     "embedding_norm/scale": "enorm.weight",
     "hidden_norm/scale": "hnorm.weight",
@@ -102,12 +98,16 @@ def leaves(model: Model) -> dict[str, Leaf]:
 def table(config: Decoder, ours: Mapping[str, Leaf]) -> list[Row]:
     """Their names of all of a model's weights, in their order, the copies of an MTP layer last."""
     rows: dict[str, Row] = {}
+    of_layer = LAYER | (GROUPED if isinstance(config.attention, GQA) else {})
     for path, leaf in ours.items():
         kind, _, rest = path.partition("/")
         prefix = ""
         if match := re.fullmatch(r"(layer|mtp)_(\d+)", kind):
             number = int(match[2]) + (config.num_layers if match[1] == "mtp" else 0)
-            prefix, name = f"model.layers.{number}.", (LAYER if match[1] == "layer" else MTP)[rest]
+            prefix, name = (
+                f"model.layers.{number}.",
+                (of_layer if match[1] == "layer" else MTP)[rest],
+            )
         else:
             name = TOP[path]
         if rest.startswith("moe/experts/"):
@@ -233,194 +233,3 @@ def stacked(parts: list[Source]) -> Source:
         return np.stack([part.read(tuple(index[1:])) for part in parts[index[0]]])
 
     return Source((len(parts), *parts[0].shape), parts[0].dtype, read)
-
-
-# Configs: our field -> their field. A field that a config.json lacks takes the default below.
-DECODER = {
-    "vocab_size": "vocab_size", "embed_dim": "hidden_size", "num_layers": "num_hidden_layers",
-    "mlp_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}  # fmt: skip
-GROUPED = {
-    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-}  # fmt: skip
-LATENT = {
-    "num_heads": "num_attention_heads", "kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank",
-    "nope_dim": "qk_nope_head_dim", "rope_dim": "qk_rope_head_dim", "value_dim": "v_head_dim",
-    "interleaved": "rope_interleave",
-}  # fmt: skip
-MIXTURE = {
-    "num_experts": "n_routed_experts", "expert_dim": "moe_intermediate_size",
-    "num_shared_experts": "n_shared_experts",
-}  # fmt: skip
-ROUTER = {
-    "num_active_experts": "num_experts_per_tok", "scale": "routed_scaling_factor",
-    "normalize": "norm_topk_prob", "num_groups": "n_group", "num_active_groups": "topk_group",
-}  # fmt: skip
-YARN = {
-    "factor": "factor", "original_length": "original_max_position_embeddings",
-    "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-    "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
-}  # fmt: skip
-DEFAULTS = {
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "q_lora_rank": None,
-    "rope_interleave": True, "n_shared_experts": 0, "routed_scaling_factor": 1.0,
-    "norm_topk_prob": False, "n_group": None, "topk_group": None, "first_k_dense_replace": 0,
-    "n_routed_experts": None, "beta_fast": 32.0, "beta_slow": 1.0, "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "use_sliding_window": False,
-    "topk_method": "greedy",
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "deepseek": "DeepseekForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
-}  # fmt: skip
-# What changes the result and has no counterpart here: the only value that is understood.
-FIXED = {
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1,
-    "use_sliding_window": False,
-}  # fmt: skip
-
-
-def decoder(hf: Mapping[str, Any]) -> Decoder:
-    """Our config of a Hugging Face config.json, old or new.
-
-    Raises InputError for a family or a setting that this package has no equal of.
-    """
-    family = hf.get("model_type")
-    if family not in ARCHITECTURES:
-        raise InputError(f"model_type {family!r} is not one of {', '.join(ARCHITECTURES)}")
-
-    def value(name: str) -> Any:
-        if name not in hf and name not in DEFAULTS:
-            raise InputError(f"config.json of a {family} model lacks {name}")
-        return hf.get(name, DEFAULTS.get(name))
-
-    for name, understood in FIXED.items():
-        if value(name) != understood:
-            raise InputError(
-                f"config.json: {name} is {value(name)!r}; only {understood!r} is known"
-            )
-    rope = {"rope_theta": 10000.0} | dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(hf.get("rope_theta", rope["rope_theta"]))
-    yarn = _yarn(rope)
-    if family in ("llama", "qwen2", "deepseek"):
-        heads = value("num_attention_heads")
-        sizes = {"num_heads": heads, "num_kv_heads": hf.get("num_key_value_heads") or heads}
-        sizes["head_dim"] = hf.get("head_dim") or value("hidden_size") // heads
-        attention = GQA(**sizes, bias=family == "qwen2", rope_theta=theta, yarn=yarn)
-    else:
-        sizes = {ours: value(theirs) for ours, theirs in LATENT.items()}
-        attention = MLA(**sizes, rope_theta=theta, yarn=yarn)
-    fields = {ours: value(theirs) for ours, theirs in DECODER.items()}
-    dense = fields["num_layers"]
-    if family.startswith("deepseek") and value("n_routed_experts"):
-        dense = min(value("first_k_dense_replace") or 0, dense)
-    if dense < fields["num_layers"]:
-        fields |= {"moe": _mixture(family, value), "num_dense_layers": dense}
-    if family == "deepseek_v3":
-        mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
-        fields["num_mtp_layers"] = mtp or 0
-    fields["norm_eps"] = float(fields["norm_eps"])
-    try:
-        return Decoder(**fields, attention=attention)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config.json: {error}") from None
-
-
-def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise InputError(f"config.json: rope type {kind!r} is not one of 'default', 'yarn'")
-    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
-        raise InputError("config.json: rope's attention_factor and truncate have no equal here")
-    fields = {ours: rope[theirs] for ours, theirs in YARN.items() if rope.get(theirs) is not None}
-    # Without both, transformers scales cosine and sine by the whole factor, the softmax by none.
-    if not (fields.get("mscale") and fields.get("mscale_all_dim")):
-        if fields.get("mscale_all_dim"):
-            raise InputError("config.json: rope has mscale_all_dim but no mscale")
-        fields |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    return from_dict(Yarn, fields, "config.json: rope")
-
-
-def _mixture(family: str, value: Callable[[str], Any]) -> MoE:
-    method, known = value("topk_method"), ("greedy", "group_limited_greedy")
-    if family == "deepseek_v3":
-        known = ("greedy", "noaux_tc")
-    if method not in known:
-        raise InputError(f"config.json: topk_method {method!r} of {family} is not one of {known}")
-    chosen = {ours: value(theirs) for ours, theirs in ROUTER.items()}
-    grouped = {"num_groups": chosen["num_groups"] or 1}
-    grouped["num_active_groups"] = (chosen["num_active_groups"] or 1) if chosen["num_groups"] else 1
-    if family == "deepseek_v3":
-        router = from_dict(Sigmoid, chosen | grouped, "config.json: router")
-    else:
-        if method == "greedy":
-            grouped = {"num_groups": 1, "num_active_groups": 1}
-        # transformers' V2 never normalizes, whatever norm_topk_prob says.
-        router = from_dict(Softmax, chosen | grouped | {"normalize": False}, "config.json: router")
-    sizes = {ours: value(theirs) or 0 for ours, theirs in MIXTURE.items()}
-    return MoE(**sizes, router=router)
-
-
-def family_of(config: Decoder) -> str:
-    """The model_type that can express a config; InputError when none can."""
-    a, router = config.attention, config.moe and config.moe.router
-    if isinstance(a, GQA):
-        dense = "qwen2" if a.bias else "llama"
-        mixed = "deepseek" if isinstance(router, Softmax) and router.num_groups == 1 else None
-        found = None if a.window or (a.bias and router) else mixed if router else dense
-    elif isinstance(router, Softmax):
-        found = "deepseek_v2" if a.interleaved and not router.normalize else None
-    else:
-        found = "deepseek_v3" if router is None or isinstance(router, Sigmoid) else None
-    if found is None or (config.num_mtp_layers and found != "deepseek_v3"):
-        raise InputError(f"no family of {', '.join(ARCHITECTURES)} has this combination: {config}")
-    return found
-
-
-def hf_config(config: Decoder, original: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json for transformers, old and new; `original`'s other fields are kept.
-
-    Raises InputError when no family can express the config.
-    """
-    family, a, moe = family_of(config), config.attention, config.moe
-    found = {theirs: getattr(config, ours) for ours, theirs in DECODER.items()}
-    found |= {
-        theirs: getattr(a, ours)
-        for ours, theirs in (GROUPED if isinstance(a, GQA) else LATENT).items()
-    }
-    found |= {"hidden_act": "silu", "attention_bias": False, "max_position_embeddings": 4096}
-    if isinstance(a, MLA):
-        found |= {"num_key_value_heads": a.num_heads, "head_dim": a.rope_dim}
-    if family.startswith("deepseek"):
-        found["first_k_dense_replace"] = (
-            config.num_layers if moe is None else config.num_dense_layers
-        )
-    if moe is not None:
-        found |= {theirs: getattr(moe, ours) for ours, theirs in MIXTURE.items()}
-        found |= {theirs: getattr(moe.router, ours) for ours, theirs in ROUTER.items()}
-        found["moe_layer_freq"] = 1
-        sigmoid, grouped = isinstance(moe.router, Sigmoid), moe.router.num_groups > 1
-        found["scoring_func"] = "sigmoid" if sigmoid else "softmax"
-        limited = "group_limited_greedy" if grouped else "greedy"
-        found["topk_method"] = "noaux_tc" if sigmoid else limited
-    if family == "deepseek_v3":
-        found["num_nextn_predict_layers"] = config.num_mtp_layers
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if a.yarn is not None:
-        rope = {"rope_type": "yarn"} | {
-            theirs: getattr(a.yarn, ours) for ours, theirs in YARN.items()
-        }
-        if not a.yarn.mscale_all_dim:
-            del rope["mscale"], rope["mscale_all_dim"]
-    found["rope_theta"] = a.rope_theta
-    found["rope_scaling"] = None if a.yarn is None else rope | {"type": "yarn"}
-    found["rope_parameters"] = rope | {"rope_theta": a.rope_theta}
-    found |= {"model_type": family, "architectures": [ARCHITECTURES[family]]}
-    found |= {"torch_dtype": dtype, "dtype": dtype}
-    kept = {k: v for k, v in original.items() if k != "auto_map"}
-    longest = kept.get("max_position_embeddings", found["max_position_embeddings"])
-    return kept | found | {"max_position_embeddings": longest}

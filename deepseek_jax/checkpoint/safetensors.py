@@ -13,19 +13,20 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 
 DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu, "I64": np.int64, "I32": np.int32, "I16": np.int16,
-    "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
 }  # fmt: skip
-NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
+DTYPES = {name: jnp.dtype(kind) for name, kind in DTYPES.items()}
+FLOAT8, EXPONENT = DTYPES["F8_E4M3"], DTYPES["F8_E8M0"]
+NAMES = {kind: name for name, kind in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 BLOCK = 128  # rows and columns that share a float8 scale
 SCALE = "_scale_inv"
@@ -119,7 +120,7 @@ def mapped(path: pathlib.Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         tensors, ends = {}, []
         for name, entry in header.items():
-            dtype, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), entry["data_offsets"]
+            dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
             shape = tuple(int(n) for n in entry["shape"])
             if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
                 raise ValueError(f"{name} does not have the size of its shape")
@@ -153,9 +154,9 @@ def _unpickled(path: pathlib.Path) -> dict[str, Tensor]:
 
 def _of_torch(tensor: Any) -> np.ndarray:
     kind = str(tensor.dtype).removeprefix("torch.")
-    if hasattr(ml_dtypes, kind):  # numpy has no such type: the bits move
+    if kind == "bfloat16" or kind.startswith("float8"):  # numpy has no such type: the bits move
         bits = require("torch").uint8 if tensor.element_size() == 1 else require("torch").int16
-        return tensor.contiguous().view(bits).numpy().view(getattr(ml_dtypes, kind))
+        return tensor.contiguous().view(bits).numpy().view(jnp.dtype(kind))
     return tensor.numpy()
 
 
@@ -195,7 +196,7 @@ def _wide(name: str, tensor: Tensor, scale: Tensor | None) -> Tensor:
 def dequantized(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Float32 [R, C] of float8 values and a scale a block of 128 x 128; edges may be short."""
     if scales.dtype == np.uint8:  # e8m0 as its bits
-        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+        scales = scales.view(EXPONENT)
     wide = scales.astype(np.float32).repeat(BLOCK, 0)[: values.shape[0]]
     return values.astype(np.float32) * wide.repeat(BLOCK, 1)[:, : values.shape[1]]
 
@@ -214,9 +215,9 @@ def quantized(wide: np.ndarray, power_of_two: bool) -> tuple[np.ndarray, np.ndar
 
 def narrowed(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The float8 values nearest to `wide` over given scales; too large ones are clipped."""
-    ones = np.ones(wide.shape, ml_dtypes.float8_e4m3fn)
+    ones = np.ones(wide.shape, FLOAT8)
     ratio = wide.astype(np.float32) / dequantized(ones, scales)
-    return np.clip(ratio, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return np.clip(ratio, -448, 448).astype(FLOAT8)
 
 
 class Entry(NamedTuple):

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.layers.linear import Dtypes, Projection
+from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
 from deepseek_jax.ops.attention import causal_attention, masked_attention
-from deepseek_jax.ops.rope import Yarn, rotate, softmax_factor
+from deepseek_jax.ops.rope import Llama3, Yarn, rotate, softmax_factor
 
 
 class Place(NamedTuple):
@@ -48,10 +48,13 @@ class GQA:
     head_dim: int
     bias: bool = False
     """Whether the query, key and value projections carry one (Qwen2 does)."""
+    norm_eps: float | None = None
+    """Of RMS norms over every query and key head before their rotation (Qwen3); None: no norms."""
     window: int | None = None
     """Tokens a query sees, itself included; None sees all before it."""
     rope_theta: float = 10000.0
-    yarn: Yarn | None = None
+    yarn: Yarn | Llama3 | None = None
+    """How positions stretch beyond the length that was trained first."""
 
     def __post_init__(self):
         if min(self.num_heads, self.num_kv_heads, self.head_dim) < 1:
@@ -64,6 +67,8 @@ class GQA:
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
                 f"({self.num_kv_heads})."
             )
+        if self.norm_eps is not None and self.norm_eps <= 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0, or None.")
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 1.")
         if self.head_dim % 2:
@@ -104,6 +109,10 @@ class GroupedQueryAttention(nn.Module):
                 ("v", c.num_kv_heads, "kv_heads"),
             )
         )
+        if c.norm_eps is not None:
+            norms = {"axis": "head", "eps": c.norm_eps}
+            q = RMSNorm(self.dtypes, **norms, name="q_norm")(q)
+            k = RMSNorm(self.dtypes, **norms, name="k_norm")(k)
         q, k = rotate(q, place.cosine, place.sine), rotate(k, place.cosine, place.sine)
         scale = c.head_dim**-0.5 * softmax_factor(c.yarn)
         if cache is None:

@@ -1,4 +1,4 @@
-"""Rotary position embedding and its YaRN extension (arXiv 2104.09864, 2309.00071)."""
+"""Rotary position embedding (arXiv 2104.09864), stretched by YaRN (2309.00071) or as Llama 3 is."""
 
 import dataclasses
 import math
@@ -30,11 +30,38 @@ class Yarn:
             )
 
 
-def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3:
+    """Llama 3.1's context extension (arXiv 2407.21783): slow pairs are slowed further."""
+
+    factor: float
+    original_length: int
+    low_frequency: float = 1.0
+    """Pairs that turn less often than this in the original length turn `factor` times slower."""
+    high_frequency: float = 4.0
+    """Pairs that turn more often than this stay; those between are blended."""
+
+    def __post_init__(self):
+        if not (
+            self.factor >= 1 <= self.original_length and self.low_frequency < self.high_frequency
+        ):
+            raise ValueError(
+                f"Llama3.factor ({self.factor}) and original_length ({self.original_length}) must "
+                f"be at least 1, and low_frequency ({self.low_frequency}) below high_frequency "
+                f"({self.high_frequency})."
+            )
+
+
+def inverse_frequencies(dim: int, theta: float, yarn: Yarn | Llama3 | None) -> np.ndarray:
     """Radians a position that each of the dim / 2 rotary pairs turns by, float64."""
     frequencies = theta ** (-np.arange(0, dim, 2) / dim)
     if yarn is None:
         return frequencies
+    if isinstance(yarn, Llama3):
+        turns = yarn.original_length * frequencies / (2 * math.pi)
+        low, high = yarn.low_frequency, yarn.high_frequency
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / yarn.factor)
 
     def pair(turns: float) -> float:  # the pair that makes `turns` turns in the original length
         return dim * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
@@ -49,21 +76,21 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def softmax_factor(yarn: Yarn | None) -> float:
+def softmax_factor(yarn: Yarn | Llama3 | None) -> float:
     """What YaRN multiplies the softmax scale by (DeepSeek: mscale squared)."""
-    if yarn is None or not yarn.mscale_all_dim:
+    if not isinstance(yarn, Yarn) or not yarn.mscale_all_dim:
         return 1.0
     return _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
 def rotation(
-    positions: Int[Array, "B T"], dim: int, theta: float, yarn: Yarn | None
+    positions: Int[Array, "B T"], dim: int, theta: float, yarn: Yarn | Llama3 | None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosine and sine, float32, of every position's angle for each of the dim / 2 pairs."""
     frequencies = jnp.asarray(inverse_frequencies(dim, theta, yarn), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     size = 1.0
-    if yarn is not None:
+    if isinstance(yarn, Yarn):
         size = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
     # Apart, or XLA on CPU evaluates them anew for every head that they turn.
     return apart(lambda x: (jnp.cos(x) * size, jnp.sin(x) * size), angles)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import manager
-from deepseek_jax.core.config import from_dict
+from deepseek_jax.checkpoint import huggingface, manager
+from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.config import from_dict, to_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.ops.sampling import Sampling, draw, row_keys
@@ -94,13 +95,19 @@ class LanguageModel:
 
     model: Model
     params: Any
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     config: Decoder
     recorded: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The whole config of the run that it comes from, as JSON data."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end a text, beside the tokenizer's own."""
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays)."""
+        return _logits(self.model, self.params, self._checked(tokens))
+
+    def _checked(self, tokens: Any) -> np.ndarray:
+        """Rows of tokens [B, T], or an InputError."""
         try:
             tokens = np.asarray(tokens)
         except ValueError:
@@ -113,7 +120,7 @@ class LanguageModel:
         if least < 0 or most > last:
             found = f"tokens lie in {least}..{most}"
             raise InputError(f"{found}, outside this model's vocabulary 0..{last}")
-        return _logits(self.model, self.params, np.atleast_2d(tokens).astype(np.int32))
+        return np.atleast_2d(tokens).astype(np.int32)
 
     def generate(
         self,
@@ -133,38 +140,62 @@ class LanguageModel:
         """
         prompts, stop = ([x] if isinstance(x, str) else list(x) for x in (prompts, stop))
         check_texts(prompts, stop)
-        chosen = Settings(**settings)
+        if self.tokenizer is None:
+            raise InputError("this checkpoint has no tokenizer: give tokens to generate_tokens")
         rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
-        longest = max(map(len, rows))
-        if longest + chosen.max_new_tokens > MAX_LENGTH:
-            both = f"a prompt of {longest} tokens and max_new_tokens {chosen.max_new_tokens}"
-            raise InputError(f"{both} make more than {MAX_LENGTH}: shorten one of them")
         texts = [Completion(self.tokenizer, row[-1], stop) for row in rows]
-        state = self._prefilled(rows, longest + chosen.max_new_tokens)
-        tokens = np.array([row[-1] for row in rows], np.int32)
-        positions = np.array([len(row) - 1 for row in rows], np.int32)
-        size = min(self.tokenizer.vocab_size, self.config.vocab_size)
-        key, sampling = jax.random.key(chosen.seed), chosen.sampling()
 
         def show(row: int, new: str) -> None:
             if stream and new:
                 stream(row, new)
 
+        for row, token in self._drawn(rows, Settings(**settings), lambda row: texts[row].ended):
+            text = texts[row]
+            show(row, text.finish() if token in self.ends else text.add(token))
+        for row, text in enumerate(texts):
+            show(row, text.finish())
+        return [text.text for text in texts]
+
+    def generate_tokens(self, rows: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+        """Go on from rows of tokens, as they are; each row's new tokens, its end token included.
+
+        `settings` are the fields of `Settings`. Raises InputError for what cannot be done.
+        """
+        ends = {*self.ends, *([self.tokenizer.eos_id] if self.tokenizer else [])}
+        found: list[list[int]] = [[] for _ in rows]
+        drawn = self._drawn(
+            [self._checked(row)[0].tolist() for row in rows],
+            Settings(**settings),
+            lambda row: bool(found[row]) and found[row][-1] in ends,
+        )
+        for row, token in drawn:
+            found[row].append(token)
+        return found
+
+    def _drawn(
+        self, rows: list[list[int]], chosen: Settings, ended: Callable[[int], bool]
+    ) -> Iterator[tuple[int, int]]:
+        """(row, its next token) of the rows that have not ended, one step after another."""
+        longest = max(map(len, rows), default=0)
+        if longest + chosen.max_new_tokens > MAX_LENGTH:
+            both = f"a prompt of {longest} tokens and max_new_tokens {chosen.max_new_tokens}"
+            raise InputError(f"{both} make more than {MAX_LENGTH}: shorten one of them")
+        state = self._prefilled(rows, longest + chosen.max_new_tokens)
+        tokens = np.array([row[-1] for row in rows], np.int32)
+        positions = np.array([len(row) - 1 for row in rows], np.int32)
+        size = self.config.vocab_size
+        size = min(self.tokenizer.vocab_size, size) if self.tokenizer else size
+        key, sampling = jax.random.key(chosen.seed), chosen.sampling()
         for _ in range(chosen.max_new_tokens):
-            ended = np.array([text.ended for text in texts])
-            if ended.all():
-                break
+            over = np.array([ended(row) for row in range(len(rows))])
+            if over.all():
+                return
             state, drawn = _step(
-                self.model, size, self.params, state, tokens, np.where(ended, -1, positions),
+                self.model, size, self.params, state, tokens, np.where(over, -1, positions),
                 key, sampling,
             )  # fmt: skip
             tokens, positions = np.asarray(drawn), positions + 1
-            for i, text in enumerate(texts):
-                if not text.ended:
-                    show(i, text.add(int(tokens[i])))
-        for i, text in enumerate(texts):
-            show(i, text.finish())
-        return [text.text for text in texts]
+            yield from ((int(row), int(tokens[row])) for row in np.flatnonzero(~over))
 
     def _prefilled(self, rows: list[list[int]], length: int) -> State:
         """What has read all but each row's last token, which the first step feeds."""
@@ -185,12 +216,14 @@ class LanguageModel:
 
 
 def load(path: str | pathlib.Path) -> LanguageModel:
-    """The language model of a run directory or a checkpoint (of a run: its newest good one).
+    """The language model of a run, a checkpoint (of a run: its newest good one), or an HF folder.
 
     On a CPU, automatic precision is float32 here: converting every weight at every step would cost
     more than bfloat16 saves, and completions are then the same with and without a cache.
     Raises InputError when there is no such checkpoint, or it is not what its config says.
     """
+    if is_folder_of_tensors(path):
+        return _load_folder(pathlib.Path(path))
     directory = manager.resolve(path)
     config = manager.read_config(directory)
     decoder = from_dict(Decoder, config["model"], "model")
@@ -199,7 +232,23 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         precision = dataclasses.replace(precision, compute="float32")
     model = build(decoder, precision)
     params = manager.load_params(directory, model.shapes, layer_table(decoder))
-    return LanguageModel(model, params, load_tokenizer(directory), decoder, config)
+    tokenizer = load_tokenizer(directory) if (directory / INFO).exists() else None
+    kept = directory / huggingface.BESIDE
+    ends = huggingface.end_ids(kept) if kept.exists() else ()
+    return LanguageModel(model, params, tokenizer, decoder, config, ends)
+
+
+def _load_folder(path: pathlib.Path) -> LanguageModel:
+    folder = huggingface.open_folder(path)
+    stored = folder.tensors["model.embed_tokens.weight"].dtype
+    precision = Precision(params="bfloat16" if stored == jnp.bfloat16 else "float32")
+    if jax.default_backend() == "cpu":
+        precision = Precision(compute="float32")
+    model = build(folder.config, precision)
+    params = huggingface.load_params(folder, model, model.shapes)
+    recorded = {"model": to_dict(folder.config), "precision": to_dict(precision)}
+    tokenizer, ends = huggingface.tokenizer_of(path), huggingface.end_ids(path)
+    return LanguageModel(model, params, tokenizer, folder.config, recorded, ends)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.checkpoint import integrity
+from deepseek_jax.checkpoint import huggingface, integrity
 from deepseek_jax.checkpoint.manager import Manager, load_params
+from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
@@ -177,8 +178,12 @@ class _Run:
             key = jax.random.key(config.seed)
             params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
         else:
-            source = integrity.resolve(config.init_from)
-            params = load_params(source, abstract.params, self.layers)
+            if is_folder_of_tensors(config.init_from):
+                folder = huggingface.open_folder(config.init_from)
+                params = huggingface.load_params(folder, self.model, abstract.params)
+            else:
+                source = integrity.resolve(config.init_from)
+                params = load_params(source, abstract.params, self.layers)
             self.progress.say(f"starting from the parameters of {config.init_from}")
 
         def start(params):

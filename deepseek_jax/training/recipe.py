@@ -78,7 +78,7 @@ class TrainConfig:
     run_dir: str = ""
     """Where everything is written; empty: runs/<name of the config file>."""
     init_from: str | None = None
-    """A run or checkpoint whose parameters this one starts from, with fresh optimizer memory."""
+    """A run, checkpoint or Hugging Face folder whose parameters this run starts from."""
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()

@@ -1,0 +1,66 @@
+"""Reference: greedy completions of Hugging Face folders are those of transformers' generate."""
+
+import hf_cases
+import numpy as np
+import pytest
+import torch
+
+import deepseek_jax
+from deepseek_jax import convert
+from deepseek_jax.core.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about rope
+
+NEW = 64
+
+
+def theirs(model, rows):
+    """New tokens of left-padded rows, as transformers takes them."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    done = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    return done[:, width:].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama-tied-yarn", "qwen2", "v2-lite-yarn", "v2", "v3-yarn"])
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+    model = hf_cases.hf_model(name, eos_token_id=None, bos_token_id=None)
+    directory = hf_cases.save(model, tmp_path / "hf")
+    rows = [
+        row[:n].tolist() for row, n in zip(hf_cases.tokens(3)[[0, 1, 0]], (3, 17, 30), strict=True)
+    ]
+    lm = deepseek_jax.load(directory)
+    assert lm.tokenizer is None
+    expected = theirs(model, rows)
+    assert lm.generate_tokens(rows, max_new_tokens=NEW) == expected
+    assert len({tuple(row) for row in expected}) == 3
+    np.testing.assert_allclose(
+        lm.logits(hf_cases.tokens()), hf_cases.logits(model, hf_cases.tokens()), atol=2e-5, rtol=0
+    )
+    convert.main(["from-hf", str(directory), str(tmp_path / "ours")])
+    assert deepseek_jax.load(tmp_path / "ours").generate_tokens(rows, max_new_tokens=5) == [
+        row[:5] for row in expected
+    ]
+
+
+def test_rows_end_at_the_configured_token(tmp_path):
+    model = hf_cases.hf_model("qwen2", eos_token_id=None)
+    lm = deepseek_jax.load(hf_cases.save(model, tmp_path / "hf"))
+    rows = [row[:5].tolist() for row in hf_cases.tokens(4)]
+    free = lm.generate_tokens(rows, max_new_tokens=20)
+    last = free[0][7]
+    model = hf_cases.hf_model("qwen2", eos_token_id=[last, 0])
+    lm = deepseek_jax.load(hf_cases.save(model, tmp_path / "ending"))
+    first = free[0].index(last) + 1
+    assert lm.generate_tokens(rows, max_new_tokens=20)[0] == free[0][:first]
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    lm = deepseek_jax.load(hf_cases.save(hf_cases.hf_model("llama"), tmp_path / "hf"))
+    with pytest.raises(InputError, match="no tokenizer"):
+        lm.generate(["a"])
+    with pytest.raises(InputError, match="outside this model's vocabulary"):
+        lm.generate_tokens([[1, 2, 97]])
