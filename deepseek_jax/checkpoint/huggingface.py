@@ -163,35 +163,33 @@ def write_folder(
     original = json.loads(kept["config.json"].read_text()) if "config.json" in kept else {}
     scales = mapped(kept[SCALES]) if SCALES in kept else {}
     how = original.get("quantization_config") or {}
+    float8 = dtype == "float8-block" or (dtype is None and scales)
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in params.values())
     entries: list[Entry] = []
     done = 0
 
-    def add(row: names.Row) -> None:
-        shape = names.their_shape(row, ours)
+    def wide(row: names.Row) -> np.ndarray:
+        nonlocal done
+        progress(done, total)
+        done += math.prod(names.their_shape(row, ours)) * params[row.ours[0]].dtype.itemsize
+        return names.joined(row, ours, [params[path].read() for path in row.ours])
 
-        def wide() -> np.ndarray:
-            nonlocal done
-            progress(done, total)
-            done += math.prod(shape) * params[row.ours[0]].dtype.itemsize
-            return names.joined(row, ours, [params[path].read() for path in row.ours])
+    @functools.lru_cache(1)  # the values are written first, their scales next
+    def pair(row: names.Row) -> tuple[np.ndarray, np.ndarray]:
+        return _float8(wide(row), scales.get(row.theirs), how)
 
-        kind = params[row.ours[0]].dtype
-        narrow = row.theirs in scales or (not scales and names.is_quantized(row.theirs))
-        if (dtype == "float8-block" or (dtype is None and scales)) and narrow:
-            pair = functools.lru_cache(1)(lambda: _float8(wide(), scales.get(row.theirs), how))
+    for row in names.table(model.config, ours):
+        name, shape, kind = row.theirs, names.their_shape(row, ours), params[row.ours[0]].dtype
+        if float8 and (name in scales or (not scales and names.is_quantized(name))):
             blocks = tuple(-(-size // BLOCK) for size in shape)
-            of_scales = scales[row.theirs].dtype if row.theirs in scales else np.dtype(np.float32)
-            entries.append(Entry(row.theirs, shape, FLOAT8, lambda: pair()[0]))
-            entries.append(Entry(row.theirs + SCALE, blocks, of_scales, lambda: pair()[1]))
-            return
-        if dtype not in (None, "float8-block") and not row.theirs.endswith("correction_bias"):
-            kind = np.dtype(jnp.dtype(dtype))
-        entries.append(Entry(row.theirs, shape, kind, lambda: wide().astype(kind, copy=False)))
-
-    rows = names.table(model.config, ours)
-    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in params.values())
-    for row in rows:
-        add(row)
+            of_scales = scales[name].dtype if name in scales else jnp.dtype(jnp.float32)
+            entries.append(Entry(name, shape, FLOAT8, lambda row=row: pair(row)[0]))
+            entries.append(Entry(name + SCALE, blocks, of_scales, lambda row=row: pair(row)[1]))
+            continue
+        if dtype not in (None, "float8-block") and not name.endswith("correction_bias"):
+            kind = jnp.dtype(dtype)
+        read = lambda row=row, kind=kind: wide(row).astype(kind, copy=False)  # noqa: E731
+        entries.append(Entry(name, shape, kind, read))
     stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
     config = families.hf_config(model.config, original, str(stored))
     if any(entry.name.endswith(SCALE) for entry in entries):

@@ -87,29 +87,29 @@ def leaves(model: Model) -> dict[str, Leaf]:
     specs = tree.flatten(model.specs, is_leaf=lambda node: isinstance(node, Spec))
     found = {}
     for path, leaf in tree.flatten(model.shapes).items():
-        rows = disk_names(path, leaf.shape, layers)
-        shape, spec = (
-            (leaf.shape[1:], specs[path].unstacked()) if rows else (leaf.shape, specs[path])
-        )
-        found |= dict.fromkeys(rows or [path], Leaf(tuple(shape), spec))
+        one = Leaf(leaf.shape, specs[path])
+        if rows := disk_names(path, leaf.shape, layers):
+            one = Leaf(leaf.shape[1:], specs[path].unstacked())
+        found |= dict.fromkeys(rows or [path], one)
     return found
 
 
 def table(config: Decoder, ours: Mapping[str, Leaf]) -> list[Row]:
-    """Their names of all of a model's weights, in their order, the copies of an MTP layer last."""
+    """Their names of all of a model's weights, in their order, the copies of an MTP layer last.
+
+    Raises InputError for a weight that they have no name for.
+    """
     rows: dict[str, Row] = {}
-    of_layer = LAYER | (GROUPED if isinstance(config.attention, GQA) else {})
+    known = TOP | {f"layer/{ours}": theirs for ours, theirs in LAYER.items()}
+    known |= {f"mtp/{ours}": theirs for ours, theirs in MTP.items()}
+    if isinstance(config.attention, GQA):
+        known |= {f"layer/{ours}": theirs for ours, theirs in GROUPED.items()}
     for path, leaf in ours.items():
-        kind, _, rest = path.partition("/")
-        prefix = ""
-        if match := re.fullmatch(r"(layer|mtp)_(\d+)", kind):
-            number = int(match[2]) + (config.num_layers if match[1] == "mtp" else 0)
-            prefix, name = (
-                f"model.layers.{number}.",
-                (of_layer if match[1] == "layer" else MTP)[rest],
-            )
-        else:
-            name = TOP[path]
+        kind, number, rest = re.fullmatch(r"([a-z_]+?)(?:_(\d+))?/(.*)", path).groups()
+        if (name := known.get(f"{kind}/{rest}")) is None:
+            raise InputError(f"Hugging Face's models have no weight like {path}")
+        past = config.num_layers if kind == "mtp" else 0
+        prefix = "" if number is None else f"model.layers.{int(number) + past}."
         if rest.startswith("moe/experts/"):
             for expert in range(leaf.shape[0]):
                 key = prefix + name.format(expert)
@@ -210,9 +210,8 @@ def sources(
 def _source(tensor: Tensor, path: str, leaf: Leaf, row: Row, offset: int, ours: Any) -> Source:
     sides = _sides(leaf, path)
     if sides is None:
-        return Source(
-            leaf.shape, tensor.dtype, lambda index: tensor.read().reshape(leaf.shape)[index]
-        )
+        same = lambda index: tensor.read().reshape(leaf.shape)[index]  # noqa: E731
+        return Source(leaf.shape, tensor.dtype, same)
     batch = row.expert is not None  # a dimension of ours that theirs lacks
     outputs, inputs = (tuple(i - batch for i in side) for side in sides)
     shape = leaf.shape[batch:]

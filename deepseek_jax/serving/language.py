@@ -102,9 +102,19 @@ class LanguageModel:
     ends: tuple[int, ...] = ()
     """Tokens that end a text, beside the tokenizer's own."""
 
-    def logits(self, tokens: Any) -> Float[Array, "B T V"]:
-        """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays)."""
-        return _logits(self.model, self.params, self._checked(tokens))
+    def logits(self, tokens: Any, mask: Any = None) -> Float[Array, "B T V"]:
+        """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays).
+
+        `mask` of the same shape is true where a token is real; padding (left or right) is seen by
+        none, and its own logits mean nothing.
+        """
+        tokens = self._checked(tokens)
+        if mask is None:
+            return _logits(self.model, self.params, tokens)
+        mask = np.atleast_2d(np.asarray(mask, bool))
+        if mask.shape != tokens.shape:
+            raise InputError(f"mask has shape {mask.shape}, and tokens {tokens.shape}")
+        return _logits(self.model, self.params, tokens, mask.astype(np.int32))
 
     def _checked(self, tokens: Any) -> np.ndarray:
         """Rows of tokens [B, T], or an InputError."""
@@ -252,8 +262,10 @@ def _load_folder(path: pathlib.Path) -> LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Model, params: Any, tokens: Any) -> Array:
-    return model.logits(params, model.apply(params, tokens, drop=False).hidden)
+def _logits(model: Model, params: Any, tokens: Any, mask: Any = None) -> Array:
+    positions = None if mask is None else jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+    output = model.apply(params, tokens, segments=mask, positions=positions, drop=False)
+    return model.logits(params, output.hidden)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

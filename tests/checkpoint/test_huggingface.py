@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from transformers.models import deepseek_ocr2 as ocr2
 
 from deepseek_jax import convert
 from deepseek_jax.checkpoint import families, huggingface, names
@@ -95,6 +96,36 @@ def test_logits_and_gradients_are_those_of_transformers(name, saved):
         assert error < 1e-4, (row.theirs, error)
         compared += 1
     assert compared == len(apart)
+
+
+def test_the_first_deepseek_moe_is_that_of_its_only_implementation(tmp_path):
+    """transformers has no such model_type; the text part of DeepSeek-OCR-2 is the same model."""
+    torch.manual_seed(3)
+    words = hf_cases.BASE | hf_cases.MIXED
+    dense = words.pop("first_k_dense_replace")
+    kinds = ["dense"] * dense + ["sparse"] * (words["num_hidden_layers"] - dense)
+    config = ocr2.DeepseekOcr2TextConfig(**words, mlp_layer_types=kinds)
+    config._attn_implementation = "eager"
+    text = ocr2.DeepseekOcr2TextModel(config).eval()
+    text.set_experts_implementation("eager")
+    head = torch.randn(hf_cases.VOCAB, config.hidden_size) * 0.2
+    tensors = {f"model.{n}": t.contiguous() for n, t in text.state_dict().items()}
+    safetensors.torch.save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    words |= {"model_type": "deepseek", "first_k_dense_replace": dense}
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    model, params = opened(tmp_path)
+    rows = hf_cases.tokens()
+    with torch.no_grad():
+        expected = (text(torch.tensor(rows)).last_hidden_state @ head.T).numpy()
+    ours = model.logits(params, model.apply(params, jnp.asarray(rows)).hidden)
+    np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=0)
+    convert.main(["from-hf", str(tmp_path), str(tmp_path / "ours")])
+    convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")])
+    back = all_tensors(tmp_path / "back")
+    fused = folders.open_tensors(tmp_path)
+    assert back.keys() == fused.keys()
+    for name, tensor in fused.items():
+        np.testing.assert_array_equal(back[name].numpy(), tensor.read())
 
 
 @pytest.mark.parametrize("name", hf_cases.CASES)

@@ -7,7 +7,11 @@ import torch
 
 import deepseek_jax
 from deepseek_jax import convert
+from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.models.build import build
+from deepseek_jax.serving.language import LanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about rope
 
@@ -44,6 +48,44 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     assert deepseek_jax.load(tmp_path / "ours").generate_tokens(rows, max_new_tokens=5) == [
         row[:5] for row in expected
     ]
+
+
+@pytest.mark.parametrize("name", ["qwen3-yarn", "v2-yarn", "v3-yarn"])
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_padded_rows_are_those_of_transformers(name, left, tmp_path):
+    model = hf_cases.hf_model(name)
+    lm = deepseek_jax.load(hf_cases.save(model, tmp_path / "hf"))
+    tokens, mask = hf_cases.tokens(6), np.ones((2, hf_cases.LENGTH), int)
+    mask[1, :13] = 0
+    mask[1] = mask[1] if left else mask[1, ::-1]
+    with torch.no_grad():
+        places = torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
+        expected = model(
+            torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=places
+        ).logits.numpy()
+    ours = np.asarray(lm.logits(tokens, mask))
+    np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], atol=2e-5, rtol=0)
+    assert np.abs(np.asarray(lm.logits(tokens)) - ours)[1, -1].max() > 1e-3 or not left
+
+
+@pytest.mark.parametrize("name", ["qwen2", "v2", "v3-yarn"])
+def test_bfloat16_points_the_same_way(name, tmp_path):
+    model = hf_cases.hf_model(name)
+    folder = huggingface.open_folder(hf_cases.save(model, tmp_path / "hf"))
+    half = build(folder.config, Precision(compute="bfloat16", params="bfloat16"))
+    params = huggingface.load_params(folder, half, half.shapes)
+    rows, theirs = hf_cases.tokens(), hf_cases.logits(model, hf_cases.tokens())
+    ours = np.asarray(LanguageModel(half, params, None, folder.config).logits(rows))
+    torch_half = hf_cases.logits(model.bfloat16(), rows)
+    assert np.median(cosines(ours, theirs)) > 0.999
+    # Where a router's near tie falls differently, a token's logits differ: not more than in torch.
+    lost = [(cosines(half, theirs) < 0.999).mean() for half in (ours, torch_half)]
+    assert lost[0] <= lost[1] + 0.05
+
+
+def cosines(one, other):
+    one, other = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (one, other))
+    return (one * other).sum(-1)
 
 
 def test_rows_end_at_the_configured_token(tmp_path):
