@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint import families, huggingface, names
 from deepseek_jax.checkpoint.integrity import resolve
 from deepseek_jax.checkpoint.manager import read_config, read_params, write_params
 from deepseek_jax.checkpoint.safetensors import Tensor, is_folder_of_tensors, open_tensors
-from deepseek_jax.core.config import from_dict, to_dict
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import Precision
@@ -82,7 +82,7 @@ def from_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> No
     files = huggingface.keep(source)
     if tokenizer := huggingface.tokenizer_of(source):
         files |= tokenizer.files()
-    config = {"model": to_dict(folder.config), "precision": to_dict(Precision())}
+    config = huggingface.recorded(folder, Precision())
     target.parent.mkdir(parents=True, exist_ok=True)
     write_params(target.absolute(), params, config=config, files=files, progress=_progress())
 

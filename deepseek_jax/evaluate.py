@@ -22,7 +22,7 @@ class Arguments:
     """Score a checkpoint: loss, perplexity and bits per byte, beside two compressors'."""
 
     checkpoint: str
-    """A run directory (its newest good checkpoint is used) or one of its checkpoints."""
+    """A run (its newest good checkpoint is used), one of its checkpoints, or an HF folder."""
     data: str | None = None
     """stdlib, or text, JSONL or Parquet files by glob; by default what training held out."""
     batch_size: int = 16
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     lm = load(arguments.checkpoint)
+    if lm.tokenizer is None:
+        raise InputError(f"{arguments.checkpoint}: has no tokenizer, so no text can be scored")
     dataset = open_task(lm.recorded, lm.tokenizer, arguments.data)
     # In the precision of training, so that the scores are those that training printed.
     model = build(lm.config, from_dict(Precision, lm.recorded["precision"], "precision"))

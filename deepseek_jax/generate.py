@@ -16,7 +16,7 @@ class Arguments(Settings):
     """Complete prompts: one streams as it comes, several are completed as one batch."""
 
     checkpoint: str
-    """A run directory (its newest good checkpoint is used) or one of its checkpoints."""
+    """A run (its newest good checkpoint is used), one of its checkpoints, or an HF folder."""
     prompt: Texts = ()
     """The text to go on from; several texts are several prompts."""
     stop: Texts = ()

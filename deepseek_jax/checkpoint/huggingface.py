@@ -36,7 +36,9 @@ from deepseek_jax.checkpoint.safetensors import (
     write_tensors,
 )
 from deepseek_jax.core import tree
+from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import Decoder, layer_table
@@ -108,6 +110,13 @@ def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     return tree.map_with_path(placed, abstract)
+
+
+def recorded(folder: Folder, precision: Precision) -> dict[str, Any]:
+    """What a checkpoint's config.json says of a model that no run of ours trained."""
+    length = min(int(folder.original.get("max_position_embeddings") or 2048), 2048)
+    known = {"stages": [{}], "sequence_length": length}
+    return {"model": to_dict(folder.config), "precision": to_dict(precision), **known}
 
 
 def tokenizer_of(directory: pathlib.Path) -> Tokenizer | None:

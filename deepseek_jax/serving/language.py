@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.checkpoint import huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
-from deepseek_jax.core.config import from_dict, to_dict
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
@@ -256,7 +256,7 @@ def _load_folder(path: pathlib.Path) -> LanguageModel:
         precision = Precision(compute="float32")
     model = build(folder.config, precision)
     params = huggingface.load_params(folder, model, model.shapes)
-    recorded = {"model": to_dict(folder.config), "precision": to_dict(precision)}
+    recorded = huggingface.recorded(folder, precision)
     tokenizer, ends = huggingface.tokenizer_of(path), huggingface.end_ids(path)
     return LanguageModel(model, params, tokenizer, folder.config, recorded, ends)
 

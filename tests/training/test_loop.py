@@ -11,11 +11,15 @@ import sys
 import time
 
 import cases
+import hf_cases
 import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import convert
+from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.checkpoint.manager import load_params, read_config, resolve
+from deepseek_jax.checkpoint.safetensors import open_tensors
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
@@ -153,6 +157,23 @@ def test_a_run_can_start_from_anothers_parameters(whole, data, tmp_path):
     wider = dataclasses.replace(model, mlp_dim=56)
     with pytest.raises(InputError, match=r"mlp/gate/weight is \(32, 48\) where .* \(32, 56\)"):
         train(dataclasses.replace(config, model=wider, run_dir=str(tmp_path / "wider")), LENT)
+
+
+def test_a_run_can_start_from_a_hugging_face_folder(data, tmp_path):
+    """Nothing moves at a learning rate of 0: the run's checkpoint goes back byte for byte."""
+    there = hf_cases.save(hf_cases.hf_model("v2-lite", vocab_size=300), tmp_path / "hf")
+    model = huggingface.open_folder(there).config
+    frozen = AdamW(learning_rate=0.0)
+    fields = {"steps": 1, "init_from": str(there), "optimizer": frozen}
+    assert train(recipe(data, tmp_path / "run", model, **fields), LENT) == 0
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "back")])
+    before, after = (open_tensors(path) for path in (there, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(tensor.read(), after[name].read())
+    wider = dataclasses.replace(model, mlp_dim=56)
+    with pytest.raises(InputError, match=r"gate_proj.weight has shape \(48, 32\), not \(56, 32\)"):
+        train(recipe(data, tmp_path / "wider", wider, **fields), LENT)
 
 
 def test_stages_carry_the_data_position_on_until_the_data_change(data, tmp_path):
