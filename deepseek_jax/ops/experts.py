@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.ops.matmul import dot, rows, turned
 
 Implementation = Literal["reference", "ragged", "tiles", "few"]
-TILE_SLACK = 1.25  # a fixed tile's rows over an expert's even share
+TILE_SLACK = 1.125  # a fixed tile's rows over an expert's even share
 OVERFLOW_ROWS = 64  # rows of one overflow tile
 
 

@@ -17,7 +17,7 @@ def token_losses(
     hidden: Float[Array, "N D"],
     head: Float[Array, "D V"],
     targets: Int[Array, " N"],
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> Float[Array, " N"]:
     """Negative log-likelihood of every token, float32, in nats. For evaluation: no z-loss."""
 
@@ -35,7 +35,7 @@ def cross_entropy(
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
     z_weight: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over tokens: nll + z_weight * lse^2, and its two parts apart.
 

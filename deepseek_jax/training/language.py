@@ -26,7 +26,7 @@ class Language:
     """Of the mean over the multi-token prediction depths (V3's lambda)."""
     z_weight: float = 0.0
     """Of the squared log-normalizer of the output distribution (PaLM: 1e-4)."""
-    chunk: int = 1024
+    chunk: int = 512
     """Tokens whose logits exist at a time."""
 
     def __post_init__(self):
