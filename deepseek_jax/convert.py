@@ -24,6 +24,7 @@ from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.corpus import made_whole
 from deepseek_jax.data.sources import reported
+from deepseek_jax.data.tokenizer import INFO, load_tokenizer
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder
@@ -105,6 +106,9 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None, shard: 
             max_shard_bytes=shard,
             progress=_progress(),
         )
+        if (source / INFO).exists() and not (source / huggingface.BESIDE).exists():
+            for name, content in huggingface.tokenizer_files(load_tokenizer(source)).items():
+                (partial / name).write_bytes(content)
 
 
 def _progress() -> Callable[[int, int], None]:

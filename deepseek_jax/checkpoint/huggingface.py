@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.checkpoint import families, names
@@ -124,6 +125,22 @@ def tokenizer_of(directory: pathlib.Path) -> Tokenizer | None:
     if not (directory / "tokenizer.json").exists():
         return None
     return open_tokenizer(TokenizerFile(path=str(directory)))
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What lets transformers open a tokenizer of ours; nothing for bytes, which it has none of."""
+    if not tokenizer.file:
+        return {}
+    name, content = tokenizer.file, tokenizer.content
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    numbers = {f"{kind}_id": number for kind, number in ids.items()}
+    files = {name: content, "generation_config.json": json.dumps(numbers, indent=2).encode()}
+    if name == "tokenizer.json":
+        token_of = tokenizers.Tokenizer.from_buffer(content).id_to_token
+        words = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
+        words |= {kind: token_of(number) for kind, number in ids.items()}
+        files["tokenizer_config.json"] = json.dumps(words, indent=2).encode()
+    return files
 
 
 def end_ids(directory: pathlib.Path) -> tuple[int, ...]:

@@ -1,16 +1,24 @@
 """Reference: greedy completions of Hugging Face folders are those of transformers' generate."""
 
+import dataclasses
+
 import hf_cases
+import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import deepseek_jax
 from deepseek_jax import convert
 from deepseek_jax.checkpoint import huggingface
+from deepseek_jax.checkpoint.manager import Checkpoint, Manager
+from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.tokenizer import BPE, train_bpe
 from deepseek_jax.models.build import build
+from deepseek_jax.models.decoder import layer_table
 from deepseek_jax.serving.language import LanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about rope
@@ -98,6 +106,29 @@ def test_rows_end_at_the_configured_token(tmp_path):
     lm = deepseek_jax.load(hf_cases.save(model, tmp_path / "ending"))
     first = free[0].index(last) + 1
     assert lm.generate_tokens(rows, max_new_tokens=20)[0] == free[0][:first]
+
+
+def test_a_run_exports_its_tokenizer(tmp_path):
+    """transformers opens it, and both forms complete a text alike."""
+    lines = (f"def function_{n}(argument): return {n} * argument" for n in range(200))
+    tokenizer = train_bpe(BPE(vocab_size=300), lines)
+    config = dataclasses.replace(
+        huggingface.open_folder(hf_cases.save(hf_cases.hf_model("v3"), tmp_path / "hf")).config,
+        vocab_size=320, init_scale=0.3,
+    )  # fmt: skip
+    model = build(config, Precision(compute="float32"))
+    manager = Manager(tmp_path / "run/checkpoints", Checkpoint(), layer_table(config))
+    recorded = {"model": to_dict(config), "precision": to_dict(Precision(compute="float32"))}
+    state = {"params": model.init(jax.random.key(0))}
+    manager.save(1, state, position=0, config=recorded, files=tokenizer.files())
+    manager.close()
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "back")])
+    text = "def argument_12(function): return '中文'"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    ours, back = (deepseek_jax.load(tmp_path / name) for name in ("run", "back"))
+    assert ours.generate(["def "], max_new_tokens=9) == back.generate(["def "], max_new_tokens=9)
 
 
 def test_text_needs_a_tokenizer(tmp_path):
