@@ -46,6 +46,7 @@ CASES = {
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "v2-lite": ("DeepseekV2", V2),
     "v2-lite-yarn": ("DeepseekV2", V2 | YARNED | {"n_shared_experts": 1}),
+    "v2-lite-unshared": ("DeepseekV2", V2 | {"n_shared_experts": 0}),
     "v2": ("DeepseekV2", V2 | LIMITED | {"q_lora_rank": 12}),
     "v2-yarn": (
         "DeepseekV2",
@@ -59,6 +60,7 @@ CASES = {
         "DeepseekV3",
         V3 | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "norm_topk_prob": False},
     ),
+    "v3-unshared": ("DeepseekV3", V3 | {"n_shared_experts": 0, "num_experts_per_tok": 2}),
     "v3-halves": ("DeepseekV3", V3 | {"rope_interleave": False, "tie_word_embeddings": True}),
 }  # fmt: skip
 

@@ -216,6 +216,9 @@ def write_folder(
             kind = jnp.dtype(dtype)
         read = lambda row=row, kind=kind: wide(row).astype(kind, copy=False)  # noqa: E731
         entries.append(Entry(name, shape, kind, read))
+    kind = entries[0].dtype
+    for name, shape in names.empty(model.config).items():
+        entries.append(Entry(name, shape, kind, lambda: np.zeros(0)))
     stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
     config = families.hf_config(model.config, original, str(stored))
     if any(entry.name.endswith(SCALE) for entry in entries):

@@ -131,6 +131,18 @@ def copies(config: Decoder, ours: Mapping[str, Leaf]) -> dict[str, str]:
     }
 
 
+def empty(config: Decoder) -> dict[str, tuple[int, ...]]:
+    """The tensors without values that a model without shared experts has there: their shapes."""
+    moe, found = config.moe, {}
+    if moe is None or moe.num_shared_experts:
+        return found
+    for layer in range(config.num_dense_layers, config.num_layers + config.num_mtp_layers):
+        for part in PARTS:
+            shape = (config.embed_dim, 0) if part == "down" else (0, config.embed_dim)
+            found[f"model.layers.{layer}.mlp.shared_experts.{part}_proj.weight"] = shape
+    return found
+
+
 def is_quantized(theirs: str) -> bool:
     """Whether DeepSeek stores this matrix as float8 (transformers' names)."""
     inside = theirs.startswith("model.layers.") and theirs.endswith("_proj.weight")
@@ -175,8 +187,8 @@ def sources(
     Raises InputError for tensors that match nothing, are missing, or have another shape.
     """
     rows = table(config, ours)
-    wanted = {row.theirs: their_shape(row, ours) for row in rows}
-    optional = copies(config, ours).keys()
+    wanted = {row.theirs: their_shape(row, ours) for row in rows} | empty(config)
+    optional = copies(config, ours).keys() | empty(config).keys()
     extra = [name for name in theirs if name not in wanted and not COMPUTED.fullmatch(name)]
     if config.tie_embeddings:
         extra = [name for name in extra if name != "lm_head.weight"]
