@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.ops.matmul import matmul, rows, scaled, turned, weight_slope
+from deepseek_jax.ops.matmul import apart, matmul, rows, scaled, turned, weight_slope
 
 RNG = np.random.default_rng(0)
 
@@ -52,3 +52,18 @@ def test_rows_and_turned_move_every_bit(dtype):
     x, index = drawn((5, 4, 3), dtype), jnp.array([[4, 0], [2, 2]])
     np.testing.assert_array_equal(exact(rows(x, index))[0], exact(x[index])[0])
     np.testing.assert_array_equal(exact(turned(x))[0], exact(x)[0].swapaxes(1, 2))
+
+
+def test_what_stands_apart_is_not_fused():
+    """Else XLA on CPU computes a cosine anew for every row that it multiplies."""
+
+    def program(cosine):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64,), (32, 64))]
+        return jax.jit(lambda x, y: cosine(x)[None] * y).lower(*shapes).compile().as_text()
+
+    def together(text):
+        return any("cosine(" in part and "multiply(" in part for part in text.split("\n\n"))
+
+    assert together(program(jnp.cos))
+    assert not together(program(lambda x: apart(jnp.cos, x)))
+    assert not together(program(lambda x: jax.vmap(lambda row: apart(jnp.cos, row))(x[None])[0]))
