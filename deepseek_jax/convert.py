@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import functools
+import json
 import math
 import pathlib
 import re
@@ -83,9 +84,15 @@ def from_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> No
     files = huggingface.keep(source)
     if tokenizer := huggingface.tokenizer_of(source):
         files |= tokenizer.files()
-    config = huggingface.recorded(folder, Precision())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_params(target.absolute(), params, config=config, files=files, progress=_progress())
+    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.iterdir())]
+    write_params(
+        target.absolute(),
+        params,
+        config=huggingface.recorded(folder, Precision()),
+        files=files,
+        origin=json.dumps([dtype, facts]),
+        progress=_progress(),
+    )
 
 
 def _read_as(weight: names.Source, kind: np.dtype) -> np.ndarray:

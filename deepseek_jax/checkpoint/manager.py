@@ -255,15 +255,21 @@ def write_params(
     *,
     config: dict,
     files: dict[str, bytes],
+    origin: str,
     progress: Callable[[int, int], None],
 ) -> None:
     """Write parameters, by their names on disk, as the checkpoint `directory`, some at a time.
 
-    At most two pieces of PIECE bytes, or of one leaf, are in memory. What a killed call had written
-    stays in `directory`.parts and is not written again. `progress` is told bytes done and in all.
+    At most two pieces of PIECE bytes, or of one leaf, are in memory. What a killed call of the same
+    `origin` had written stays in `directory`.parts and is not written again. `progress` is told
+    bytes done and in all.
     """
     parts, partial = (directory.with_name(f"{directory.name}.{x}") for x in ("parts", "saving"))
     shutil.rmtree(partial, ignore_errors=True)
+    if not (parts / "origin").exists() or (parts / "origin").read_text() != origin:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        (parts / "origin").write_text(origin)
     done = _written(parts)
     sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in params.items()}
     pieces: list[list[str]] = [[]]

@@ -23,7 +23,7 @@ import transformers
 from transformers.models import deepseek_ocr2 as ocr2
 
 from deepseek_jax import convert
-from deepseek_jax.checkpoint import families, huggingface, names
+from deepseek_jax.checkpoint import families, huggingface, manager, names
 from deepseek_jax.checkpoint import safetensors as folders
 from deepseek_jax.checkpoint.manager import read_params
 from deepseek_jax.core import tree
@@ -400,6 +400,22 @@ def test_old_and_new_rope_fields_mean_the_same(saved):
     del old["rope_scaling"]["rope_type"]
     assert families.decoder(new) == families.decoder(old)
     assert families.decoder(new).attention.yarn is not None
+
+
+def test_parts_of_another_conversion_are_not_taken_up(saved, tmp_path, monkeypatch):
+    """A conversion that stopped half-way leaves parts; another folder's must not mix with them."""
+    first, second = (
+        hf_cases.save(hf_cases.hf_model("qwen2", seed), tmp_path / f"hf{seed}") for seed in (1, 2)
+    )
+    monkeypatch.setattr(manager, "PIECE", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(manager.shutil, "copytree", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.main(["from-hf", str(first), str(tmp_path / "ours")])
+    assert len(list(tmp_path.glob("ours.parts/*/*"))) > 20
+    convert.main(["from-hf", str(second), str(tmp_path / "ours")])
+    convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")])
+    same_tensors(second, tmp_path / "back")
 
 
 @pytest.mark.slow
