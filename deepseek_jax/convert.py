@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,8 +17,8 @@ import numpy as np
 from deepseek_jax.checkpoint import families, huggingface, names
 from deepseek_jax.checkpoint.integrity import resolve
 from deepseek_jax.checkpoint.manager import read_config, read_params, write_params
-from deepseek_jax.checkpoint.safetensors import Tensor, is_folder_of_tensors, open_tensors
-from deepseek_jax.core.config import from_dict
+from deepseek_jax.checkpoint.safetensors import Tensor, is_folder_of_tensors
+from deepseek_jax.core.config import from_dict, num_bytes
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import Precision
@@ -29,8 +28,6 @@ from deepseek_jax.data.tokenizer import INFO, load_tokenizer
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str]) -> None:
@@ -62,10 +59,8 @@ def main(argv: list[str]) -> None:
         if options.command == "from-hf":
             from_hf(source, target, options.dtype)
         else:
-            size = re.fullmatch(r"0*([1-9]\d*) ?([KMG]B)?", options.max_shard_size.upper())
-            if not size:
-                raise InputError(f"--max-shard-size {options.max_shard_size} is no size like 5GB")
-            to_hf(source, target, options.dtype, int(size[1]) * UNITS[size[2] or ""])
+            size = num_bytes(options.max_shard_size, "--max-shard-size")
+            to_hf(source, target, options.dtype, size)
     print(f"{target}: written")
 
 
@@ -139,7 +134,7 @@ def inspect(path: pathlib.Path) -> str:
     """What a checkpoint is: family, sizes, dtypes, and which tensors would not fit."""
     if is_folder_of_tensors(path):
         folder = huggingface.open_folder(path)
-        config, tensors = folder.config, open_tensors(path)
+        config, tensors = folder.config, folder.tensors
         family = folder.original["model_type"]
         try:
             huggingface.params_of(folder, build(config, Precision(compute="float32")))

@@ -13,7 +13,7 @@ import shutil
 
 import numpy as np
 
-from deepseek_jax.core.config import to_dict
+from deepseek_jax.core.config import num_bytes, to_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.data import sources
 from deepseek_jax.data import tokenizer as tokenizers
@@ -22,7 +22,6 @@ from deepseek_jax.data.loader import Data
 
 FORMATS = {"text": sources.TextFiles, "jsonl": sources.JSONL, "parquet": sources.Parquet}
 COUNTS = ("documents", "tokens", "bytes")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str]) -> None:
@@ -40,9 +39,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(options.num_workers)  # of the tokenizers library
-    size = re.fullmatch(r"0*([1-9]\d*) ?([KMG]B)?", options.shard_size.upper())
-    if not size:
-        raise InputError(f"--shard-size {options.shard_size} is not a size such as 256MB")
+    size = num_bytes(options.shard_size, "--shard-size")
     paths = tuple(options.input)
     kind = FORMATS.get(options.format) or sources.kind_of(paths)
     name = {sources.JSONL: "field", sources.Parquet: "column"}.get(kind)
@@ -52,7 +49,7 @@ def main(argv: list[str]) -> None:
         data = Data(source=source, tokenizer=tokenizer, held_out=options.held_out)
     except ValueError as error:
         raise InputError(str(error)) from None
-    manifest = prepare(data, pathlib.Path(options.output), int(size[1]) * UNITS[size[2] or ""])
+    manifest = prepare(data, pathlib.Path(options.output), size)
     for side in SIDES:
         rows = [row for row in manifest["shards"] if row["split"] == side]
         counts = [f"{sum(row[n] for row in rows):,} {n}" for n in COUNTS]

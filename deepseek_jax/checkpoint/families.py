@@ -89,6 +89,8 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
             )
     rope = {"rope_theta": 10000.0} | dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = float(hf.get("rope_theta", rope["rope_theta"]))
+    if any(part.get("partial_rotary_factor", 1) != 1 for part in (hf, rope)):
+        raise InputError("config.json: partial_rotary_factor has no equal here; only 1 is known")
     yarn = _stretched(rope)
     if family in ("llama", "qwen2", "qwen3", "deepseek"):
         if isinstance(yarn, Yarn) and yarn.mscale_all_dim:

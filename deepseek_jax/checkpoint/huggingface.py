@@ -73,15 +73,24 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     Raises InputError when config.json or the weights cannot be understood.
     """
     directory = pathlib.Path(directory)
-    try:
-        original = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory / 'config.json'}: {error}") from None
+    original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}
     return Folder(directory, families.decoder(original), original, tensors)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return found
 
 
 def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
@@ -92,8 +101,7 @@ def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
     ours = names.leaves(model)
     found = names.sources(model.config, ours, folder.tensors)
     for copy, path in names.copies(model.config, ours).items():
-        same = folder.tensors.get(copy)
-        whole = next(row.theirs for row in names.table(model.config, ours) if row.ours == (path,))
+        same, whole = folder.tensors.get(copy), names.TOP[path]
         if same and not np.array_equal(same.read(), folder.tensors[whole].read()):
             raise InputError(f"{copy} differs from {whole}; here they share one")
     return found
@@ -147,7 +155,7 @@ def end_ids(directory: pathlib.Path) -> tuple[int, ...]:
     """The tokens that end a text, as the folder's generation_config.json or config.json says."""
     for name in ("generation_config.json", "config.json"):
         path = directory / name
-        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        found = _read_json(path).get("eos_token_id") if path.exists() else None
         if found is not None:
             return tuple(found) if isinstance(found, list) else (found,)
     return ()
@@ -186,7 +194,7 @@ def write_folder(
     """
     ours = names.leaves(model)
     kept = {file.name: file for file in beside.glob("*")}
-    original = json.loads(kept["config.json"].read_text()) if "config.json" in kept else {}
+    original = _read_json(kept["config.json"]) if "config.json" in kept else {}
     scales = mapped(kept[SCALES]) if SCALES in kept else {}
     how = original.get("quantization_config") or {}
     float8 = dtype == "float8-block" or (dtype is None and scales)

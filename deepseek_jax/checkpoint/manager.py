@@ -88,10 +88,7 @@ class Manager:
         if step == self._last:  # a step's state is a function of the run: nothing can differ
             return
         arrays = _to_disk(state, self._layers)
-        leaves = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
-        meta = {"step": step, "position": position, "leaves": leaves}
-        texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
-        files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
+        files = files | _description(step, position, arrays, config)
         partial = self.directory / f"{step}.saving"
         try:
             with _context():  # Orbax copies what it is given before it returns
@@ -107,13 +104,7 @@ class Manager:
         try:
             response.result()
             if jax.process_index() == 0:
-                for name, content in files.items():
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    (partial / name).write_bytes(content)
-                integrity.write_manifest(partial)
-                integrity.remove(whole)  # a damaged one of the same step
-                partial.rename(whole)
-                integrity.sync(self.directory)
+                _complete(partial, whole, files)
             self._last = step
             self._bad.discard(step)
             if jax.process_index() == 0:
@@ -182,6 +173,25 @@ def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) 
     `path` is what `resolve` gave. InputError says how another model's parameters differ.
     """
     return _from_disk(pathlib.Path(path).absolute(), abstract_params, layers, "params/")[0]
+
+
+def _description(step: int, position: int, leaves: dict, config: dict) -> dict[str, bytes]:
+    """meta.json and config.json of a checkpoint of these leaves."""
+    kinds = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+    meta = {"step": step, "position": position, "leaves": kinds}
+    texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
+    return {name: f"{json.dumps(text, indent=2)}\n".encode() for name, text in texts.items()}
+
+
+def _complete(partial: pathlib.Path, whole: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Add `files` and the manifest to what Orbax wrote, and give it its name."""
+    for name, content in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
+    integrity.write_manifest(partial)
+    integrity.remove(whole)  # a damaged one of the same step
+    partial.rename(whole)
+    integrity.sync(whole.parent)
 
 
 def _context() -> ocp.Context:
@@ -291,15 +301,8 @@ def write_params(
         # Joining moves files about: it works on links, so that a kill leaves the parts as they are.
         shutil.copytree(parts, partial, copy_function=_linked)
         ocp.partial.finalize(partial / "step")
-    leaves = {f"params/{n}": f"{x.dtype}{list(x.shape)}" for n, x in params.items()}
-    meta = {"step": 0, "position": 0, "leaves": leaves}
-    texts = {"meta.json": meta, "config.json": {"version": core_config.VERSION} | config}
-    files = files | {n: f"{json.dumps(x, indent=2)}\n".encode() for n, x in texts.items()}
-    for name, content in files.items():
-        (partial / "step" / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / "step" / name).write_bytes(content)
-    integrity.write_manifest(partial / "step")
-    (partial / "step").rename(directory)
+    leaves = {f"params/{name}": tensor for name, tensor in params.items()}
+    _complete(partial / "step", directory, files | _description(0, 0, leaves, config))
     shutil.rmtree(partial)
     shutil.rmtree(parts)
 

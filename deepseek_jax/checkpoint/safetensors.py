@@ -18,6 +18,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
+from deepseek_jax.data.sources import one_line
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
@@ -147,8 +148,7 @@ def _unpickled(path: pathlib.Path) -> dict[str, Tensor]:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         tensors = {name: _of_torch(tensor) for name, tensor in loaded.items()}
     except Exception as error:  # torch raises what pickle does, and more
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not a file of tensors alone ({reason})") from None
+        raise InputError(f"{path}: not a file of tensors alone ({one_line(error)})") from None
     return {name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
 
 

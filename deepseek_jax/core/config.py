@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 import runpy
 import traceback
 import types
@@ -65,6 +66,14 @@ def override(config: T, argv: list[str], prog: str, description: str = "") -> T:
     return tyro.cli(
         type(config), prog=prog, description=description, args=argv, default=config, config=marks
     )
+
+
+def num_bytes(text: str, flag: str) -> int:
+    """Bytes of a size such as 256MB, units being powers of 1,000; InputError names the `flag`."""
+    size = re.fullmatch(r"0*([1-9]\d*) ?([KMG]B)?", text.upper())
+    if not size:
+        raise InputError(f"{flag} {text} is not a size such as 256MB")
+    return int(size[1]) * 1000 ** ("", "KB", "MB", "GB").index(size[2] or "")
 
 
 def to_dict(value: Any) -> Any:

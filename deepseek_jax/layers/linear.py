@@ -43,7 +43,8 @@ class Declared(nn.meta.AxisMetadata[Any]):
         return self.replace(spec=self.spec.stacked())
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
-        raise NotImplementedError("what is declared is stacked once and never scanned again")
+        del index, params
+        return self.replace(spec=self.spec.unstacked())
 
 
 def weight(

@@ -171,6 +171,8 @@ class LanguageModel:
 
         `settings` are the fields of `Settings`. Raises InputError for what cannot be done.
         """
+        if not rows:
+            raise InputError("there is no row of tokens to go on from; give at least one")
         ends = {*self.ends, *([self.tokenizer.eos_id] if self.tokenizer else [])}
         found: list[list[int]] = [[] for _ in rows]
         drawn = self._drawn(

@@ -380,6 +380,7 @@ def test_what_does_not_fit_is_refused_by_name(kind, message, saved, tmp_path):
         ("attention_bias", True, "attention_bias is True"),
         ("topk_method", "gready", "topk_method 'gready'"),
         ("rope_parameters", {"rope_type": "longrope"}, "rope type 'longrope' is none of"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("vocab_size", 0, "vocab_size"),
         ("hidden_size", None, "lacks hidden_size"),
     ],

@@ -64,9 +64,15 @@ def test_a_negative_balance_is_refused(name):
 
 
 def test_the_articles_shapes_are_possible():
-    MoE(num_experts=16, expert_dim=8, router=softmax(num_active_experts=4))
-    MoE(num_experts=1024, expert_dim=8, router=hierarchical(num_groups=32))
     v3 = sigmoid(num_active_experts=8, num_groups=8, num_active_groups=4)
-    MoE(num_experts=256, expert_dim=8, router=v3)
     v2 = softmax(num_active_experts=6, num_groups=8, num_active_groups=3)
-    MoE(num_experts=160, expert_dim=8, router=v2)
+    shapes = {
+        16: softmax(num_active_experts=4),
+        1024: hierarchical(num_groups=32),
+        256: v3,
+        160: v2,
+    }
+    for count, router in shapes.items():
+        made = MoE(num_experts=count, expert_dim=8, router=router)
+        assert made.num_experts % made.router.num_groups == 0
+        assert made.router is router

@@ -73,7 +73,8 @@ def test_padded_rows_are_those_of_transformers(name, left, tmp_path):
         ).logits.numpy()
     ours = np.asarray(lm.logits(tokens, mask))
     np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], atol=2e-5, rtol=0)
-    assert np.abs(np.asarray(lm.logits(tokens)) - ours)[1, -1].max() > 1e-3 or not left
+    whole = np.abs(np.asarray(lm.logits(tokens)) - ours)[1, -1].max()
+    assert whole > 1e-3  # the mask was seen
 
 
 @pytest.mark.parametrize("name", ["qwen2", "v2", "v3-yarn"])
@@ -135,5 +136,9 @@ def test_text_needs_a_tokenizer(tmp_path):
     lm = deepseek_jax.load(hf_cases.save(hf_cases.hf_model("llama"), tmp_path / "hf"))
     with pytest.raises(InputError, match="no tokenizer"):
         lm.generate(["a"])
+    with pytest.raises(InputError, match="no row of tokens"):
+        lm.generate_tokens([])
+    with pytest.raises(InputError, match="must be .* not empty"):
+        lm.generate_tokens([[1], []])
     with pytest.raises(InputError, match="outside this model's vocabulary"):
         lm.generate_tokens([[1, 2, 97]])
