@@ -32,6 +32,8 @@ GROUPS = {"n_group": 4, "topk_group": 2}
 V2, V3 = MIXED | LATENT, MIXED | LATENT | GROUPS | {"q_lora_rank": 12}
 LIMITED = GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}
 YARNED = {"rope_parameters": DEEP_YARN}
+# Fewer heads would tie at exactly zero, where torch chooses as it likes.
+V32 = V3 | {"index_topk": 9, "index_head_dim": 12, "index_n_heads": 16}
 CASES = {
     "llama": ("Llama", {"num_key_value_heads": 2, "head_dim": 12}),
     "llama-tied-yarn": (
@@ -61,6 +63,12 @@ CASES = {
         V3 | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "norm_topk_prob": False},
     ),
     "v3-unshared": ("DeepseekV3", V3 | {"n_shared_experts": 0, "num_experts_per_tok": 2}),
+    "v32": ("DeepseekV32", V32),
+    "v32-yarn": ("DeepseekV32", V32 | YARNED | {"n_shared_experts": 1, "index_n_heads": 32}),
+    "v32-dense": (
+        "DeepseekV32",
+        V32 | {"first_k_dense_replace": 3, "index_topk": 200, "tie_word_embeddings": True},
+    ),
     "v3-halves": ("DeepseekV3", V3 | {"rope_interleave": False, "tie_word_embeddings": True}),
 }  # fmt: skip
 

@@ -97,6 +97,26 @@ class RMSNorm(nn.Module):
         return scaled(normal.astype(x.dtype), scale)
 
 
+class LayerNorm(nn.Module):
+    """x less its mean, over its standard deviation, in float32; with a scale and a bias."""
+
+    dtypes: Dtypes
+    axis: str = "embed"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        shape, axes = (x.shape[-1],), (self.axis,)
+        scale = weight(self, "scale", shape, axes, init="ones")
+        bias = weight(self, "bias", shape, axes, init="zeros")
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        lead = (1,) * (x.ndim - 1)
+        scale, bias = (w.astype(jnp.float32).reshape(*lead, -1) for w in (scale, bias))
+        return (normal * scale + bias).astype(x.dtype)
+
+
 class Projection(nn.Module):
     """A weight applied by an einsum; its letters say which dimensions it sums and produces."""
 

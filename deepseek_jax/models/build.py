@@ -67,13 +67,22 @@ class Model:
         next_tokens: Int[Array, "B T M"] | None = None,
         drop: bool = True,
     ) -> Output:
-        """Final hidden states, MTP ones if `next_tokens` (t+1, t+2, ...) are given, and routing.
+        """Final hidden states, MTP ones if `next_tokens` (t+1, t+2, ...) are given, and reports.
 
         Segment 0 is padding; without segments every row is one document. Tokens attend to earlier
         ones of their own segment. `drop=False` lifts a capacity: for evaluation and serving.
         """
         module = self.module if drop else self._dropless
         return module.apply({"params": params}, tokens, segments, positions, next_tokens)
+
+    def dense(self) -> "Model":
+        """The same model, its parameters too, with an indexer that keeps every token."""
+        attention = self.config.attention
+        indexer = dataclasses.replace(attention.indexer, top_k=2**30)
+        attention = dataclasses.replace(attention, indexer=indexer)
+        config = dataclasses.replace(self.config, attention=attention)
+        module = LanguageDecoder(config, self.dtypes)
+        return dataclasses.replace(self, config=config, module=module)
 
     @property
     def _dropless(self) -> LanguageDecoder:

@@ -74,7 +74,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, saved):
     np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=0)
     theirs.zero_grad()
     theirs(torch.tensor(rows), labels=torch.tensor(rows)).loss.backward()
-    grads = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+    grads = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
     if "lm_head.weight" not in grads and not model.config.tie_embeddings:
         raise AssertionError("nothing to compare the head with")
     apart = folders._unfused(
@@ -88,7 +88,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, saved):
     compared = 0
     for row in names.table(model.config, shape_of):
         if row.theirs not in apart:
-            assert row.theirs.endswith("e_score_correction_bias")
+            assert row.theirs.endswith("e_score_correction_bias") or ".indexer." in row.theirs
             continue
         found = names.joined(row, shape_of, [np.asarray(disk[path]) for path in row.ours])
         want = apart[row.theirs].read()
