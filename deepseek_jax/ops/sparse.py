@@ -101,6 +101,14 @@ def room(ratio: float, length: int) -> np.ndarray:
     return np.ceil(ratio * np.arange(length + 1) - 1e-9).astype(np.int32)
 
 
+def _graded(gate: Array) -> Array:
+    """Gates to compare, rounded: a token's that is computed in another program may differ a little.
+
+    So equal tokens are equal wherever they were computed, and a cache keeps what training kept.
+    """
+    return jax.lax.reduce_precision(jax.lax.stop_gradient(gate), 8, 7)
+
+
 def gate_mask(
     gate: Float[Array, "B S"],
     mask: Bool[Array, "_ T S"],
@@ -112,7 +120,7 @@ def gate_mask(
     Earlier tokens come first among equals.
     """
     length = gate.shape[-1]
-    scores = jnp.where(mask, gate[:, None], -jnp.inf)
+    scores = jnp.where(mask, _graded(gate)[:, None], -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
     most = jnp.asarray(room(ratio, length))[mask.sum(-1)]
     itself = own[..., None] == jnp.arange(length)[None, None, :]
@@ -181,7 +189,7 @@ def gated(
 
 def _gated_block(start, end, most, scale, q, k, v, gate, segments, number):
     own, count = slice(start, end), min(int(most[end]), start)
-    fixed = jax.lax.stop_gradient(gate)
+    fixed = _graded(gate)
     if segments is None:
         segments = jnp.ones(gate.shape, jnp.int32)
     # Before the block, only tokens of the segment that it begins in can be seen.
@@ -193,9 +201,9 @@ def _gated_block(start, end, most, scale, q, k, v, gate, segments, number):
         return jnp.concatenate([jnp.take_along_axis(x[:, :start], lead, 1), x[:, own]], axis=1)
 
     scores, of = jnp.concatenate([before, fixed[:, own]], axis=1), seen(segments)
-    stands = jnp.arange(count + end - start) - count  # below 0: before the block
-    mine = segments[:, own]
-    mask = (mine[:, :, None] == of[:, None]) & (stands[None, None] <= stands[None, count:, None])
+    stands = jnp.arange(count + end - start)[None, None] - count  # below 0: before the block
+    mine, at = segments[:, own], jnp.swapaxes(stands[..., count:], 1, 2)
+    mask = (mine[:, :, None] == of[:, None]) & (stands <= at)
     mask &= (scores > -jnp.inf)[:, None]
     # A token's rank: who was better before the block, and who came since.
     better = (before[:, :, None] >= scores[:, None, count:]) & (
@@ -204,9 +212,9 @@ def _gated_block(start, end, most, scale, q, k, v, gate, segments, number):
     earlier = jnp.broadcast_to(jnp.arange(count)[None], before.shape)
     earlier = jnp.concatenate([earlier, better.sum(1)], axis=1)
     ahead = scores[:, None] < scores[:, count:, None]
-    tied = (scores[:, None] == scores[:, count:, None]) & (stands[None, count:, None] < stands)
+    tied = (scores[:, None] == scores[:, count:, None]) & (at < stands)
     since = jnp.cumsum((ahead | tied) & (mine[:, :, None] == of[:, None]), axis=1, dtype=jnp.int32)
     fits = earlier[:, None] + since < jnp.asarray(most)[number[:, own] + 1][..., None]
-    keep = mask & (fits | (stands == stands[count:, None])[None])
+    keep = mask & (fits | (stands == at))
     out = gate_attention(q[:, own], seen(k), seen(v), seen(gate), keep, scale)
     return out, (keep & (mine > 0)[..., None]).sum(dtype=jnp.float32)
