@@ -117,5 +117,5 @@ class GatedAttention(GroupedQueryAttention):
         cache = grown(cache, {"k": k, "v": v, "gate": gate}, place)
         mask = cache_mask(place.positions, cache["k"].shape[1])
         keep = sparse.gate_mask(cache["gate"], mask, place.positions, self.config.ratio)
-        out = sparse.gate_attention(q, cache["k"], cache["v"], cache["gate"], keep, scale)
+        out = sparse.gated_reference(q, cache["k"], cache["v"], cache["gate"], keep, scale)
         return out, cache, None

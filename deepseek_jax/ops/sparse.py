@@ -129,29 +129,13 @@ def gate_mask(
 
 def gated_reference(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    gate: Float[Array, "B T"],
-    segments: Int[Array, "B T"] | None,
-    *,
-    ratio: float,
-    scale: float,
-) -> Float[Array, "B T N H"]:
-    """Attention to the kept tokens, whose logits gain log sigmoid(gate): the whole square."""
-    numbers = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    keep = gate_mask(gate, causal_mask(segments, q.shape[1], None), numbers, ratio)
-    return gate_attention(q, k, v, gate, keep, scale)
-
-
-def gate_attention(
-    q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     gate: Float[Array, "B S"],
     keep: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Attention to what `keep` allows, logits weakened by the gate; softmax in float32."""
+    """Attention to what `keep` allows, whose logits gain log sigmoid(gate): the whole square."""
     shape = q.shape
     q = q.reshape(*shape[:2], k.shape[2], -1, shape[-1])
     scores = dot("btkgh,bskh->bkgts", q, k) * scale
@@ -170,51 +154,91 @@ def gated(
     ratio: float,
     scale: float,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, ""]]:
-    """`gated_reference` at its true cost, and how many pairs were kept (padding left out).
+    """`gated_reference` of `gate_mask` at its true cost, and how many pairs were kept (no padding).
 
     A token's rank only falls as more tokens come. So of what stands before a block of queries only
     the best that its last query has room for can matter: those are gathered, once for the block.
     """
     length = q.shape[1]
     most = room(ratio, length)
-    number = jnp.broadcast_to(places(segments, length), q.shape[:2])
-    outputs, kept = [], []
-    for start, end, _ in spans(length, None, least=32):
-        of_block = jax.checkpoint(functools.partial(_gated_block, start, end, most, scale))
-        out, pairs = of_block(q, k, v, gate, segments, number)
-        outputs.append(out)
-        kept.append(pairs)
-    return jnp.concatenate(outputs, axis=1), sum(kept)
-
-
-def _gated_block(start, end, most, scale, q, k, v, gate, segments, number):
-    own, count = slice(start, end), min(int(most[end]), start)
-    fixed = _graded(gate)
     if segments is None:
         segments = jnp.ones(gate.shape, jnp.int32)
+    number, graded = places(segments, length), _graded(gate)
+    # Heads first: products then need no transposition.
+    shape = q.shape
+    q = (q * scale).astype(q.dtype).reshape(*shape[:2], k.shape[2], -1, shape[-1])
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    weaker, outputs, kept = jax.nn.log_sigmoid(gate.astype(jnp.float32)), [], 0.0
+    for start, end, _ in spans(length, None, least=32):
+        own = slice(start, end)
+        index, keep = _gate_block(graded, segments, number[:, own], most, start, end)
+
+        def seen(x, index=index, own=own):  # [B, S] or [B, K, S, H]
+            before = index if x.ndim == 2 else index[:, None, :, None]
+            axis = 1 if x.ndim == 2 else 2
+            chosen = jnp.take_along_axis(x, before, axis)
+            return jnp.concatenate(
+                [chosen, jax.lax.slice_in_dim(x, own.start, own.stop, axis=axis)], axis
+            )
+
+        bias = jnp.where(keep, seen(weaker)[:, None], MASKED)
+        outputs.append(_biased(q[:, :, :, own], seen(k), seen(v), bias))
+        kept += (keep & (segments[:, own] > 0)[..., None]).sum(dtype=jnp.float32)
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(shape), kept
+
+
+def _gate_block(graded, segments, number, most, start, end):
+    """Which tokens before a block of queries may matter [B, n], and who sees which of these and of
+    the block's own [B, block, n + block]."""
+    own, count = slice(start, end), min(int(most[end]), start)
     # Before the block, only tokens of the segment that it begins in can be seen.
     same = segments[:, :start] == segments[:, start : start + 1]
-    before, index = jax.lax.top_k(jnp.where(same, fixed[:, :start], -jnp.inf), count)
-
-    def seen(x):
-        lead = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
-        return jnp.concatenate([jnp.take_along_axis(x[:, :start], lead, 1), x[:, own]], axis=1)
-
-    scores, of = jnp.concatenate([before, fixed[:, own]], axis=1), seen(segments)
+    before, index = jax.lax.top_k(jnp.where(same, graded[:, :start], -jnp.inf), count)
+    scores = jnp.concatenate([before, graded[:, own]], axis=1)
+    of = jnp.concatenate([jnp.take_along_axis(segments, index, 1), segments[:, own]], axis=1)
     stands = jnp.arange(count + end - start)[None, None] - count  # below 0: before the block
     mine, at = segments[:, own], jnp.swapaxes(stands[..., count:], 1, 2)
-    mask = (mine[:, :, None] == of[:, None]) & (stands <= at)
-    mask &= (scores > -jnp.inf)[:, None]
+    alike = mine[:, :, None] == of[:, None]
+    mask = alike & (stands <= at) & (scores > -jnp.inf)[:, None]
     # A token's rank: who was better before the block, and who came since.
-    better = (before[:, :, None] >= scores[:, None, count:]) & (
-        of[:, :count, None] == mine[:, None]
-    )
-    earlier = jnp.broadcast_to(jnp.arange(count)[None], before.shape)
-    earlier = jnp.concatenate([earlier, better.sum(1)], axis=1)
+    better = (before[:, :, None] >= scores[:, None, count:]) & alike[:, :, :count].swapaxes(1, 2)
+    earlier = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], before.shape)
+    earlier = jnp.concatenate([earlier, better.sum(1, dtype=jnp.int32)], axis=1)
     ahead = scores[:, None] < scores[:, count:, None]
     tied = (scores[:, None] == scores[:, count:, None]) & (at < stands)
-    since = jnp.cumsum((ahead | tied) & (mine[:, :, None] == of[:, None]), axis=1, dtype=jnp.int32)
-    fits = earlier[:, None] + since < jnp.asarray(most)[number[:, own] + 1][..., None]
-    keep = mask & (fits | (stands == at))
-    out = gate_attention(q[:, own], seen(k), seen(v), seen(gate), keep, scale)
-    return out, (keep & (mine > 0)[..., None]).sum(dtype=jnp.float32)
+    since = jnp.cumsum((ahead | tied) & alike, axis=1, dtype=jnp.int32)
+    fits = earlier[:, None] + since < jnp.asarray(most)[number + 1][..., None]
+    return index, mask & (fits | (stands == at))
+
+
+@jax.custom_vjp
+def _biased(q, k, v, bias):
+    """softmax(q k + bias) v, softmax in float32: q [B, K, G, T, H], k and v [B, K, S, H], bias
+    [B, T, S]. The backward pass makes the weights anew, as that of ops/attention does."""
+    return _biased_forward(q, k, v, bias)[0]
+
+
+def _biased_forward(q, k, v, bias):
+    scores = dot("bkgth,bksh->bkgts", q, k) + bias[:, None, None]
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = (dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v) / total).astype(v.dtype)
+    return out, (q, k, v, bias, out, top + jnp.log(total))
+
+
+def _biased_backward(residuals, slope):
+    q, k, v, bias, out, log_sums = residuals
+    weights = jnp.exp(dot("bkgth,bksh->bkgts", q, k) + bias[:, None, None] - log_sums)
+    shared = (slope.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    change = weights * (dot("bkgth,bksh->bkgts", slope, v) - shared)
+    narrow, weights = change.astype(q.dtype), weights.astype(v.dtype)
+    return (
+        dot("bkgts,bksh->bkgth", narrow, k).astype(q.dtype),
+        dot("bkgts,bkgth->bksh", narrow, q).astype(k.dtype),
+        dot("bkgts,bkgth->bksh", weights, slope).astype(v.dtype),
+        change.sum((1, 2)),
+    )
+
+
+_biased.defvjp(_biased_forward, _biased_backward)
