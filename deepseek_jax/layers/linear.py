@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.ops.experts import feed_forward
-from deepseek_jax.ops.matmul import matmul, scaled
+from deepseek_jax.ops.matmul import dot, matmul, scaled, thickened
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -75,10 +75,8 @@ def weight(
 
 
 def einsum(equation: str, x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    """x times a weight, both in `dtype`, accumulated in float32, returned in `dtype`."""
-    product = jnp.einsum(
-        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-    )
+    """x [B, T, ...] times a weight, both in `dtype`, summed in float32, returned in `dtype`."""
+    product = thickened(lambda x: dot(equation, x, w.astype(dtype)), x.astype(dtype))
     return product.astype(dtype)
 
 
@@ -143,7 +141,7 @@ class Projection(nn.Module):
         x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], -1)
         w = self.weight.reshape(x.shape[-1], -1)
         outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
-        y = matmul(x, w).reshape(*x.shape[:2], *outputs)
+        y = thickened(lambda x: matmul(x, w), x).reshape(*x.shape[:2], *outputs)
         if self.bias:
             y = y + self.offset.astype(y.dtype).reshape(
                 (1,) * (y.ndim - self.offset.ndim) + self.offset.shape
@@ -163,8 +161,8 @@ class SwiGLU(nn.Module):
         d, f = self.embed_dim, self.mlp_dim
         inward = ("btd,df->btf", (d, f), ("embed", "mlp"), self.dtypes)
         outward = ("btf,fd->btd", (f, d), ("mlp", "embed"), self.dtypes)
-        leaves = (
+        leaves = [
             Projection(*parts, name=name).weight
             for name, parts in (("gate", inward), ("up", inward), ("down", outward))
-        )
-        return feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape)
+        ]
+        return thickened(lambda x: feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape), x)

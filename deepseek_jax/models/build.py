@@ -15,7 +15,7 @@ from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes
 from deepseek_jax.layers.moe import Dropless
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output
-from deepseek_jax.ops.matmul import dot
+from deepseek_jax.ops.matmul import dot, thickened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Model:
 
     def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states."""
-        return dot("btd,dv->btv", hidden, self.head(params).astype(hidden.dtype))
+        head = self.head(params).astype(hidden.dtype)
+        return thickened(lambda x: dot("btd,dv->btv", x, head), hidden)
 
     def init_cache(self, batch_size: int, length: int) -> tuple:
         """An empty cache for `length` positions a row: one a segment, leaves [R, B, S, ...]."""

@@ -32,6 +32,19 @@ def apart(function: Callable[..., T], *operands: Array) -> T:
         return jax.jit(function)(*operands)
 
 
+def thickened(function: Callable[[Array], Array], x: Float[Array, "B T ..."]) -> Array:
+    """function(x), which is one of tokens alone, in a form that is fast for a token or two.
+
+    XLA on CPU multiplies half precision by fewer than 4 rows ten times slower than by 4.
+    """
+    count = x.shape[0] * x.shape[1]
+    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2 or count >= 4:
+        return function(x)
+    more = ((0, 0), (0, 4 - count), *((0, 0),) * (x.ndim - 2))
+    y = function(jnp.pad(x.reshape(1, count, *x.shape[2:]), more))
+    return y[:, :count].reshape(*x.shape[:2], *y.shape[2:])
+
+
 def rows(x: Float[Array, "N ..."], index: Int[Array, "..."]) -> Float[Array, "..."]:
     """x[index], for use where nothing is differentiated.
 
