@@ -55,6 +55,7 @@ def opened(directory):
     return model, huggingface.load_params(folder, model, model.shapes)
 
 
+@pytest.mark.shows("load", "logits", "gradients")
 @pytest.mark.parametrize("name", hf_cases.CASES)
 def test_logits_and_gradients_are_those_of_transformers(name, saved):
     theirs, directory = saved(name)
@@ -98,6 +99,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, saved):
     assert compared == sum(0 not in tensor.shape for tensor in apart.values())
 
 
+@pytest.mark.shows("load", "logits", "export", family="DeepSeekMoE")
 def test_the_first_deepseek_moe_is_that_of_its_only_implementation(tmp_path):
     """transformers has no such model_type; the text part of DeepSeek-OCR-2 is the same model."""
     torch.manual_seed(3)
@@ -128,6 +130,7 @@ def test_the_first_deepseek_moe_is_that_of_its_only_implementation(tmp_path):
         np.testing.assert_array_equal(back[name].numpy(), tensor.read())
 
 
+@pytest.mark.shows("load", "export")
 @pytest.mark.parametrize("name", hf_cases.CASES)
 def test_round_trip_gives_the_same_bytes(name, saved, tmp_path):
     theirs, directory = saved(name)
@@ -189,6 +192,7 @@ def with_mtp(directory: pathlib.Path) -> dict[str, torch.Tensor]:
     return found | new
 
 
+@pytest.mark.shows("load", "export", family="V3")
 def test_mtp_weights_come_and_go(tmp_path):
     directory = hf_cases.save(hf_cases.hf_model("v3"), tmp_path / "hf")
     with_mtp(directory)
@@ -234,6 +238,7 @@ def as_float8(directory: pathlib.Path, power_of_two: bool = False, bits: bool = 
 RAGGED = {"hidden_size": 160, "intermediate_size": 200, "kv_lora_rank": 136, "num_hidden_layers": 2}
 
 
+@pytest.mark.shows("FP8", family="V3")
 @pytest.mark.parametrize("bits", [False, True], ids=["float32-scales", "ue8m0"])
 def test_float8_blocks_are_read_and_written_back_verbatim(tmp_path, bits):
     """Ragged edges included: 144 rows of kv_a_proj are one whole block and a short one."""
@@ -255,6 +260,7 @@ def test_float8_blocks_are_read_and_written_back_verbatim(tmp_path, bits):
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 
+@pytest.mark.shows("FP8", family="V3")
 def test_changed_weights_are_quantized_anew_and_then_stay(tmp_path):
     directory = hf_cases.save(hf_cases.hf_model("v3", **RAGGED), tmp_path / "hf")
     steps = ["--dtype", "float8-block"]
