@@ -80,8 +80,9 @@ def checked(messages: Any, tools: Any) -> tuple[list[dict[str, Any]], list[dict[
     ):
         raise InputError("tools must be a list of JSON schemas, each a dict")
     plain = _plain([dict(message) for message in messages], "messages")
-    plain = [{key: x for key, x in message.items() if x is not None} for message in plain]
     for message in plain:
+        for key in [key for key, x in message.items() if x is None and key != "content"]:
+            del message[key]
         message.setdefault("content", None)
     return plain, _plain(list(tools), "tools") if tools else None
 

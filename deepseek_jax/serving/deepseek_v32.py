@@ -62,7 +62,8 @@ def rendered(
 
     `tools` are those of a system message at the beginning. System and developer messages may have
     `tools` and `response_format` of their own, an assistant's `reasoning_content` and `tool_calls`.
-    Raises InputError where the model's own code fails.
+    Raises InputError where the model's own code fails; but a developer's message before the last
+    question stays, where that code drops it and then fails.
     """
     if tools:
         first = messages[0]["role"] == "system"
