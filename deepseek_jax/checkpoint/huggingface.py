@@ -150,12 +150,8 @@ def tokenizer_of(directory: pathlib.Path) -> Tokenizer | None:
     """
     if not (directory / "tokenizer.json").exists():
         return None
-    ends = token_names(directory)
-    tokenizer = open_tokenizer(
-        TokenizerFile(
-            path=str(directory), bos=ends.get("bos_token", ""), eos=ends.get("eos_token", "")
-        )
-    )
+    bos = token_names(directory).get("bos_token", "")
+    tokenizer = open_tokenizer(TokenizerFile(path=str(directory), bos=bos))
     says = read_optional(directory, "tokenizer_config.json").get("add_bos_token")
     tokenizer.adds_bos = tokenizer.puts_bos() if says is None else bool(says)
     return tokenizer
@@ -177,13 +173,20 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
-def end_ids(directory: pathlib.Path) -> tuple[int, ...]:
-    """The tokens that end a text, as the folder's generation_config.json or config.json says."""
+def end_ids(directory: pathlib.Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end a text or an answer.
+
+    generation_config.json or else config.json names them, and the tokenizer's config one more: that
+    of a document can be another.
+    """
+    name = token_names(directory).get("eos_token")
+    end = tokenizer.token_id(name) if tokenizer and name else None
+    more = () if end is None else (end,)
     for name in ("generation_config.json", "config.json"):
         found = read_optional(directory, name).get("eos_token_id")
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    return ()
+            return (*found, *more) if isinstance(found, list) else (found, *more)
+    return more
 
 
 def _kept(directory: pathlib.Path) -> dict[str, pathlib.Path]:

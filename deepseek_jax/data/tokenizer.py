@@ -109,6 +109,10 @@ class Tokenizer:
         """Whether the model file itself says that a text begins with bos_id."""
         return False
 
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name, if there is one."""
+        return None
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are no character become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -132,9 +136,8 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """The files that `load_tokenizer` reads, by name."""
         names = ("kind", "vocab_size", "bos_id", "eos_id")
-        facts = {name: getattr(self, name) for name in names}
-        facts |= {} if self.adds_bos else {"adds_bos": False}
-        return {INFO: json.dumps(facts).encode()} | ({self.file: self.content} if self.file else {})
+        info = json.dumps({name: getattr(self, name) for name in names}).encode()
+        return {INFO: info} | ({self.file: self.content} if self.file else {})
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Write the tokenizer's files into a folder, which is made if need be."""
@@ -174,6 +177,9 @@ class _HuggingFace(Tokenizer):
 
     def puts_bos(self) -> bool:
         return self._library.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+    def token_id(self, name: str) -> int | None:
+        return self._library.token_to_id(name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -232,7 +238,6 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     model = file.with_name(made.file)
     tokenizer = made(_read(model), str(model))
     tokenizer.bos_id, tokenizer.eos_id = bos_id, eos_id
-    tokenizer.adds_bos = info.get("adds_bos", True)
     return tokenizer
 
 

@@ -320,10 +320,12 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         precision = dataclasses.replace(precision, compute="float32")
     model = build(decoder, precision)
     params = manager.load_params(directory, model.shapes, layer_table(decoder))
-    tokenizer = load_tokenizer(directory) if (directory / INFO).exists() else None
-    kept = directory / huggingface.BESIDE
-    ends = huggingface.end_ids(kept) if kept.exists() else ()
-    return LanguageModel(model, params, tokenizer, decoder, config, ends, chat.renderer(kept))
+    kept = directory / huggingface.BESIDE  # of a checkpoint that was converted
+    tokenizer = huggingface.tokenizer_of(kept)
+    if tokenizer is None and (directory / INFO).exists():
+        tokenizer = load_tokenizer(directory)
+    ends, renderer = huggingface.end_ids(kept, tokenizer), chat.renderer(kept)
+    return LanguageModel(model, params, tokenizer, decoder, config, ends, renderer)
 
 
 def _load_folder(path: pathlib.Path) -> LanguageModel:
@@ -335,8 +337,8 @@ def _load_folder(path: pathlib.Path) -> LanguageModel:
     model = build(folder.config, precision)
     params = huggingface.load_params(folder, model, model.shapes)
     recorded = huggingface.recorded(folder, precision)
-    tokenizer, ends = huggingface.tokenizer_of(path), huggingface.end_ids(path)
-    renderer = chat.renderer(path)
+    tokenizer = huggingface.tokenizer_of(path)
+    ends, renderer = huggingface.end_ids(path, tokenizer), chat.renderer(path)
     return LanguageModel(model, params, tokenizer, folder.config, recorded, ends, renderer)
 
 

@@ -16,7 +16,7 @@ import deepseek_jax
 from deepseek_jax import convert, generate
 from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.data.tokenizer import BPE, INFO, load_tokenizer, train_bpe
+from deepseek_jax.data.tokenizer import BPE, train_bpe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about rope
 
@@ -152,15 +152,14 @@ def test_bos_by_the_folders_rule(flag, post_processor, begins, tmp_path):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)("def").input_ids
     if flag is None:  # it ignores the flag, but not what tokenizer.json says
         assert (theirs[:1] == [tokenizer.bos_id]) == begins
-    tokenizer.save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").adds_bos == begins
-    info = json.loads((tmp_path / "saved" / INFO).read_text())
-    assert ("adds_bos" in info) == (not begins)  # runs of before stay what they were
 
 
 def test_prompts_begin_as_the_folder_says(places):
     lm = deepseek_jax.load(places / "hf")
     ids = lm.tokenizer.encode("def f")
+    ours = deepseek_jax.load(places / "ours")
+    assert ours.tokenizer.adds_bos == lm.tokenizer.adds_bos is False
+    assert ours.ends == lm.ends == (lm.tokenizer.eos_id,)
     for begins, row in ((False, ids), (True, [lm.tokenizer.bos_id, *ids])):
         lm.tokenizer.adds_bos = begins
         new = lm.generate_tokens([row], max_new_tokens=8)[0]
@@ -172,7 +171,13 @@ def test_ends_are_those_that_the_folder_names(tmp_path):
     ends = {"bos_token": {"content": "<system>"}, "eos_token": "<user>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(ends))
     tokenizer = huggingface.tokenizer_of(tmp_path)
-    assert tokenizer.encode_marked("<system><user>") == [tokenizer.bos_id, tokenizer.eos_id]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<nothing>"}))
+    bos, end = tokenizer.encode_marked("<system><user>")
+    assert tokenizer.bos_id == bos
+    assert tokenizer.eos_id == 1  # a document's end by its usual name; an answer has two
+    assert huggingface.end_ids(tmp_path, tokenizer) == (end,)
+    for ids, found in ((7, (7, end)), ([7, 8], (7, 8, end))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert huggingface.end_ids(tmp_path, tokenizer) == found
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<nothing>"}))
     with pytest.raises(InputError, match="has no token '<nothing>'"):
         huggingface.tokenizer_of(tmp_path)
