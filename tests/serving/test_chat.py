@@ -7,6 +7,7 @@ make_chat_cases.py. Templates that misbehave are stopped, and bad messages are r
 import json
 import pathlib
 import random
+import sys
 
 import pytest
 import transformers
@@ -301,6 +302,39 @@ def test_messages_stay_as_they_were(speaker):
     before = json.dumps(messages)
     speaker("v32").chat_tokens(messages, tools=[CALL])
     assert json.dumps(messages) == before
+
+
+def test_fields_that_are_none_are_left_out(speaker):
+    """V3's template would take a tool_calls of None for calls."""
+    plain = [{"role": "assistant", "content": "a"}, *HELLO]
+    given = [message | {"tool_calls": None, "name": None} for message in plain]
+    for name in ("v3", "v31", "v32"):
+        assert speaker(name).chat_tokens(given) == speaker(name).chat_tokens(plain)
+
+
+def test_variables_reach_the_template(tmp_path):
+    template = "{{ [thinking, enable_thinking, add_generation_prompt, x] }}"
+    render = chat.renderer(folder(tmp_path, chat_template_jinja=template))
+    lm = LanguageModel(None, None, open_tokenizer(Bytes()), None, renderer=render)
+    for options, text in (
+        ({}, "[Undefined, Undefined, True, Undefined]"),
+        ({"thinking": False}, "[False, False, True, Undefined]"),
+        ({"thinking": True, "variables": {"x": "é"}}, "[True, True, True, 'é']"),
+        (
+            {"thinking": True, "variables": {"thinking": 3, "add_generation_prompt": False}},
+            "[3, True, False, Undefined]",
+        ),
+    ):
+        assert lm.tokenizer.decode(lm.chat_tokens(HELLO, **options)) == text
+
+
+def test_a_template_needs_the_chat_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for cached in (chat._environment, chat._compiled):
+        cached.cache_clear()
+    render = chat.renderer(folder(tmp_path, chat_template_jinja="x"))
+    with pytest.raises(InputError, match=r"pip install 'deepseek_jax\[chat\]'"):
+        render(HELLO, None, {})
 
 
 def test_who_cannot_chat_says_so(lm):
