@@ -43,6 +43,9 @@ class Decoder:
     """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
     unroll: int = 1
     """Layers that one iteration of the scan over layers holds."""
+    scan: bool = True
+    """Whether like layers are stacked and scanned. Apart they compile longer and decode faster: a
+    scan copies each layer's weights, every expert's too, before it uses some of them."""
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.embed_dim, self.num_layers, self.mlp_dim, self.unroll)
@@ -69,7 +72,9 @@ class Decoder:
         """Runs of like blocks: (the feed-forward part, repeats), in order."""
         num_dense = self.num_layers if self.moe is None else self.num_dense_layers
         runs = ((self.mlp_dim, num_dense), (self.moe, self.num_layers - num_dense))
-        return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
+        if self.scan:
+            return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
+        return tuple((feed_forward, 1) for feed_forward, repeats in runs for _ in range(repeats))
 
 
 def layer_table(config: Decoder) -> dict[str, tuple[int, ...]]:

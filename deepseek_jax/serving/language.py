@@ -314,7 +314,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         return _load_folder(pathlib.Path(path))
     directory = manager.resolve(path)
     config = manager.read_config(directory)
-    decoder = from_dict(Decoder, config["model"], "model")
+    decoder = dataclasses.replace(from_dict(Decoder, config["model"], "model"), scan=False)
     precision = from_dict(Precision, config["precision"], "precision")
     if precision.compute == "auto" and jax.default_backend() == "cpu":
         precision = dataclasses.replace(precision, compute="float32")
@@ -330,6 +330,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
 
 def _load_folder(path: pathlib.Path) -> LanguageModel:
     folder = huggingface.open_folder(path)
+    folder = folder._replace(config=dataclasses.replace(folder.config, scan=False))
     stored = folder.tensors["model.embed_tokens.weight"].dtype
     precision = Precision(params="bfloat16" if stored == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":

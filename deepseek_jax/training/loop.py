@@ -48,7 +48,7 @@ from deepseek_jax.training.step import make_gradients, make_train_step
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 INDEXER = "/indexer/"  # in the paths of an indexer's parameters
-FREE = ("model/remat", "model/unroll")  # of the model, what a resumed run may change
+FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
 class Lent(NamedTuple):
