@@ -1,4 +1,4 @@
-"""The one parameter maker, the one einsum seam, RMSNorm and the SwiGLU feed-forward part."""
+"""The one parameter maker, projections, norms, and the SwiGLU feed-forward part."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.ops.experts import feed_forward
-from deepseek_jax.ops.matmul import dot, matmul, scaled, thickened
+from deepseek_jax.ops.matmul import matmul, scaled, thickened
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -72,12 +72,6 @@ def weight(
         found = None if value is None else tuple(value.shape)
         raise ValueError(f"{'/'.join((*module.path, name))} must have shape {shape}; it is {found}")
     return value
-
-
-def einsum(equation: str, x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    """x [B, T, ...] times a weight, both in `dtype`, summed in float32, returned in `dtype`."""
-    product = thickened(lambda x: dot(equation, x, w.astype(dtype)), x.astype(dtype))
-    return product.astype(dtype)
 
 
 class RMSNorm(nn.Module):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_jax.layers.attention import Place, Selection, cache_mask, grown
-from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, einsum
+from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
 from deepseek_jax.layers.sparse_attention import Indexer, LightningIndexer
 from deepseek_jax.ops import sparse
 from deepseek_jax.ops.attention import MASKED, causal_attention
+from deepseek_jax.ops.matmul import per_head
 from deepseek_jax.ops.rope import Yarn, rotate, softmax_factor
 
 
@@ -137,11 +138,12 @@ class LatentAttention(nn.Module):
     def _absorbed(self, q_nope, q_rope, latent, rope_key, mask, scale):
         """Attend in the latent space: k_up moves to the query and v_up to the result."""
         dtype = self.dtypes.compute
-        query = einsum("btnh,cnh->btnc", q_nope, self.k_up.weight, dtype)
+        k_up, v_up = (w.weight.astype(dtype) for w in (self.k_up, self.v_up))
+        query = per_head("btnh,cnh->btnc", q_nope.astype(dtype), k_up).astype(dtype)
         latent, rope_key = latent.astype(dtype), rope_key.astype(dtype)
         f32 = {"preferred_element_type": jnp.float32}
         scores = jnp.einsum("btnc,bsc->bnts", query, latent, **f32)
         scores = (scores + jnp.einsum("btnp,bsp->bnts", q_rope, rope_key, **f32)) * scale
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
         seen = jnp.einsum("bnts,bsc->btnc", weights.astype(dtype), latent, **f32)
-        return einsum("btnc,cnh->btnh", seen, self.v_up.weight, dtype)
+        return per_head("btnc,cnh->btnh", seen.astype(dtype), v_up).astype(dtype)
