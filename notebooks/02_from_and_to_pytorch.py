@@ -40,7 +40,7 @@ except ImportError:
 
 # %% [markdown]
 # ## A folder
-# Llama, Qwen2, Qwen3, DeepSeekMoE, V2 and V3 folders open, in safetensors or `.bin` files, float8 or not. A
+# Llama, Qwen2, Qwen3, DeepSeekMoE, V2, V3 and V3.2 folders open, in safetensors or `.bin` files, float8 or not. A
 # real one, in Colab (a GPU runtime, and `pip install -e '.[gpu]'`):
 #
 # ```python

@@ -24,6 +24,10 @@ CASES = json.loads((HERE / "chat_cases.json").read_text())
 V1, V3, V31 = ((HERE / f"chat/{name}.jinja").read_text() for name in ("v1", "v3", "v31"))
 R1 = V3.replace("  <｜Assistant｜>\n", "  <｜Assistant｜><think>{{ '\\n' }}\n")
 TEMPLATES = {"v1": V1, "v3": V3, "r1": R1, "v31": V31}
+SPEAKERS = {  # who speaks in each form
+    "v1": ("DeepSeekMoE", "V2-Lite", "V2"), "v3": ("V3",), "r1": ("V3",), "v31": ("V3",),
+    "v32": ("V3.2",),
+}  # fmt: skip
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 NAMES = {"bos_token": BOS, "eos_token": EOS}
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -54,11 +58,17 @@ def speaker(tmp_path_factory):
         tokenizer, renderer = huggingface.tokenizer_of(where), chat.renderer(where)
         return LanguageModel(None, None, tokenizer, None, renderer=renderer)
 
-    made = {name: make(name) for name in ("v1", "v3", "r1", "v31", "v32")}
+    made = {name: make(name) for name in SPEAKERS}
     return made.__getitem__
 
 
-@pytest.mark.parametrize("name", ["v1", "v3", "r1", "v31", "v32"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.shows("chat", family=family) for family in families])
+        for name, families in SPEAKERS.items()
+    ],
+)
 def test_ids_are_the_originals(speaker, name):
     lm, cases = speaker(name), [case for case in CASES if case["model"] == name]
     assert len(cases) > 8
