@@ -171,7 +171,7 @@ def test_gradients_are_the_reference(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_loss_alone_reaches_every_router(name):
     case = cases.case(WHOLE[name])
-    for term in TERMS[1:]:
+    for term in ("mtp", "sequence", "uniform", "z"):
         gradients, values = gradients_of(case)(case.params, case.batch, slopes_of(**{term: 1}))
         assert values[term] > 1e-3
         flat = tree.flatten(gradients)
