@@ -16,7 +16,7 @@ from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model
 from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.ops.sparse import places
-from deepseek_jax.training.optimizer import is_router_bias
+from deepseek_jax.training.optimizer import is_indexer, is_router_bias
 from deepseek_jax.training.step import Objective
 
 
@@ -81,12 +81,13 @@ def make_language(config: Language, model: Model) -> Objective:
         trained = [path for path in paths if num_mtp or not path.startswith("mtp_")]
         blocks = [path.removesuffix("/moe/router/bias") for path in filter(is_router_bias, trained)]
         bias_rates = dict.fromkeys(blocks, moe.balance.bias_rate)
-    trains = lambda path: True  # noqa: E731
+    if config.indexer_warmup:  # nothing but the indexers moves
+        coefficients, bias_rates = {}, {}
     if indexer is not None:
         coefficients["attention/indexer_loss"] = config.indexer_weight
-    if config.indexer_warmup:
-        coefficients = {"attention/indexer_loss": config.indexer_weight}
-        bias_rates, trains = {}, lambda path: "/indexer/" in path
+
+    def trains(path: str) -> bool:
+        return is_indexer(path) or not config.indexer_warmup
 
     def weights_fn(batch: dict[str, Any]) -> dict[str, jax.Array]:
         per_depth, valid = batch["weights"].sum((0, 1)), batch["segments"] > 0

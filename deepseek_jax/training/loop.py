@@ -41,13 +41,12 @@ from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import num_batch_shards, place_batch
 from deepseek_jax.training.language import make_language
-from deepseek_jax.training.optimizer import make_optimizer, make_schedule
+from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.state import TrainState, abstract_state, initial_state
 from deepseek_jax.training.step import make_gradients, make_train_step
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
-INDEXER = "/indexer/"  # in the paths of an indexer's parameters
 FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
@@ -177,44 +176,48 @@ class _Run:
 
     def _fresh(self, abstract: TrainState, optimizer: Any) -> TrainState:
         config, shardings = self.config, jax.tree.map(lambda x: x.sharding, abstract)
-        key = jax.random.key(config.seed)
-        make = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)
-        params = make() if config.init_from is None else self._given(abstract.params, make)
+        if config.init_from is None:
+            key = jax.random.key(config.seed)
+            params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
+        else:
+            params = self._given(abstract.params)
 
         def start(params):
             return initial_state(params, optimizer, config.precision.loss_scale)
 
         return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
-    def _given(self, abstract: Any, make: Callable[[], Any]) -> Any:
-        """The parameters of `init_from`; indexers that it has not are as `make` makes them."""
-        source, model = self.config.init_from, self.model
-        if folder := is_folder_of_tensors(source) and huggingface.open_folder(source):
+    def _given(self, abstract: Any) -> Any:
+        """The parameters of `init_from`; indexers that it has not start anew."""
+        config, model, added, note = self.config, self.model, {}, ""
+        folder = is_folder_of_tensors(config.init_from) and huggingface.open_folder(
+            config.init_from
+        )
+        source = None if folder else integrity.resolve(config.init_from)
+        if folder:
             theirs = folder.config
         else:
-            source = integrity.resolve(source)
             theirs = core_config.from_dict(Decoder, read_config(source)["model"], "model")
-        ours, *old = (getattr(c.attention, "indexer", None) for c in (self.config.model, theirs))
-        added = {}
-        if ours and old == [None]:  # as V3.2 grew out of V3.1
-            attention = dataclasses.replace(self.config.model.attention, indexer=None)
-            bare = dataclasses.replace(self.config.model, attention=attention)
-            model = build(bare, self.config.precision)
-            new = {path: leaf for path, leaf in tree.flatten(make()).items() if INDEXER in path}
-            known = {p: x for p, x in tree.flatten(abstract).items() if p not in new}
-            abstract, added = unflatten_dict(known, sep="/"), new
+        indexer = getattr(config.model.attention, "indexer", None)
+        if indexer and getattr(theirs.attention, "indexer", indexer) is None:
+            # As V3.2 grew out of V3.1.
+            attention = dataclasses.replace(config.model.attention, indexer=None)
+            bare = dataclasses.replace(config.model, attention=attention)
+            model, note = build(bare, config.precision), ", its new indexers made anew"
+            leaves = tree.flatten(abstract)
+            places = {path: leaf.sharding for path, leaf in leaves.items() if is_indexer(path)}
+
+            def make() -> dict[str, Any]:
+                fresh = tree.flatten(self.model.init(jax.random.key(config.seed)))
+                return {path: fresh[path] for path in places}  # nothing else is computed
+
+            added = jax.jit(make, out_shardings=places)()
+            abstract = unflatten_dict({p: x for p, x in leaves.items() if p not in added}, sep="/")
         if folder:
             params = huggingface.load_params(folder, model, abstract)
         else:
             params = load_params(source, abstract, self.layers)
-        self.progress.say(
-            f"starting from the parameters of {self.config.init_from}"
-            + (
-                ", with new indexers: warm them up first (objective.indexer_warmup)"
-                if added
-                else ""
-            )
-        )
+        self.progress.say(f"starting from the parameters of {config.init_from}{note}")
         return unflatten_dict(tree.flatten(params) | added, sep="/")
 
     def _open_data(self, before: Stage | None, stage: Stage, first: int, step: int) -> bool:

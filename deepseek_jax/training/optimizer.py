@@ -106,6 +106,11 @@ def is_router_bias(path: str) -> bool:
     return path.endswith("router/bias")
 
 
+def is_indexer(path: str) -> bool:
+    """Whether a parameter is a lightning indexer's (layers/sparse_attention)."""
+    return "/indexer/" in path
+
+
 def make_optimizer(config: AdamW | Muon, specs: Any) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a model whose parameters have these specs (a tree of core.axes.Spec).
 

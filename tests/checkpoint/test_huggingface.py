@@ -192,9 +192,10 @@ def with_mtp(directory: pathlib.Path) -> dict[str, torch.Tensor]:
     return found | new
 
 
-@pytest.mark.shows("load", "export", family="V3")
-def test_mtp_weights_come_and_go(tmp_path):
-    directory = hf_cases.save(hf_cases.hf_model("v3"), tmp_path / "hf")
+@pytest.mark.shows("load", "export")
+@pytest.mark.parametrize("name", ["v3", "v32"])
+def test_mtp_weights_come_and_go(name, tmp_path):
+    directory = hf_cases.save(hf_cases.hf_model(name), tmp_path / "hf")
     with_mtp(directory)
     model, params = opened(directory)
     assert model.config.num_mtp_layers == 1
@@ -238,12 +239,15 @@ def as_float8(directory: pathlib.Path, power_of_two: bool = False, bits: bool = 
 RAGGED = {"hidden_size": 160, "intermediate_size": 200, "kv_lora_rank": 136, "num_hidden_layers": 2}
 
 
-@pytest.mark.shows("FP8", family="V3")
+@pytest.mark.shows("FP8")
+@pytest.mark.parametrize("name", ["v3", "v32"])
 @pytest.mark.parametrize("bits", [False, True], ids=["float32-scales", "ue8m0"])
-def test_float8_blocks_are_read_and_written_back_verbatim(tmp_path, bits):
+def test_float8_blocks_are_read_and_written_back_verbatim(tmp_path, name, bits):
     """Ragged edges included: 144 rows of kv_a_proj are one whole block and a short one."""
-    directory = hf_cases.save(hf_cases.hf_model("v3", **RAGGED), tmp_path / "hf")
+    directory = hf_cases.save(hf_cases.hf_model(name, **RAGGED), tmp_path / "hf")
     wide = as_float8(directory, bits, bits)
+    indexed = {n.partition(".indexer.")[2] for n in wide} - {""}
+    assert indexed == ({"wq_b.weight", "wk.weight"} if name == "v32" else set())
     assert any(-(-n // 128) > 1 and n % 128 for w in wide.values() for n in w.shape)
     tensors = folders.open_tensors(directory)
     for name, value in wide.items():
@@ -260,9 +264,10 @@ def test_float8_blocks_are_read_and_written_back_verbatim(tmp_path, bits):
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 
-@pytest.mark.shows("FP8", family="V3")
-def test_changed_weights_are_quantized_anew_and_then_stay(tmp_path):
-    directory = hf_cases.save(hf_cases.hf_model("v3", **RAGGED), tmp_path / "hf")
+@pytest.mark.shows("FP8")
+@pytest.mark.parametrize("name", ["v3", "v32"])
+def test_changed_weights_are_quantized_anew_and_then_stay(name, tmp_path):
+    directory = hf_cases.save(hf_cases.hf_model(name, **RAGGED), tmp_path / "hf")
     steps = ["--dtype", "float8-block"]
     convert.main(["from-hf", str(directory), str(tmp_path / "a")])
     convert.main(["to-hf", str(tmp_path / "a"), str(tmp_path / "b"), *steps])

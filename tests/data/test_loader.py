@@ -49,7 +49,7 @@ def _row(dataset, number: int) -> dict:
     return {name: value[0] for name, value in dataset.train.batch(np.array([number])).items()}
 
 
-def _same(ours, theirs) -> None:
+def _assert_same(ours, theirs) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name])
@@ -61,14 +61,14 @@ def test_rows_are_the_same_for_every_batch_size_process_count_and_restart(folder
     whole = _rows(dataset, 8)  # several epochs of the smaller source
     for k, batch in enumerate(whole):
         for b in range(6):
-            _same(_row(again, 5 + 6 * k + b), {n: v[b] for n, v in batch.items()})
+            _assert_same(_row(again, 5 + 6 * k + b), {n: v[b] for n, v in batch.items()})
     halves = [_rows(again, 8, process_index=i, process_count=2) for i in (0, 1)]
     for one, two, batch in zip(*halves, whole, strict=True):
-        _same({n: np.concatenate([one[n], two[n]]) for n in one}, batch)
+        _assert_same({n: np.concatenate([one[n], two[n]]) for n in one}, batch)
     for batch, other in zip(_rows(again, 4, start=5 + 24), whole[4:], strict=True):
-        _same(batch, other)
+        _assert_same(batch, other)
     other = _rows(again, 16, batch_size=3)
-    _same({n: np.concatenate([other[0][n], other[1][n]]) for n in other[0]}, whole[0])
+    _assert_same({n: np.concatenate([other[0][n], other[1][n]]) for n in other[0]}, whole[0])
 
 
 @pytest.mark.slow
@@ -77,11 +77,11 @@ def test_worker_processes_change_nothing(folder, num_workers):
     dataset = _open(_mixture(folder), folder)
     made = _rows(dataset, 7, num_workers=num_workers)
     for batch, other in zip(made, _rows(dataset, 7), strict=True):
-        _same(batch, other)
+        _assert_same(batch, other)
     mine = {"process_index": 1, "process_count": 2}
     halves = _rows(dataset, 3, num_workers=num_workers, **mine), _rows(dataset, 3, **mine)
     for batch, other in zip(*halves, strict=True):
-        _same(batch, other)
+        _assert_same(batch, other)
 
 
 def test_held_out_documents_are_whole_and_counted_exactly(folder):
@@ -139,7 +139,7 @@ def test_the_cache_follows_contents_and_survives_damage(folder):
     assert sorted((folder / "cache").glob("*/tokens.bin")) == made
     whole = made[0].read_bytes()
     made[0].write_bytes(whole[:-2])  # a torn file
-    _same(_row(_open(_data(folder), folder), 0), _row(first, 0))
+    _assert_same(_row(_open(_data(folder), folder), 0), _row(first, 0))
     assert made[0].read_bytes() == whole
     changed = folder / "0.txt"
     changed.write_text(changed.read_text().replace("0", "9"))  # same size, perhaps same second
@@ -193,7 +193,7 @@ def test_eval_tokens_scores_the_first_documents_that_fit(folder, mixed):
             following = every.documents[count : count + 1]  # the next one would be too much
             more = rows.num_tokens + every.corpus.lengths[following].sum()
             assert more > limit // num_parts or count == len(every.documents)
-        _same(_row(dataset, 3), _row(whole, 3))
+        _assert_same(_row(dataset, 3), _row(whole, 3))
         assert dataset.fingerprint == whole.fingerprint
     assert text == whole.held_out_text()
     with pytest.raises(InputError, match=r"eval_tokens \(2\) has room for no"):

@@ -78,17 +78,17 @@ def alone():
 def test_gradients_equal_those_of_one_device(axes, alone):
     shape = MeshShape(**({"data": 1} | axes))
     count = int(np.prod([getattr(shape, axis) for axis in MESH_AXES]))
-    agree(gradients(make_mesh(shape, jax.devices()[:count])), alone)
+    assert_alike(gradients(make_mesh(shape, jax.devices()[:count])), alone)
 
 
 @pytest.mark.parametrize("model", SPARSE, ids=lambda model: type(model.config.attention).__name__)
 def test_sparse_attention_on_a_mesh_is_that_of_one_device(model):
     alone = gradients(make_mesh(MeshShape(), jax.devices()[:1]), model)
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2, context=2, data=1))
-    agree(gradients(mesh, model), alone)
+    assert_alike(gradients(mesh, model), alone)
 
 
-def agree(found, alone):
+def assert_alike(found, alone):
     grads, means, counts = found
     for path, expected in alone[2].items():
         np.testing.assert_array_equal(counts[path], expected)

@@ -82,7 +82,7 @@ def test_padded_rows_are_those_of_transformers(name, left, tmp_path):
     assert whole > 1e-3  # the mask was seen
 
 
-@pytest.mark.parametrize("name", ["qwen2", "v2", "v3-yarn"])
+@pytest.mark.parametrize("name", ["qwen2", "v2", "v3-yarn", "v32-dense"])
 def test_bfloat16_points_the_same_way(name, tmp_path):
     model = hf_cases.hf_model(name)
     folder = huggingface.open_folder(hf_cases.save(model, tmp_path / "hf"))
