@@ -248,8 +248,10 @@ def _entries(
     entries: list[Entry] = []
 
     def wide(row: names.Row) -> np.ndarray:
-        index = () if row.expert is None else (row.expert,)
-        return names.joined(row, ours, [params[path].read(index) for path in row.ours])
+        if row.expert is not None:  # of the stack, only this one is read
+            stack = {row.expert: params[row.ours[0]].read((row.expert,))}
+            return names.joined(row, ours, [stack])
+        return names.joined(row, ours, [params[path].read(()) for path in row.ours])
 
     @functools.lru_cache(THREADS)  # each thread writes the values first, their scales next
     def pair(row: names.Row) -> tuple[np.ndarray, np.ndarray]:

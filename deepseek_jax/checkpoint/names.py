@@ -160,16 +160,13 @@ def their_shape(row: Row, ours: Mapping[str, Leaf]) -> tuple[int, ...]:
 
 
 def joined(row: Row, ours: Mapping[str, Leaf], arrays: list[np.ndarray]) -> np.ndarray:
-    """Their tensor, a view where it can be, from the weights of ours that lie in it.
-
-    Of a stack of experts, only the row's own is given.
-    """
+    """Their tensor, a view where that can be, from the weights of ours that lie in it."""
     first = ours[row.ours[0]]
     sides = _sides(first, row.ours[0])
     if sides is None:
         return arrays[0].reshape(their_shape(row, ours))
     if row.expert is not None:
-        return arrays[0].T
+        return arrays[0][row.expert].T
     turned = [array.transpose(*sides[1], *sides[0]) for array in arrays]
     whole = np.concatenate(turned, -1) if len(turned) > 1 else turned[0]
     return whole.reshape(their_shape(row, ours)[::-1]).T

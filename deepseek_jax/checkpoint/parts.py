@@ -240,6 +240,9 @@ def _buffer(size: int) -> np.ndarray:
 
 def turn(made: np.ndarray, values: np.ndarray) -> None:
     """`made[...] = values`, five times as fast as NumPy where `values` are a transposed matrix."""
+    if made.dtype == values.dtype:  # NumPy is slower with the types that it does not know
+        bits = np.dtype(f"u{made.itemsize}")
+        made, values = made.view(bits), values.view(bits)
     step = STRIP if values.strides[-1:] > (values.itemsize,) else max(1, values.shape[-1])
     for start in range(0, values.shape[-1], step):
         made[..., start : start + step] = values[..., start : start + step]
