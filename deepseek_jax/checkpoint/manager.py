@@ -29,7 +29,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.integrity import resolve as resolve  # for whoever loads
-from deepseek_jax.checkpoint.parts import BLOCK, Piece, in_parts, reserve, write_at
+from deepseek_jax.checkpoint.parts import BUFFER, Piece, in_parts, reserve, write_at
 from deepseek_jax.checkpoint.safetensors import Source
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
@@ -278,7 +278,7 @@ def write_params(
 
     Values are cast to their source's dtype. A leaf is a plain zarr folder, which Orbax opens like
     one in its database, but which any process may write and nothing copies: a file holds one
-    expert, or rows of at most BLOCK bytes.
+    expert, or rows of at most BUFFER bytes.
     """
 
     def finish(whole: pathlib.Path, known: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def _leaf_piece(name: str, source: Source) -> Piece:
     (length, *inner), dtype = source.shape, source.dtype
     size = math.prod(source.shape) * dtype.itemsize
     experts = "/experts/" in name
-    rows = 1 if experts else math.ceil(length / math.ceil(size / BLOCK))
+    rows = 1 if experts else math.ceil(length / math.ceil(size / BUFFER))
 
     def begin(path: pathlib.Path) -> None:
         spec = {

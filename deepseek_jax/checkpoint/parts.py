@@ -26,7 +26,7 @@ from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.core.errors import InputError
 
 THREADS = min(4, os.cpu_count() or 1)  # NumPy's copies, hashes and files run without Python's lock
-BLOCK, PAGE = 2**26, 2**12  # bytes that a thread makes at a time; that a disk writes at least
+BUFFER, PAGE = 2**26, 2**12  # bytes that a thread makes at a time; that a disk writes at least
 STRIP = 16  # columns: so many cache lines stay in the processor while a matrix is turned
 _OF_THREAD = threading.local()
 
@@ -207,7 +207,7 @@ def write_at(
     All but the edges goes around the page cache (where the file system can do that): filling fresh
     pages takes several times as long as writing to a fast disk, and nobody reads them soon.
     """
-    rows = max(1, BLOCK // max(1, values[:1].size * dtype.itemsize))
+    rows = max(1, BUFFER // max(1, values[:1].size * dtype.itemsize))
     with path.open("r+b", 0) as edges, open(path, "r+b", 0, opener=_direct) as body:
         for start in range(0, len(values), rows):
             part = values[start : start + rows]
@@ -234,7 +234,7 @@ def _direct(name: str, flags: int) -> int:
 def _buffer(size: int) -> np.ndarray:
     """This thread's `size` bytes, at the start of a page; the next call gives them again."""
     if len(getattr(_OF_THREAD, "buffer", ())) < size:
-        _OF_THREAD.buffer = mmap.mmap(-1, max(size, BLOCK + PAGE))
+        _OF_THREAD.buffer = mmap.mmap(-1, max(size, BUFFER + PAGE))
     return np.frombuffer(_OF_THREAD.buffer, np.uint8, size)
 
 

@@ -6,12 +6,14 @@ float8 with a scale a block of 128 x 128 (named "inverse", but multiplied). Noth
 by torch's weights-only reader.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import math
 import pathlib
 import re
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.checkpoint.integrity import sync
-from deepseek_jax.checkpoint.parts import Piece, reserve, write_at
+from deepseek_jax.checkpoint.parts import BUFFER, Piece, reserve, write_at
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data.sources import one_line
@@ -35,6 +37,7 @@ NAMES = {kind: name for name, kind in DTYPES.items()}
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 128  # rows and columns that share a float8 scale
 SCALE = "_scale_inv"
+LARGE = threading.Lock()  # of the tensors over a buffer, one is in memory at a time
 
 
 class Tensor(NamedTuple):
@@ -285,12 +288,13 @@ def to_pickle(directory: pathlib.Path) -> None:
     torch = require("torch")
     state = {}
     for name, tensor in mapped(stored).items():
-        kind, bits = (
-            getattr(torch, tensor.dtype.name),
-            getattr(np, f"int{8 * tensor.dtype.itemsize}"),
-        )
-        values = tensor.read().view(bits)
-        state[name] = torch.from_numpy(values).view(kind).reshape(tensor.shape)
+        kind = getattr(torch, tensor.dtype.name)
+        if 0 in tensor.shape:
+            state[name] = torch.empty(tensor.shape, dtype=kind)
+            continue
+        bits = np.dtype(f"int{8 * tensor.dtype.itemsize}")
+        values = np.memmap(stored, bits, "c", tensor.read().offset, tensor.shape)
+        state[name] = torch.from_numpy(values).view(kind)
     torch.save(state, target)
     sync(target)
     stored.unlink()
@@ -321,9 +325,10 @@ def shard_piece(name: str, entries: list[Entry]) -> Piece:
             file.write(len(text).to_bytes(8, "little") + text)
 
     def fill(some: list[Entry], path: pathlib.Path) -> dict[str, Any]:
-        for entry in some:
-            start = 8 + len(text) + header[entry.name]["data_offsets"][0]
-            write_at(path, start, entry.read(), entry.dtype)
+        with LARGE if some[0].size > BUFFER else contextlib.nullcontext():
+            for entry in some:
+                start = 8 + len(text) + header[entry.name]["data_offsets"][0]
+                write_at(path, start, entry.read(), entry.dtype)
         return {}
 
     groups = itertools.groupby(entries, lambda entry: entry.name.removesuffix(SCALE))
