@@ -39,13 +39,14 @@ def write_manifest(directory: pathlib.Path, known: Mapping[str, list] | None = N
 
     The `known` ones are [size, SHA-256] by name, so that these files are not read again.
     """
-    files = {}
+    files, temporary = {}, directory / f"{MANIFEST}.tmp"
+    for stale in (directory / MANIFEST, temporary):  # of a call that was killed
+        stale.unlink(missing_ok=True)
     for path in sorted(directory.rglob("*")):
         sync(path)
         if path.is_file():
             name = path.relative_to(directory).as_posix()
             files[name] = (known or {}).get(name) or _fingerprint(path)
-    temporary = directory / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps({"files": files}, indent=1))
     sync(temporary)
     temporary.replace(directory / MANIFEST)
