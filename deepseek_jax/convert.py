@@ -2,13 +2,9 @@
 
 import argparse
 import collections
-import datetime
 import math
 import pathlib
 import re
-import sys
-import time
-from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -20,6 +16,7 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict, num_bytes
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.core.progress import byte_progress
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import INFO, load_tokenizer
 from deepseek_jax.models.build import build
@@ -104,7 +101,7 @@ def from_hf(
         config=huggingface.recorded(folder, Precision()),
         files=files,
         origin=[dtype, facts],
-        progress=_progress(),
+        progress=byte_progress(target.name, every=1),
     )
 
 
@@ -134,25 +131,8 @@ def to_hf(
         dtype=dtype,
         max_shard_bytes=shard,
         origin=(source / MANIFEST).read_text(),
-        progress=_progress(),
+        progress=byte_progress(target.name, every=1),
     )
-
-
-def _progress() -> Callable[[int, int], None]:
-    """Shows bytes done and in all on stderr, with the rate and the time left, once a second."""
-    start = shown = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown < 1 or not done:
-            return
-        shown, rate = now, done / (now - start)
-        left = datetime.timedelta(seconds=round((total - done) / rate))
-        text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.0f} MB/s  ETA {left}"
-        print(text, file=sys.stderr, flush=True)
-
-    return show
 
 
 def inspect(path: pathlib.Path) -> str:

@@ -227,7 +227,7 @@ def write_folder(
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if max_shard_bytes is None:
             to_pickle(whole)
-        for path in whole.iterdir():
+        for path in (*whole.iterdir(), whole):
             sync(path)
 
     pieces = [shard_piece(name, some) for name, some in held.items()]

@@ -25,7 +25,7 @@ import numpy as np
 from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.core.errors import InputError
 
-THREADS = min(4, os.cpu_count() or 1)  # NumPy's copies, hashes and files run without Python's lock
+THREADS = min(4, 1 + (os.cpu_count() or 1))  # copies, hashes and files run without Python's lock
 BUFFER, PAGE = 2**26, 2**12  # bytes that a thread makes at a time; that a disk writes at least
 STRIP = 16  # columns: so many cache lines stay in the processor while a matrix is turned
 _OF_THREAD = threading.local()
@@ -72,6 +72,7 @@ def in_parts(
         left = [i for i in mine if not (done / str(i)).exists()]
         total, written = (sum(pieces[i].size for i in some) for some in (mine, left))
         written = total - written
+        progress(written, total)
         for index, size, said in _written(whole, {i: pieces[i] for i in left}):
             written += size
             progress(written, total)
