@@ -302,20 +302,16 @@ def _leaf_piece(name: str, source: Source) -> Piece:
             "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"},
             "metadata": {"chunk_key_encoding": {"name": "v2"}},
         }  # fmt: skip
-        chunks = tensorstore.ChunkLayout(chunk_shape=[rows, *inner])
-        kind = tensorstore.dtype(dtype)
-        tensorstore.open(
-            spec, create=True, dtype=kind, shape=source.shape, chunk_layout=chunks
-        ).result()
+        layout = tensorstore.ChunkLayout(chunk_shape=[rows, *inner])
+        kind = {"dtype": tensorstore.dtype(dtype), "shape": source.shape, "chunk_layout": layout}
+        tensorstore.open(spec, create=True, **kind).result()
 
     def fill(number: int, values: np.ndarray, path: pathlib.Path) -> dict[str, Any]:
         file, digest = path / ".".join([str(number), *"0" * len(inner)]), hashlib.sha256()
         full = rows * math.prod(inner) * dtype.itemsize
         reserve(file, full)
         write_at(file, 0, values, dtype, digest)
-        digest.update(
-            bytes(full - values.size * dtype.itemsize)
-        )  # zarr's last chunk is a whole one
+        digest.update(bytes(full - values.size * dtype.itemsize))  # the last file is a full one
         return {f"{folder}/{file.name}": [full, digest.hexdigest()]}
 
     def expert(number: int, path: pathlib.Path) -> dict[str, Any]:
