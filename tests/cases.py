@@ -20,6 +20,7 @@ from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import Capacity, Dropless, MoE
 from deepseek_jax.layers.router import Hierarchical, Sigmoid, Softmax
+from deepseek_jax.layers.sparse_attention import GatedGQA, Indexer
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.ops.rope import Yarn
@@ -34,7 +35,12 @@ ATTENTIONS = {
     "mla_q_rank": MLA(**SMALL, q_rank=12),
     "mla_halves": MLA(**SMALL, interleaved=False),
     "mla_yarn": MLA(**SMALL, yarn=YARN, rope_theta=100.0),
-}
+    "mla_indexer": MLA(
+        **SMALL, q_rank=12, yarn=YARN, rope_theta=100.0,
+        indexer=Indexer(num_heads=16, head_dim=6, top_k=4),
+    ),
+    "gqa_gate": GatedGQA(num_heads=4, num_kv_heads=2, head_dim=8, ratio=0.4),
+}  # fmt: skip
 ROUTERS = {
     "softmax": Softmax(num_active_experts=2, scale=1.5),
     "softmax_normalized": Softmax(num_active_experts=3, normalize=True),
@@ -87,6 +93,8 @@ def random_params(shapes: Any, seed: int) -> Any:
         values = rng.normal(size=shape.shape)
         if path.endswith("scale"):
             values = 1 + 0.2 * values
+        elif path.endswith(("attention/gate", "indexer/weight")):
+            values = 0.5 * values  # choices far from ties
         elif path.endswith("router/bias"):
             values = 0.1 * values
         elif path.endswith(("router/weight", "router/groups")) or "embedding" in path:
@@ -165,7 +173,12 @@ def forward(model: Model, params: Any, batch: dict[str, Any]):
     )
 
 
-def reference_forward(params: Any, config: Decoder, batch: dict[str, Any]) -> reference.Result:
+def reference_forward(
+    params: Any,
+    config: Decoder,
+    batch: dict[str, Any],
+    before: reference.Result | None = None,
+) -> reference.Result:
     """The same, in NumPy."""
     return reference.forward(
         params,
@@ -174,6 +187,7 @@ def reference_forward(params: Any, config: Decoder, batch: dict[str, Any]) -> re
         batch["segments"],
         batch["positions"],
         batch["targets"][..., : config.num_mtp_layers],
+        before,
     )
 
 

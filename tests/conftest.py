@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import family_table
 import jax
 from jaxtyping import install_import_hook
 
@@ -31,3 +32,20 @@ install_import_hook(
 
 # Where a test says nothing of precision it is float32, whatever this CPU has.
 precision._cpu_flags = set
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-families", action="store_true", help="write docs/families.md")
+
+
+def pytest_runtest_makereport(item, call):
+    if call.when == "call" and call.excinfo is None:
+        family_table.note(item)
+
+
+def pytest_deselected(items):
+    family_table.miss(items)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name == "test_families.py")  # it reads what others showed

@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 import torch
 import transformers
+from transformers import conversion_mapping
+from transformers.models import deepseek_ocr2 as ocr2
 
 VOCAB, LENGTH = 97, 40  # rows are longer than YaRN's original length
 BASE = {
@@ -32,6 +34,8 @@ GROUPS = {"n_group": 4, "topk_group": 2}
 V2, V3 = MIXED | LATENT, MIXED | LATENT | GROUPS | {"q_lora_rank": 12}
 LIMITED = GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}
 YARNED = {"rope_parameters": DEEP_YARN}
+# Fewer heads would tie at exactly zero, where torch chooses as it likes.
+V32 = V3 | {"index_topk": 9, "index_head_dim": 12, "index_n_heads": 16}
 CASES = {
     "llama": ("Llama", {"num_key_value_heads": 2, "head_dim": 12}),
     "llama-tied-yarn": (
@@ -44,6 +48,7 @@ CASES = {
     ),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "v1": ("Deepseek", MIXED),
     "v2-lite": ("DeepseekV2", V2),
     "v2-lite-yarn": ("DeepseekV2", V2 | YARNED | {"n_shared_experts": 1}),
     "v2-lite-unshared": ("DeepseekV2", V2 | {"n_shared_experts": 0}),
@@ -61,17 +66,57 @@ CASES = {
         V3 | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "norm_topk_prob": False},
     ),
     "v3-unshared": ("DeepseekV3", V3 | {"n_shared_experts": 0, "num_experts_per_tok": 2}),
+    "v32": ("DeepseekV32", V32),
+    "v32-yarn": ("DeepseekV32", V32 | YARNED | {"n_shared_experts": 1, "index_n_heads": 32}),
+    "v32-dense": (
+        "DeepseekV32",
+        V32 | {"first_k_dense_replace": 3, "index_topk": 200, "tie_word_embeddings": True},
+    ),
     "v3-halves": ("DeepseekV3", V3 | {"rope_interleave": False, "tie_word_embeddings": True}),
 }  # fmt: skip
+
+
+class DeepseekConfig(ocr2.DeepseekOcr2TextConfig):
+    """Of the first DeepSeekMoE, which transformers has only as a part of DeepSeek-OCR-2."""
+
+    model_type = "deepseek"
+    first_k_dense_replace: int = 0
+
+    def __post_init__(self, **others):
+        dense = self.first_k_dense_replace
+        kinds = ["dense"] * dense + ["sparse"] * (self.num_hidden_layers - dense)
+        self.mlp_layer_types = kinds
+        super().__post_init__(**others)
+
+
+class DeepseekForCausalLM(transformers.DeepseekV2ForCausalLM):
+    """That part, with V2's head and V2's names on disk."""
+
+    config: DeepseekConfig
+
+    def __init__(self, config: DeepseekConfig):
+        transformers.PreTrainedModel.__init__(self, config)
+        self.model = ocr2.DeepseekOcr2TextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+transformers.AutoConfig.register("deepseek", DeepseekConfig)
+transformers.AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM)
+conversion_mapping.register_checkpoint_conversion_mapping(
+    "deepseek", conversion_mapping.get_checkpoint_conversion_mapping("deepseek_v2")
+)
 
 
 def hf_model(name: str, seed: int = 0, **changed) -> transformers.PreTrainedModel:
     """A model of CASES in float32 with eager attention and experts; biases of routers not zero."""
     family, fields = CASES[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**BASE | fields | changed)
+    names = f"{family}Config", f"{family}ForCausalLM"
+    of_config, of_model = (globals().get(name) or getattr(transformers, name) for name in names)
+    config = of_config(**BASE | fields | changed)
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = of_model(config).eval()
     if family.startswith("Deepseek"):
         model.set_experts_implementation("eager")
     for buffer_name, buffer in model.named_buffers():

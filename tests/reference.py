@@ -28,19 +28,33 @@ class Routing:
 
 
 @dataclasses.dataclass
+class Selection:
+    """What one sparse attention kept [B, T, T]; of an indexer also its divergence and `inputs`:
+    what it saw (its layer's input, compressed queries, the attention), which it learns nothing to.
+    """
+
+    keep: np.ndarray
+    kept: int
+    margin: float
+    divergence: float = 0.0
+    inputs: tuple = ()
+
+
+@dataclasses.dataclass
 class Result:
-    """A forward pass: logits and hidden states by depth, and each block path's layers' routing."""
+    """A forward pass: logits and hidden states by depth, and what each block path's layers did."""
 
     hidden: np.ndarray
     logits: np.ndarray
     mtp: list[np.ndarray]
     mtp_logits: list[np.ndarray]
     routing: dict[str, list[Routing]]
+    selection: dict[str, list[Selection]]
 
     @property
     def margin(self) -> float:
-        margins = [layer.margin for layers in self.routing.values() for layer in layers]
-        return min(margins, default=math.inf)
+        blocks = [*self.routing.values(), *self.selection.values()]
+        return min((layer.margin for layers in blocks for layer in layers), default=math.inf)
 
 
 def sigmoid(x):
@@ -117,14 +131,17 @@ def softmax_scale(width, yarn):
     return scale
 
 
-def attend(q, k, v, allowed, scale):
-    """q [B, T, N, H], k, v [B, T, N, ...], allowed [B, T, T]; rows with nothing allowed give 0."""
-    scores = np.einsum("btnh,bsnh->bnts", q, k) * scale
+def attend(q, k, v, allowed, scale, bias=0.0):
+    """q [B, T, N, H], k, v [B, T, N, ...], allowed [B, T, T]; rows with nothing allowed give 0.
+
+    Returns the result and the weights [B, N, T, T].
+    """
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * scale + bias
     scores = np.where(allowed[:, None], scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     e = np.exp(scores - np.where(np.isfinite(top), top, 0))
     e /= np.maximum(e.sum(-1, keepdims=True), 1e-300)
-    return np.einsum("bnts,bsnh->btnh", e, v)
+    return np.einsum("bnts,bsnh->btnh", e, v), e
 
 
 def allowed_pairs(segments, window):
@@ -134,7 +151,7 @@ def allowed_pairs(segments, window):
     return near[None] & (segments[:, :, None] == segments[:, None, :])
 
 
-def grouped_query_attention(x, p, config, segments, positions):
+def grouped_query_attention(x, p, config, segments, positions, inputs=None):
     def project(part):
         y = np.einsum("btd,dnh->btnh", x, part["weight"])
         return y + part["bias"] if config.bias else y
@@ -145,11 +162,71 @@ def grouped_query_attention(x, p, config, segments, positions):
     share = config.num_heads // config.num_kv_heads
     k, v = np.repeat(k, share, axis=2), np.repeat(v, share, axis=2)
     scale = softmax_scale(config.head_dim, config.yarn)
-    out = attend(q, k, v, allowed_pairs(segments, config.window), scale)
-    return np.einsum("btnh,nhd->btd", out, p["o"]["weight"])
+    allowed, bias, selection = allowed_pairs(segments, config.window), 0.0, None
+    if type(config).__name__ == "GatedGQA":
+        gate = (x @ p["gate"])[..., 0]
+        bias = -np.log1p(np.exp(-gate))[:, None, None]
+        selection = gate_selection(gate, allowed, segments, config.ratio)
+        allowed = selection.keep
+    out, _ = attend(q, k, v, allowed, scale, bias)
+    return np.einsum("btnh,nhd->btd", out, p["o"]["weight"]), selection
 
 
-def latent_attention(x, p, config, segments, positions):
+def gate_selection(gate, allowed, segments, ratio):
+    """Each query keeps the best ceil(ratio * n) of the n tokens that it sees, and itself.
+
+    Gates are compared with 8 significant bits; `margin` is 100 times the distance from one that
+    would be rounded otherwise.
+    """
+    part, power = np.frexp(gate)
+    gate = np.ldexp(np.round(part * 256), power)
+    margin = np.ldexp(np.abs(part * 256 % 1 - 0.5) / 256, power).min() * 100
+    keep = np.zeros(allowed.shape, bool)
+    for b, t in np.ndindex(*gate.shape):
+        seen = np.flatnonzero(allowed[b, t])
+        most = math.ceil(ratio * len(seen) - 1e-9)
+        keep[b, t, seen[best(gate[b, seen], most)[0]]] = keep[b, t, t] = True
+    return Selection(keep, int(keep[segments > 0].sum()), margin)
+
+
+def index_scores(x, low, p, config, positions):
+    """V3.2's index scores [B, T, T]: the first rope_dim of queries and keys turn, in halves."""
+    turn = (positions, config.rope_theta, config.yarn, False)
+    q = np.einsum("btr,rnh->btnh", low, p["q_up"]["weight"])
+    k = x @ p["k"]["weight"]
+    k = k - k.mean(-1, keepdims=True)
+    k = k / np.sqrt((k**2).mean(-1, keepdims=True) + 1e-6)
+    k = (k * p["k_norm"]["scale"] + p["k_norm"]["bias"])[:, :, None]
+    q, k = (
+        np.concatenate([rotate(y[..., : config.rope_dim], *turn), y[..., config.rope_dim :]], -1)
+        for y in (q, k)
+    )
+    products = np.maximum(np.einsum("btnh,bsh->btns", q, k[:, :, 0]), 0)
+    weights = (x @ p["weight"]) / math.sqrt(config.indexer.num_heads * config.indexer.head_dim)
+    return np.einsum("btns,btn->bts", products, weights)
+
+
+def index_selection(scores, allowed, top_k, segments):
+    """Each query's top_k highest of what it sees (all, if fewer), and the closest choice's gap."""
+    keep, margin = np.zeros(allowed.shape, bool), math.inf
+    for b, t in np.ndindex(*scores.shape[:2]):
+        seen = np.flatnonzero(allowed[b, t])
+        chosen, gap = best(scores[b, t, seen], min(top_k, len(seen)))
+        margin = min(margin, gap if segments[b, t] else math.inf)  # padding is all alike
+        keep[b, t, seen[chosen]] = True
+    return keep, margin
+
+
+def divergence(scores, attention, keep, segments):
+    """KL(attention, a mean over heads, || softmax of the scores) over what is kept, summed."""
+    logs = np.where(keep, scores, -1e300)
+    logs = logs - logsumexp(logs)[..., None]
+    gaps = attention * (np.log(np.maximum(attention, 1e-300)) - logs)
+    return np.where(keep & (attention > 0), gaps, 0).sum(-1)[segments > 0].sum()
+
+
+def latent_attention(x, p, config, segments, positions, inputs=None):
+    low = None
     if config.q_rank is None:
         q = np.einsum("btd,dnh->btnh", x, p["q"]["weight"])
     else:
@@ -166,8 +243,19 @@ def latent_attention(x, p, config, segments, positions):
     q = np.concatenate([q[..., : config.nope_dim], q_rope], -1)
     k = np.concatenate([k_nope, k_rope], -1)
     scale = softmax_scale(config.nope_dim + config.rope_dim, config.yarn)
-    out = attend(q, k, v, allowed_pairs(segments, None), scale)
-    return np.einsum("btnh,nhd->btd", out, p["o"]["weight"])
+    allowed, selection = allowed_pairs(segments, None), None
+    if config.indexer is not None:
+        index = p["indexer"], config, positions
+        allowed, margin = index_selection(
+            index_scores(x, low, *index), allowed, config.indexer.top_k, segments
+        )
+    out, weights = attend(q, k, v, allowed, scale)
+    if config.indexer is not None:
+        inputs = inputs or (x, low, weights.mean(1))
+        apart = divergence(index_scores(*inputs[:2], *index), inputs[2], allowed, segments)
+        kept = int(allowed[segments > 0].sum())
+        selection = Selection(allowed, kept, margin, apart, inputs)
+    return np.einsum("btnh,nhd->btd", out, p["o"]["weight"]), selection
 
 
 # Routing. Everything below works on [B, T, ...].
@@ -276,16 +364,17 @@ def mixture(x, p, config, segments):
 # The model.
 
 
-def block(x, p, config, segments, positions):
+def block(x, p, config, segments, positions, inputs):
     attention = config.attention
     attends = latent_attention if type(attention).__name__ == "MLA" else grouped_query_attention
     y = rms_norm(x, p["attention_norm"]["scale"], config.norm_eps)
-    x = x + attends(y, p["attention"], attention, segments, positions)
+    y, selection = attends(y, p["attention"], attention, segments, positions, inputs)
+    x = x + y
     y = rms_norm(x, p["mlp_norm"]["scale"], config.norm_eps)
     if "mlp" in p:
-        return x + feed_forward(y, p["mlp"]), None
+        return x + feed_forward(y, p["mlp"]), None, selection
     y, routing = mixture(y, p["moe"], config.moe, segments)
-    return x + y, routing
+    return x + y, routing, selection
 
 
 def layers(stack):
@@ -306,8 +395,13 @@ def float64(tree):
     return np.asarray(tree).astype(np.float64)
 
 
-def forward(params, config, tokens, segments=None, positions=None, next_tokens=None) -> Result:
-    """Everything the model computes for tokens [B, T]; segment 0 is padding."""
+def forward(
+    params, config, tokens, segments=None, positions=None, next_tokens=None, before=None
+) -> Result:
+    """Everything the model computes for tokens [B, T]; segment 0 is padding.
+
+    `before` is a result whose indexers' inputs stay, as if they depended on no parameter.
+    """
     params = float64(params)
     tokens = np.asarray(tokens)
     segments = np.ones(tokens.shape, int) if segments is None else np.asarray(segments)
@@ -316,13 +410,15 @@ def forward(params, config, tokens, segments=None, positions=None, next_tokens=N
     positions = np.asarray(positions)
     table = params["embedding"]["weight"]
     head = table.T if config.tie_embeddings else params["head"]["weight"]
-    x, routing = table[tokens], {}
+    x, routing, selection = table[tokens], {}, {}
 
     def run(x, stack, path):
-        for p in layers(stack):
-            x, one = block(x, p, config, segments, positions)
-            if one is not None:
-                routing.setdefault(path, []).append(one)
+        for number, p in enumerate(layers(stack)):
+            known = before.selection[path][number].inputs if before and before.selection else None
+            x, *found = block(x, p, config, segments, positions, known)
+            for one, held in zip(found, (routing, selection), strict=True):
+                if one is not None:
+                    held.setdefault(path, []).append(one)
         return x
 
     for name in sorted(name for name in params if name.startswith("segment_")):
@@ -339,7 +435,7 @@ def forward(params, config, tokens, segments=None, positions=None, next_tokens=N
         x = run(x, p["block"], f"mtp_{d}/block")
         previous = rms_norm(x, p["final_norm"]["scale"], config.norm_eps)
         mtp.append(previous)
-    return Result(hidden, hidden @ head, mtp, [h @ head for h in mtp], routing)
+    return Result(hidden, hidden @ head, mtp, [h @ head for h in mtp], routing, selection)
 
 
 def token_losses(logits, targets):

@@ -159,7 +159,7 @@ def tree() -> str:
         if folder != room:
             rows.append(f"  {folder}/")
             room = folder
-        rows.append(f"{'    ' if folder else '  '}{file:<18}{docstring.splitlines()[0]}")
+        rows.append(f"{'    ' if folder else '  '}{file:<21}{docstring.splitlines()[0]}")
     return "\n".join([f"{PACKAGE}/", *rows])
 
 

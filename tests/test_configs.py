@@ -1,11 +1,18 @@
-"""Contract: every file in configs/ loads, says its command, and its model has shapes."""
+"""Contract: every file in configs/ loads, says its command, and its model has shapes.
+
+Reference: the released models have the published sizes, by our count and by transformers'. Called
+as a program, it prints the README's table of them.
+"""
 
 import dataclasses
 import pathlib
 
 import jax
 import pytest
+import torch
+import transformers
 
+from deepseek_jax.checkpoint import families
 from deepseek_jax.core import tree
 from deepseek_jax.core.config import from_dict, load_config, override, to_dict
 from deepseek_jax.models.build import build
@@ -23,17 +30,101 @@ PUBLISHED = {
     "deepseek_v2_lite": (15.706, 2.66),
     "deepseek_v2": (235.741, 21.4),
     "deepseek_v3": (671.026, 37.6),
+    "deepseek_v32": (671.878, 38.4),
 }
+# The dense ones: the hub's count of their parameters, and what their config.json says.
+QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+QWEN2 |= {"vocab_size": 152064, "rope_theta": 1e6, "use_sliding_window": False}
+MATH = QWEN2 | {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+LLAMA = {
+    "model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+    "vocab_size": 128256, "rope_theta": 5e5, "num_key_value_heads": 8, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "head_dim": 128,
+    "vocab_size": 151936, "rope_theta": 1e6, "num_key_value_heads": 8, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+        "attn_factor": 0.8782488562869419,
+    },
+}  # fmt: skip
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DENSE = {
+    "r1_distill_qwen_1_5b": (
+        1_777_088_000, MATH | {"vocab_size": 151936, "num_key_value_heads": 2},
+        (1536, 8960, 28, 12),
+    ),
+    "r1_distill_qwen_7b": (
+        7_615_616_512, MATH | {"num_key_value_heads": 4}, (3584, 18944, 28, 28),
+    ),
+    "r1_distill_qwen_14b": (
+        14_770_033_664, QWEN2 | {"num_key_value_heads": 8}, (5120, 13824, 48, 40),
+    ),
+    "r1_distill_qwen_32b": (
+        32_763_876_352, QWEN2 | {"num_key_value_heads": 8}, (5120, 27648, 64, 40),
+    ),
+    "r1_distill_llama_8b": (8_030_261_248, LLAMA, (4096, 14336, 32, 32)),
+    "r1_distill_llama_70b": (70_553_706_496, LLAMA, (8192, 28672, 80, 64)),
+    "r1_0528_qwen3_8b": (8_190_735_360, QWEN3, (4096, 12288, 36, 32)),
+}  # fmt: skip
+
+
+def model_of(name):
+    return load_config(ROOT / f"configs/{name}.py", TrainConfig).model
+
+
+def size_in_transformers(fields):
+    """Of its model of such a config.json, made of shapes alone."""
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**fields)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_released_models_have_their_published_sizes(name):
-    config = load_config(ROOT / f"configs/{name}.py", TrainConfig).model
-    total, active = num_params(build(dataclasses.replace(config, num_mtp_layers=0)))
+    config = model_of(name)
+    alone = dataclasses.replace(config, num_mtp_layers=0)
+    total, active = num_params(build(alone))
     assert round(total / 1e9, 3) == PUBLISHED[name][0]
     assert float(f"{active / 1e9:.3g}") == PUBLISHED[name][1]
     if config.num_mtp_layers:
-        assert round((num_params(build(config))[0] - total) / 1e9, 2) == 11.61
+        more = 11.62 if config.attention.indexer else 11.61
+        assert round((num_params(build(config))[0] - total) / 1e9, 2) == more
+    fields = families.hf_config(alone, {}, "bfloat16")
+    if fields["model_type"] in transformers.CONFIG_MAPPING:
+        assert size_in_transformers(fields) == total
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about rope
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_models_are_exactly_the_published_ones(name):
+    """By the hub's count, by transformers', and field by field as the loader reads config.json."""
+    published, fields, sizes = DENSE[name]
+    fields = fields | dict(zip(SIZES, sizes, strict=True))
+    ours = model_of(f"deepseek_{name}")
+    assert num_params(build(ours)) == (published, published)
+    assert size_in_transformers(fields) == published
+    assert dataclasses.replace(families.decoder(fields), remat=ours.remat) == ours
+
+
+def table():
+    """The released models as the README shows them."""
+    rows = ["| config | parameters | active a token |", "|---|---|---|"]
+    for path in CONFIGS:
+        if path.startswith("configs/deepseek_"):
+            alone = dataclasses.replace(model_of(pathlib.Path(path).stem), num_mtp_layers=0)
+            total, active = (f"{size / 1e9:.3f} B" for size in num_params(build(alone)))
+            rows.append(f"| `{path}` | {total} | {active} |")
+    return "\n".join(rows)
+
+
+def test_the_readme_shows_every_released_model():
+    released = {f"configs/{name}.py" for name in [*PUBLISHED, *(f"deepseek_{n}" for n in DENSE)]}
+    assert released == {path for path in CONFIGS if path.startswith("configs/deepseek_")}
+    assert table() in (ROOT / "README.md").read_text(), "paste what this file prints"
 
 
 @pytest.fixture(params=CONFIGS)
@@ -72,3 +163,7 @@ def test_model_has_shapes(config):
     tokens = jax.ShapeDtypeStruct((1, 16), "int32")
     output = jax.eval_shape(model.apply, shapes, tokens)
     assert output.hidden.shape == (1, 16, config.model.embed_dim)
+
+
+if __name__ == "__main__":
+    print(table())

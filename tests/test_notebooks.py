@@ -1,6 +1,7 @@
 """Contract: notebooks run from top to bottom, on a tiny step cap, and match their scripts."""
 
 import pathlib
+import re
 
 import jupytext
 import nbclient
@@ -8,6 +9,13 @@ import pytest
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
+SAID = {  # what each must print, beside the ends of a training run
+    "01_quickstart": ["def read(self, size=-1):"],
+    "02_from_and_to_pytorch": [
+        "the same tokens: True",
+        "{'missing_keys': 0, 'unexpected_keys': 0, 'mismatched_keys': 0}",
+    ],
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -33,4 +41,9 @@ def test_it_runs(script, tmp_path, monkeypatch):
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert "bits per byte" in printed and "report:" in printed
+    for words in ("bits per byte", "report:", *SAID[script.stem]):
+        assert words in printed
+    assert "the same tokens: False" not in printed
+    apart = re.findall(r"largest difference .*?(\d\.\de-\d+)", printed)
+    assert len(apart) == 2 * (script.stem == "02_from_and_to_pytorch")
+    assert all(float(difference) < 2e-5 for difference in apart)

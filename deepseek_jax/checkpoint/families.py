@@ -4,6 +4,7 @@ Sources: the configs of transformers 5.23 and of the published checkpoints. What
 result and has no equal here is refused by its name.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE
+from deepseek_jax.layers.sparse_attention import GatedGQA, Indexer
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.ops.rope import Llama3, Yarn
 from deepseek_jax.ops.routing import Sigmoid, Softmax
@@ -30,6 +32,9 @@ LATENT = {
     "num_heads": "num_attention_heads", "kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank",
     "nope_dim": "qk_nope_head_dim", "rope_dim": "qk_rope_head_dim", "value_dim": "v_head_dim",
     "interleaved": "rope_interleave",
+}  # fmt: skip
+INDEXER = {
+    "num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk",
 }  # fmt: skip
 MIXTURE = {
     "num_experts": "n_routed_experts", "expert_dim": "moe_intermediate_size",
@@ -60,7 +65,9 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "deepseek": "DeepseekForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
 }  # fmt: skip
+SIGMOID = ("deepseek_v3", "deepseek_v32")  # with V3's router, and MTP layers
 # What changes the result and has no counterpart here: the only value that is understood.
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1,
@@ -103,14 +110,20 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         attention = GQA(**sizes, **own, rope_theta=theta, yarn=yarn)
     else:
         sizes = {ours: value(theirs) for ours, theirs in LATENT.items()}
+        if family == "deepseek_v32":
+            index = {ours: value(theirs) for ours, theirs in INDEXER.items()}
+            sizes["indexer"] = from_dict(Indexer, index, "config.json: index")
         attention = MLA(**sizes, rope_theta=theta, yarn=yarn)
     fields = {ours: value(theirs) for ours, theirs in DECODER.items()}
     dense = fields["num_layers"]
     if family.startswith("deepseek") and value("n_routed_experts"):
         dense = min(value("first_k_dense_replace") or 0, dense)
+        kinds = ["dense"] * dense + ["sparse"] * (fields["num_layers"] - dense)
+        if hf.get("mlp_layer_types", kinds) != kinds:
+            raise InputError("config.json: mlp_layer_types are not first_k_dense_replace's")
     if dense < fields["num_layers"]:
         fields |= {"moe": _mixture(family, value), "num_dense_layers": dense}
-    if family == "deepseek_v3":
+    if family in SIGMOID:
         mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
         fields["num_mtp_layers"] = mtp or 0
     fields["norm_eps"] = float(fields["norm_eps"])
@@ -142,14 +155,14 @@ def _stretched(rope: Mapping[str, Any]) -> Yarn | Llama3 | None:
 
 def _mixture(family: str, value: Callable[[str], Any]) -> MoE:
     method, known = value("topk_method"), ("greedy", "group_limited_greedy")
-    if family == "deepseek_v3":
+    if family in SIGMOID:
         known = ("greedy", "noaux_tc")
     if method not in known:
         raise InputError(f"config.json: topk_method {method!r} of {family} is not one of {known}")
     chosen = {ours: value(theirs) for ours, theirs in ROUTER.items()}
     grouped = {"num_groups": chosen["num_groups"] or 1}
     grouped["num_active_groups"] = (chosen["num_active_groups"] or 1) if chosen["num_groups"] else 1
-    if family == "deepseek_v3":
+    if family in SIGMOID:
         router = from_dict(Sigmoid, chosen | grouped, "config.json: router")
     else:
         if method == "greedy":
@@ -163,7 +176,9 @@ def _mixture(family: str, value: Callable[[str], Any]) -> MoE:
 def family_of(config: Decoder) -> str:
     """The model_type that can express a config; InputError when none can."""
     a, router = config.attention, config.moe and config.moe.router
-    if isinstance(a, GQA):
+    if isinstance(a, GatedGQA):
+        found = None
+    elif isinstance(a, GQA):
         dense = "qwen2" if a.bias else "llama"
         dense = dense if a.norm_eps is None else "qwen3"
         mixed = "deepseek" if isinstance(router, Softmax) and router.num_groups == 1 else None
@@ -171,10 +186,13 @@ def family_of(config: Decoder) -> str:
         plain = plain and a.norm_eps in (None, config.norm_eps) and not (router and a.norm_eps)
         found = (mixed if router else dense) if plain else None
     elif isinstance(router, Softmax):
-        found = "deepseek_v2" if a.interleaved and not router.normalize else None
+        plain = a.interleaved and not router.normalize and not a.indexer
+        found = "deepseek_v2" if plain else None
     else:
         found = "deepseek_v3" if router is None or isinstance(router, Sigmoid) else None
-    if found is None or (config.num_mtp_layers and found != "deepseek_v3"):
+        if found and a.indexer:
+            found = "deepseek_v32" if a.interleaved else None
+    if found is None or (config.num_mtp_layers and found not in SIGMOID):
         raise InputError(f"no family of {', '.join(ARCHITECTURES)} has this combination: {config}")
     return found
 
@@ -193,6 +211,11 @@ def hf_config(config: Decoder, original: Mapping[str, Any], dtype: str) -> dict[
     found |= {"hidden_act": "silu", "attention_bias": False, "max_position_embeddings": 4096}
     if isinstance(a, MLA):
         found |= {"num_key_value_heads": a.num_heads, "head_dim": a.rope_dim}
+        if a.indexer:
+            found |= {theirs: getattr(a.indexer, ours) for ours, theirs in INDEXER.items()}
+            kinds = {int: "dense", MoE: "sparse"}
+            runs = ([kinds[type(part)]] * repeats for part, repeats in config.segments)
+            found["mlp_layer_types"] = list(itertools.chain(*runs))
     if family.startswith("deepseek"):
         found["first_k_dense_replace"] = (
             config.num_layers if moe is None else config.num_dense_layers
@@ -205,7 +228,7 @@ def hf_config(config: Decoder, original: Mapping[str, Any], dtype: str) -> dict[
         found["scoring_func"] = "sigmoid" if sigmoid else "softmax"
         limited = "group_limited_greedy" if grouped else "greedy"
         found["topk_method"] = "noaux_tc" if sigmoid else limited
-    if family == "deepseek_v3":
+    if family in SIGMOID:
         found["num_nextn_predict_layers"] = config.num_mtp_layers
     rope: dict[str, Any] = {"rope_type": "default"}
     if a.yarn is not None:

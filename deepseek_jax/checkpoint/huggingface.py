@@ -48,10 +48,11 @@ from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import Decoder, layer_table
 
-KEPT = (
+KEPT = (  # as patterns
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
-    "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "encoding/**/*",
 )  # fmt: skip
 BESIDE = "huggingface"  # the folder of a converted checkpoint that holds these
 SCALES = "scales.safetensors"  # in it: of the original's float8 weights
@@ -138,11 +139,32 @@ def recorded(folder: Folder, precision: Precision) -> dict[str, Any]:
     return {"model": to_dict(folder.config), "precision": to_dict(precision), **known}
 
 
+def read_optional(directory: pathlib.Path, *files: str) -> dict[str, Any]:
+    """The fields of these JSON files, as far as they exist; of two, the later one's."""
+    paths = [directory / name for name in files if (directory / name).exists()]
+    return {key: value for path in paths for key, value in _read_json(path).items()}
+
+
+def token_names(directory: pathlib.Path) -> dict[str, str]:
+    """What the folder calls its bos_token, eos_token, pad_token and so on, as far as it says."""
+    found = read_optional(directory, "special_tokens_map.json", "tokenizer_config.json")
+    plain = {key: x.get("content") if isinstance(x, dict) else x for key, x in found.items()}
+    return {key: x for key, x in plain.items() if key.endswith("_token") and isinstance(x, str)}
+
+
 def tokenizer_of(directory: pathlib.Path) -> Tokenizer | None:
-    """The folder's tokenizer, if it has one."""
+    """The folder's tokenizer, if it has one; its texts begin with BOS if the folder says so.
+
+    It says so in tokenizer_config.json, else by what its tokenizer.json puts around a text.
+    (transformers 5.23 reads only the second, and then DeepSeek-V2 misses its BOS.)
+    """
     if not (directory / "tokenizer.json").exists():
         return None
-    return open_tokenizer(TokenizerFile(path=str(directory)))
+    bos = token_names(directory).get("bos_token", "")
+    tokenizer = open_tokenizer(TokenizerFile(path=str(directory), bos=bos))
+    says = read_optional(directory, "tokenizer_config.json").get("add_bos_token")
+    tokenizer.adds_bos = tokenizer.puts_bos() if says is None else bool(says)
+    return tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -161,23 +183,32 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
-def end_ids(directory: pathlib.Path) -> tuple[int, ...]:
-    """The tokens that end a text, as the folder's generation_config.json or config.json says."""
+def end_ids(directory: pathlib.Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end a text or an answer.
+
+    generation_config.json or else config.json names them, and the tokenizer's config one more: that
+    of a document can be another.
+    """
+    name = token_names(directory).get("eos_token")
+    end = tokenizer.token_id(name) if tokenizer and name else None
+    more = () if end is None else (end,)
     for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        found = _read_json(path).get("eos_token_id") if path.exists() else None
+        found = read_optional(directory, name).get("eos_token_id")
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    return ()
+            return (*found, *more) if isinstance(found, list) else (found, *more)
+    return more
+
+
+def _kept(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files of KEPT that a folder has, by their names in it."""
+    paths = [path for pattern in KEPT for path in sorted(directory.glob(pattern))]
+    return {path.relative_to(directory).as_posix(): path for path in paths if path.is_file()}
 
 
 def keep(directory: pathlib.Path) -> dict[str, bytes]:
     """What stands beside the weights, and the float8 weights' scales, by name: see BESIDE."""
-    files = {
-        name: (directory / name).read_bytes()
-        for name in ("config.json", *KEPT)
-        if (directory / name).exists()
-    }
+    files = {name: path.read_bytes() for name, path in _kept(directory).items()}
+    files["config.json"] = (directory / "config.json").read_bytes()
     if scales := open_scales(directory):
         with tempfile.NamedTemporaryFile() as file:
             entries = [Entry(name, *scale) for name, scale in scales.items()]
@@ -209,8 +240,7 @@ def write_folder(
     known, scales = beside / "config.json", beside / SCALES
     original = _read_json(known) if known.exists() else {}
     scales = mapped(scales) if scales.exists() else {}
-    kept = {name: beside / name for name in KEPT}
-    kept = {name: path.read_bytes() for name, path in kept.items() if path.exists()}
+    kept = {name: path.read_bytes() for name, path in _kept(beside).items()}
     entries = _entries(model, params, scales, original, dtype)
     stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
     config = families.hf_config(model.config, original, str(stored))
@@ -223,11 +253,12 @@ def write_folder(
     def finish(whole: pathlib.Path, _: dict) -> None:
         write_index(whole, held)
         for name, content in (files | kept).items():
+            (whole / name).parent.mkdir(exist_ok=True)
             (whole / name).write_bytes(content)
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if max_shard_bytes is None:
             to_pickle(whole)
-        for path in (*whole.iterdir(), whole):
+        for path in (*whole.rglob("*"), whole):
             sync(path)
 
     pieces = [shard_piece(name, some) for name, some in held.items()]

@@ -40,6 +40,11 @@ LAYER = {  # behind layer_N/ and model.layers.N.
     "attention/kv_norm/scale": "self_attn.kv_a_layernorm.weight",
     "attention/k_up/weight": "self_attn.kv_b_proj.weight",
     "attention/v_up/weight": "self_attn.kv_b_proj.weight",
+    "attention/indexer/q_up/weight": "self_attn.indexer.wq_b.weight",
+    "attention/indexer/k/weight": "self_attn.indexer.wk.weight",
+    "attention/indexer/k_norm/scale": "self_attn.indexer.k_norm.weight",
+    "attention/indexer/k_norm/bias": "self_attn.indexer.k_norm.bias",
+    "attention/indexer/weight": "self_attn.indexer.weights_proj.weight",
     **{f"mlp/{n}/weight": f"mlp.{n}_proj.weight" for n in PARTS},
     **{f"moe/shared/{n}/weight": f"mlp.shared_experts.{n}_proj.weight" for n in PARTS},
     **{f"moe/experts/{n}": f"mlp.experts.{{}}.{n}_proj.weight" for n in PARTS},
@@ -137,8 +142,15 @@ def empty(config: Decoder) -> dict[str, tuple[int, ...]]:
 
 def is_quantized(theirs: str) -> bool:
     """Whether DeepSeek stores this matrix as float8 (transformers' names)."""
-    inside = theirs.startswith("model.layers.") and theirs.endswith("_proj.weight")
-    return (inside or theirs.endswith("kv_a_proj_with_mqa.weight")) and "eh_proj" not in theirs
+    projections = (
+        "_proj.weight",
+        "kv_a_proj_with_mqa.weight",
+        "indexer.wq_b.weight",
+        "indexer.wk.weight",
+    )
+    plain = ("eh_proj.weight", "indexer.weights_proj.weight")
+    inside = theirs.startswith("model.layers.") and theirs.endswith(projections)
+    return inside and not theirs.endswith(plain)
 
 
 def _sides(leaf: Leaf, path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -2,7 +2,8 @@
 
 A byte-level tokenizer gives back every text exactly. A file's own rules about special tokens,
 truncation and padding are switched off: a document is [bos] tokens [eos] here, whatever the
-file says, and the name of a special token inside a text is read as plain text.
+file says, and the name of a special token inside a text is read as plain text. Chat templates
+write these names on purpose: `encode_marked` reads them as the tokens.
 """
 
 import dataclasses
@@ -84,11 +85,13 @@ class Tokenizer:
     Attributes:
       vocab_size: one more than the largest id.
       bos_id, eos_id: the tokens around a document, which no text encodes to or decodes from.
+      adds_bos: whether a text to go on from begins with bos_id; a document always does.
       file, content: the model file's name and content; empty for bytes.
     """
 
     kind, file, content = "bytes", "", b""
     vocab_size, bos_id, eos_id = 258, 256, 257
+    adds_bos = True
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -97,6 +100,18 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts, on all cores where the library can."""
         return [list(text.encode()) for text in texts]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are written by name, as chat templates do."""
+        return self.encode(text)
+
+    def puts_bos(self) -> bool:
+        """Whether the model file itself says that a text begins with bos_id."""
+        return False
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name, if there is one."""
+        return None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are no character become U+FFFD."""
@@ -148,6 +163,23 @@ class _HuggingFace(Tokenizer):
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._added = library.get_added_tokens_decoder()
         self._decoder = str(library.decoder)
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        """The same, but special tokens' names are read as the tokens."""
+        library = tokenizers.Tokenizer.from_buffer(self.content)
+        library.no_truncation()
+        library.no_padding()
+        return library
+
+    def encode_marked(self, text: str) -> list[int]:
+        return self._marked.encode(text, add_special_tokens=False).ids
+
+    def puts_bos(self) -> bool:
+        return self._library.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+    def token_id(self, name: str) -> int | None:
+        return self._library.token_to_id(name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)

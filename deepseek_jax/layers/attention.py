@@ -21,6 +21,15 @@ class Place(NamedTuple):
     positions: Int[Array, "B T"] | None = None
 
 
+class Selection(NamedTuple):
+    """What a sparse attention did with a microbatch; stacked layers add a leading dimension."""
+
+    kept: Float[Array, "*R"]
+    """Pairs of a query and a token that it attended to, padding left out."""
+    divergence: Float[Array, "*R"]
+    """How far an indexer's scores are from the attention that they replace, summed over tokens."""
+
+
 def write_cache(
     cache: Float[Array, "B S *x"], values: Float[Array, "B T *x"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B S *x"]:
@@ -28,6 +37,11 @@ def write_cache(
     rows = jnp.arange(cache.shape[0])[:, None]
     slots = jnp.where(positions < 0, cache.shape[1], positions)  # past the end: dropped
     return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop")
+
+
+def grown(cache: dict[str, Any], new: dict[str, Array], place: Place) -> dict[str, Any]:
+    """The cache with every token's new values at its position."""
+    return {name: write_cache(cache[name], new[name], place.positions) for name in new}
 
 
 def cache_mask(positions: Int[Array, "B T"], length: int, window: int | None = None) -> Array:
@@ -92,7 +106,7 @@ class GroupedQueryAttention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], place: Place, cache: dict[str, Any] | None = None
-    ) -> tuple[Float[Array, "B T D"], dict[str, Any] | None]:
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any] | None, Selection | None]:
         c = self.config
         q, k, v = (
             Projection(
@@ -115,13 +129,19 @@ class GroupedQueryAttention(nn.Module):
             k = RMSNorm(self.dtypes, **norms, name="k_norm")(k)
         q, k = rotate(q, place.cosine, place.sine), rotate(k, place.cosine, place.sine)
         scale = c.head_dim**-0.5 * softmax_factor(c.yarn)
-        if cache is None:
-            out = causal_attention(q, k, v, place.segments, scale=scale, window=c.window)
-        else:
-            new = {"k": k, "v": v}
-            cache = {name: write_cache(cache[name], new[name], place.positions) for name in new}
-            mask = cache_mask(place.positions, cache["k"].shape[1], c.window)
-            out = masked_attention(q, cache["k"], cache["v"], mask, scale)
+        out, cache, selection = self.attend(x, q, k, v, place, cache, scale)
         shape = (c.num_heads, c.head_dim, self.embed_dim)
         axes = ("heads", "head", "embed")
-        return Projection("btnh,nhd->btd", shape, axes, self.dtypes, name="o")(out), cache
+        o = Projection("btnh,nhd->btd", shape, axes, self.dtypes, name="o")
+        return o(out), cache, selection
+
+    def attend(self, x, q, k, v, place, cache, scale):
+        """Every head's result [B, T, N, H], the grown cache and what was selected."""
+        del x
+        c = self.config
+        if cache is None:
+            out = causal_attention(q, k, v, place.segments, scale=scale, window=c.window)
+            return out, None, None
+        cache = grown(cache, {"k": k, "v": v}, place)
+        mask = cache_mask(place.positions, cache["k"].shape[1], c.window)
+        return masked_attention(q, cache["k"], cache["v"], mask, scale), cache, None

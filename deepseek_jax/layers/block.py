@@ -1,19 +1,25 @@
 """One transformer block, and the one place that scans and rematerializes blocks."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from deepseek_jax.layers.attention import GQA, GroupedQueryAttention, Place
+from deepseek_jax.layers.attention import GQA, GroupedQueryAttention, Place, Selection
 from deepseek_jax.layers.linear import Dtypes, RMSNorm, SwiGLU
 from deepseek_jax.layers.mla import MLA, LatentAttention
 from deepseek_jax.layers.moe import MixtureOfExperts, MoE, Routing
+from deepseek_jax.layers.sparse_attention import GatedAttention, GatedGQA
 
 Remat = Literal["none", "dots", "full"]
 
-ATTENTIONS: dict[type, type[nn.Module]] = {GQA: GroupedQueryAttention, MLA: LatentAttention}
+ATTENTIONS: dict[type, type[nn.Module]] = {
+    GQA: GroupedQueryAttention,
+    GatedGQA: GatedAttention,
+    MLA: LatentAttention,
+}
+Attention: TypeAlias = GQA | GatedGQA | MLA
 
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -22,9 +28,12 @@ POLICIES = {
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x)). A MoE part also reports its routing."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    attention: GQA | MLA
+    A MoE part also reports its routing, a sparse attention its selection.
+    """
+
+    attention: Attention
     feed_forward: int | MoE
     """A dense part's width, or a mixture of experts."""
     embed_dim: int
@@ -34,26 +43,26 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], cache: Any, place: Place
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, Routing | None]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Routing | None, Selection | None]]:
         attend = ATTENTIONS[type(self.attention)](
             self.attention, self.embed_dim, self.dtypes, name="attention"
         )
         norm = RMSNorm(self.dtypes, eps=self.norm_eps, name="attention_norm")
-        y, cache = attend(norm(x), place, cache)
+        y, cache, selection = attend(norm(x), place, cache)
         x = x + y
         y = RMSNorm(self.dtypes, eps=self.norm_eps, name="mlp_norm")(x)
         if isinstance(self.feed_forward, MoE):
             moe = MixtureOfExperts(self.feed_forward, self.embed_dim, self.dtypes, name="moe")
             y, routing = moe(y, place.segments)
-            return x + y, (cache, routing)
+            return x + y, (cache, routing, selection)
         y = SwiGLU(self.embed_dim, self.feed_forward, self.dtypes, name="mlp")(y)
-        return x + y, (cache, None)
+        return x + y, (cache, None, selection)
 
 
 def stacked(repeats: int, remat: Remat, unroll: int) -> Any:
     """A module class that runs `repeats` blocks in a scan; every leaf gains a leading dimension.
 
-    Called as module(x, cache, place) -> (x, (cache, routing)), cache and routing stacked too.
+    Called as module(x, cache, place) -> (x, (cache, routing, selection)), these stacked too.
     """
     block = Block
     if remat != "none":

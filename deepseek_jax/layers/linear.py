@@ -1,4 +1,4 @@
-"""The one parameter maker, the one einsum seam, RMSNorm and the SwiGLU feed-forward part."""
+"""The one parameter maker, projections, norms, and the SwiGLU feed-forward part."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.ops.experts import feed_forward
-from deepseek_jax.ops.matmul import matmul, scaled
+from deepseek_jax.ops.matmul import matmul, scaled, thickened
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -74,14 +74,6 @@ def weight(
     return value
 
 
-def einsum(equation: str, x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    """x times a weight, both in `dtype`, accumulated in float32, returned in `dtype`."""
-    product = jnp.einsum(
-        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-    )
-    return product.astype(dtype)
-
-
 class RMSNorm(nn.Module):
     """x over its root mean square, in float32; cast, then times the scale (V2, V3, Llama)."""
 
@@ -95,6 +87,26 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return scaled(normal.astype(x.dtype), scale)
+
+
+class LayerNorm(nn.Module):
+    """x less its mean, over its standard deviation, in float32; with a scale and a bias."""
+
+    dtypes: Dtypes
+    axis: str = "embed"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        shape, axes = (x.shape[-1],), (self.axis,)
+        scale = weight(self, "scale", shape, axes, init="ones")
+        bias = weight(self, "bias", shape, axes, init="zeros")
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        lead = (1,) * (x.ndim - 1)
+        scale, bias = (w.astype(jnp.float32).reshape(*lead, -1) for w in (scale, bias))
+        return (normal * scale + bias).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -123,7 +135,7 @@ class Projection(nn.Module):
         x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], -1)
         w = self.weight.reshape(x.shape[-1], -1)
         outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
-        y = matmul(x, w).reshape(*x.shape[:2], *outputs)
+        y = thickened(lambda x: matmul(x, w), x).reshape(*x.shape[:2], *outputs)
         if self.bias:
             y = y + self.offset.astype(y.dtype).reshape(
                 (1,) * (y.ndim - self.offset.ndim) + self.offset.shape
@@ -143,8 +155,8 @@ class SwiGLU(nn.Module):
         d, f = self.embed_dim, self.mlp_dim
         inward = ("btd,df->btf", (d, f), ("embed", "mlp"), self.dtypes)
         outward = ("btf,fd->btd", (f, d), ("mlp", "embed"), self.dtypes)
-        leaves = (
+        leaves = [
             Projection(*parts, name=name).weight
             for name, parts in (("gate", inward), ("up", inward), ("down", outward))
-        )
-        return feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape)
+        ]
+        return thickened(lambda x: feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape), x)

@@ -15,7 +15,7 @@ from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes
 from deepseek_jax.layers.moe import Dropless
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output
-from deepseek_jax.ops.matmul import dot
+from deepseek_jax.ops.matmul import dot, thickened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,22 @@ class Model:
         next_tokens: Int[Array, "B T M"] | None = None,
         drop: bool = True,
     ) -> Output:
-        """Final hidden states, MTP ones if `next_tokens` (t+1, t+2, ...) are given, and routing.
+        """Final hidden states, MTP ones if `next_tokens` (t+1, t+2, ...) are given, and reports.
 
         Segment 0 is padding; without segments every row is one document. Tokens attend to earlier
         ones of their own segment. `drop=False` lifts a capacity: for evaluation and serving.
         """
         module = self.module if drop else self._dropless
         return module.apply({"params": params}, tokens, segments, positions, next_tokens)
+
+    def dense(self) -> "Model":
+        """The same model, its parameters too, with an indexer that keeps every token."""
+        attention = self.config.attention
+        indexer = dataclasses.replace(attention.indexer, top_k=2**30)
+        attention = dataclasses.replace(attention, indexer=indexer)
+        config = dataclasses.replace(self.config, attention=attention)
+        module = LanguageDecoder(config, self.dtypes)
+        return dataclasses.replace(self, config=config, module=module)
 
     @property
     def _dropless(self) -> LanguageDecoder:
@@ -91,7 +100,8 @@ class Model:
 
     def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of final hidden states."""
-        return dot("btd,dv->btv", hidden, self.head(params).astype(hidden.dtype))
+        head = self.head(params).astype(hidden.dtype)
+        return thickened(lambda x: dot("btd,dv->btv", x, head), hidden)
 
     def init_cache(self, batch_size: int, length: int) -> tuple:
         """An empty cache for `length` positions a row: one a segment, leaves [R, B, S, ...]."""

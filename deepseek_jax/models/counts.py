@@ -6,8 +6,11 @@ embedding and head included. FLOPs: two a multiply-add; matmuls and the causal h
 
 from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
+from deepseek_jax.layers.block import Attention
+from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.ops.sparse import room
 
 
 def num_params(model: Model) -> tuple[int, int]:
@@ -28,7 +31,8 @@ def train_flops_per_token(model: Model, sequence_length: int) -> float:
     """Model FLOPs of one trained token, forward and backward (three times the forward pass).
 
     Recomputation, optimizer and empty slots do not count; embedding look-ups are free; a tied head
-    and every MTP depth's use of the head count.
+    and every MTP depth's use of the head count. A sparse attention counts the pairs that it keeps,
+    and an indexer's scores of all of them.
     """
     config, matmul = model.config, 0
     specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
@@ -37,14 +41,27 @@ def train_flops_per_token(model: Model, sequence_length: int) -> float:
             matmul += _visited(config, path, leaf.size)
     heads = config.num_mtp_layers + int(config.tie_embeddings)
     matmul += heads * config.embed_dim * config.vocab_size
-    a = config.attention
-    width = 2 * a.head_dim if isinstance(a, GQA) else a.nope_dim + a.rope_dim + a.value_dim
-    seen = (sequence_length + 1) / 2
-    window = a.window if isinstance(a, GQA) else None
-    if window is not None and window < sequence_length:
-        seen = window * (1 - (window - 1) / (2 * sequence_length))
     layers = config.num_layers + config.num_mtp_layers
-    return 3 * (2 * matmul + 2 * layers * a.num_heads * width * seen)
+    return 3 * (2 * matmul + 2 * layers * attention_products(config.attention, sequence_length))
+
+
+def attention_products(a: Attention, length: int) -> float:
+    """Multiply-adds a token of scores and of weighted values, a mean over `length` positions."""
+    width = 2 * a.head_dim if isinstance(a, GQA) else a.nope_dim + a.rope_dim + a.value_dim
+    if isinstance(a, GatedGQA):
+        return a.num_heads * width * float(room(a.ratio, length)[1:].mean())
+    if isinstance(a, GQA):
+        return a.num_heads * width * _seen(length, a.window)
+    if a.indexer is None:
+        return a.num_heads * width * _seen(length, None)
+    scored = a.indexer.num_heads * (a.indexer.head_dim + 1) * _seen(length, None)
+    return a.num_heads * width * _seen(length, a.indexer.top_k) + scored
+
+
+def _seen(length: int, most: int | None) -> float:
+    """How many tokens a query sees in the mean, if at most `most`."""
+    most = length if most is None else min(most, length)
+    return most * (1 - (most - 1) / (2 * length))
 
 
 def describe(config: Decoder) -> str:

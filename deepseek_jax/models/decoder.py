@@ -5,21 +5,18 @@ multi-token prediction (MTP, section 2.2).
 """
 
 import dataclasses
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.layers.attention import GQA, Place
-from deepseek_jax.layers.block import Remat, stacked
+from deepseek_jax.layers.attention import GQA, Place, Selection
+from deepseek_jax.layers.block import Attention, Remat, stacked
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
-from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE, Routing
 from deepseek_jax.ops.rope import rotation
 from deepseek_jax.parallel.sharding import constrain
-
-Attention: TypeAlias = GQA | MLA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +43,9 @@ class Decoder:
     """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
     unroll: int = 1
     """Layers that one iteration of the scan over layers holds."""
+    scan: bool = True
+    """Whether like layers are stacked and scanned. Apart they compile longer and decode faster: a
+    scan copies each layer's weights, every expert's too, before it uses some of them."""
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.embed_dim, self.num_layers, self.mlp_dim, self.unroll)
@@ -72,7 +72,9 @@ class Decoder:
         """Runs of like blocks: (the feed-forward part, repeats), in order."""
         num_dense = self.num_layers if self.moe is None else self.num_dense_layers
         runs = ((self.mlp_dim, num_dense), (self.moe, self.num_layers - num_dense))
-        return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
+        if self.scan:
+            return tuple((feed_forward, repeats) for feed_forward, repeats in runs if repeats)
+        return tuple((feed_forward, 1) for feed_forward, repeats in runs for _ in range(repeats))
 
 
 def layer_table(config: Decoder) -> dict[str, tuple[int, ...]]:
@@ -87,11 +89,14 @@ def layer_table(config: Decoder) -> dict[str, tuple[int, ...]]:
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: final hidden states, and each MoE block's routing by path."""
+    """What a forward pass gives: final hidden states, and by block what was routed and selected."""
 
     hidden: Float[Array, "B T D"]
     mtp: tuple[Float[Array, "B T D"], ...]
     routing: dict[str, Routing]
+    """Of the MoE blocks, by path."""
+    selection: dict[str, Selection]
+    """Of the blocks with a sparse attention, by path."""
 
 
 class Segment(nn.Module):
@@ -108,8 +113,8 @@ class Segment(nn.Module):
         blocks = stacked(self.repeats, c.remat, c.unroll)(
             c.attention, self.feed_forward, c.embed_dim, c.norm_eps, self.dtypes, name="block"
         )
-        x, (cache, routing) = blocks(constrain(x), cache, place)
-        return x, cache, routing
+        x, (cache, *found) = blocks(constrain(x), cache, place)
+        return x, cache, found
 
 
 class PredictionLayer(nn.Module):
@@ -126,7 +131,7 @@ class PredictionLayer(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "B T D"], embedded: Float[Array, "B T D"], place: Place
-    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+    ) -> tuple[Float[Array, "B T D"], list[Routing | Selection | None]]:
         c = self.config
         pair = (
             RMSNorm(self.dtypes, eps=c.norm_eps, name=f"{name}_norm")(x)
@@ -137,8 +142,8 @@ class PredictionLayer(nn.Module):
         block = stacked(1, c.remat, 1)(
             c.attention, c.moe or c.mlp_dim, c.embed_dim, c.norm_eps, self.dtypes, name="block"
         )
-        x, (_, routing) = block(projection(jnp.concatenate([*pair], axis=-1)), None, place)
-        return RMSNorm(self.dtypes, eps=c.norm_eps, name="final_norm")(x), routing
+        x, (_, *found) = block(projection(jnp.concatenate([*pair], axis=-1)), None, place)
+        return RMSNorm(self.dtypes, eps=c.norm_eps, name="final_norm")(x), found
 
 
 class Table(nn.Module):
@@ -186,20 +191,21 @@ class LanguageDecoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         place = self._place(positions, segments)
-        x, routing = self.embedding(tokens), {}
+        x, reports = self.embedding(tokens), {}
         for segment in self.segments:
-            x, _, one = segment(x, None, place)
-            routing |= {f"{segment.name}/block": one} if one else {}
+            x, _, reports[f"{segment.name}/block"] = segment(x, None, place)
         hidden = self.final_norm(x)
         previous, predicted = hidden, []
         for depth, layer in enumerate(self.mtp if next_tokens is not None else ()):
             embedded = self.embedding(next_tokens[..., depth])
-            previous, one = layer(previous, embedded, place)
+            previous, reports[f"{layer.name}/block"] = layer(previous, embedded, place)
             predicted.append(previous)
-            routing |= {f"{layer.name}/block": one} if one else {}
         if self.is_initializing() and not self.config.tie_embeddings:
             _ = self.head.weight  # declares it; losses and samplers read it themselves
-        return Output(hidden, tuple(predicted), routing)
+        routing, selection = (
+            {path: found[kind] for path, found in reports.items() if found[kind]} for kind in (0, 1)
+        )
+        return Output(hidden, tuple(predicted), routing, selection)
 
     def decode(
         self, tokens: Int[Array, "B T"], caches: tuple, positions: Int[Array, "B T"]

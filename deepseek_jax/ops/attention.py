@@ -5,6 +5,7 @@ nothing better applies), cuDNN through `jax.nn.dot_product_attention` on GPU, sp
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -59,11 +60,16 @@ def causal_attention(
     *,
     scale: float,
     window: int | None = None,
+    keep: Bool[Array, "B T T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N Hv"]:
-    """Causal attention within segments and, if given, a sliding window; see the module's text."""
+    """Causal attention within segments and, if given, a sliding window; see the module's text.
+
+    `keep` further says which pairs of (query, key) are seen.
+    """
     if implementation == "reference":
-        return masked_attention(q, k, v, causal_mask(segments, q.shape[1], window), scale)
+        mask = causal_mask(segments, q.shape[1], window)
+        return masked_attention(q, k, v, mask if keep is None else mask & keep, scale)
     if implementation is None:
         implementation, backend = "blocks", jax.default_backend()
         half = q.dtype in (jnp.bfloat16, jnp.float16)
@@ -71,23 +77,24 @@ def causal_attention(
             implementation = "cudnn"
         elif backend == "tpu" and q.shape[1] % 128 == 0 and jax.device_count() == 1:
             implementation = "splash"  # a Pallas kernel: not partitioned, so one device only
-    form = {"blocks": _blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
-    return form(q, k, v, segments, scale, window)
+    if implementation == "blocks" or keep is not None:
+        return _blocks(q, k, v, segments, keep, scale, window)
+    return {"cudnn": _cudnn, "splash": _splash}[implementation](q, k, v, segments, scale, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blocks(q, k, v, segments, scale, window):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blocks(q, k, v, segments, keep, scale, window):
     """Blocks of queries against only the keys that they can see: half the work of the square.
 
     The backward pass makes the weights anew from each row's log-sum-exp (as FlashAttention does,
     arXiv 2205.14135), so a block's square is stored nowhere.
     """
-    return _blocks_forward(q, k, v, segments, scale, window)[0]
+    return _blocks_forward(q, k, v, segments, keep, scale, window)[0]
 
 
-def _spans(length, window):
+def spans(length: int, window: int | None, least: int = 128) -> Iterator[tuple[int, int, int]]:
     """(first query, end, first key) of each block; at most 8, each is code of its own."""
-    block = max(128, -(-length // 8))
+    block = max(least, -(-length // 8))
     for start in range(0, length, block):
         first = 0 if window is None else max(0, start - window + 1)
         yield start, min(start + block, length), first
@@ -102,18 +109,20 @@ def _heads_first(q, k, v, scale):
     return q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def _scores(q, k, segments, span, window):
+def _scores(q, k, segments, keep, span, window):
     start, end, first = span
     mask = causal_mask(segments, end, window, start, first)
+    if keep is not None:
+        mask &= keep[:, start:end, first:end]
     scores = dot("bkgth,bksh->bkgts", q[:, :, :, start:end], k[:, :, first:end])
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
-def _blocks_forward(q, k, v, segments, scale, window):
+def _blocks_forward(q, k, v, segments, keep, scale, window):
     heads = _heads_first(q, k, v, scale)
     outputs, sums = [], []
-    for span in _spans(q.shape[1], window):
-        scores = _scores(*heads[:2], segments, span, window)
+    for span in spans(q.shape[1], window):
+        scores = _scores(*heads[:2], segments, keep, span, window)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
@@ -122,21 +131,21 @@ def _blocks_forward(q, k, v, segments, scale, window):
         sums.append(top + jnp.log(total))
     out = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4)
     out = out.reshape(*q.shape[:3], v.shape[-1]).astype(v.dtype)
-    return out, (q, k, v, segments, out, jnp.concatenate(sums, axis=3))
+    return out, (q, k, v, segments, keep, out, jnp.concatenate(sums, axis=3))
 
 
 def _blocks_backward(scale, window, residuals, slope):
-    q, k, v, segments, out, log_sums = residuals
+    q, k, v, segments, keep, out, log_sums = residuals
     qh, kh, vh = _heads_first(q, k, v, scale)
     by_head = (*qh.shape[:-1], v.shape[-1])
     slope = slope.swapaxes(1, 2).reshape(by_head)
     shared = (slope.astype(jnp.float32) * out.swapaxes(1, 2).reshape(by_head)).sum(-1)[..., None]
     q_slopes = []
     k_slope, v_slope = jnp.zeros(kh.shape, jnp.float32), jnp.zeros(vh.shape, jnp.float32)
-    for span in _spans(q.shape[1], window):
+    for span in spans(q.shape[1], window):
         start, end, first = span
         rows, keys = slice(start, end), slice(first, end)
-        scores = _scores(qh, kh, segments, span, window)
+        scores = _scores(qh, kh, segments, keep, span, window)
         weights = jnp.exp(scores - log_sums[:, :, :, rows])
         change = dot("bkgth,bksh->bkgts", slope[:, :, :, rows], vh[:, :, keys])
         change = (weights * (change - shared[:, :, :, rows])).astype(q.dtype)
@@ -150,7 +159,7 @@ def _blocks_backward(scale, window, residuals, slope):
         k_slope.swapaxes(1, 2).astype(k.dtype),
         v_slope.swapaxes(1, 2).astype(v.dtype),
     )
-    return q_slope.astype(q.dtype), k_slope, v_slope, None
+    return q_slope.astype(q.dtype), k_slope, v_slope, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.ops.sampling import Sampling, draw, row_keys
+from deepseek_jax.serving import chat
 from deepseek_jax.serving.completion import Completion
 
 MAX_LENGTH = 2**20  # tokens of prompt and completion: past every model's training, a likely typo
@@ -80,9 +81,18 @@ def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:
         raise InputError("there is no prompt; give at least one")
     if not all(prompts):
         raise InputError("a prompt is empty; give it some text to go on from")
+    _check_stop(stop)
+    _check_utf8(prompts)
+
+
+def _check_stop(stop: Sequence[str]) -> None:
     if not all(stop):
         raise InputError("a stop text is empty: every completion would end at once")
-    for text in (*prompts, *stop):
+    _check_utf8(stop)
+
+
+def _check_utf8(texts: Sequence[str]) -> None:
+    for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:  # bytes of a command line that were no UTF-8
@@ -101,6 +111,8 @@ class LanguageModel:
     """The whole config of the run that it comes from, as JSON data."""
     ends: tuple[int, ...] = ()
     """Tokens that end a text, beside the tokenizer's own."""
+    renderer: chat.Renderer | None = None
+    """What writes messages as the text that the model was taught to answer."""
 
     def logits(self, tokens: Any, mask: Any = None) -> Float[Array, "B T V"]:
         """Next-token logits, float32, of whole rows of tokens [T] or [B, T] (lists or arrays).
@@ -143,7 +155,8 @@ class LanguageModel:
         """Complete each prompt; the completions, without their prompts, in order.
 
         A completion ends at the tokenizer's end token, before the first of the `stop` texts, or
-        after `max_new_tokens`; `settings` are the fields of `Settings`. Every row draws from its
+        after `max_new_tokens`; `settings` are the fields of `Settings`. Whether a prompt begins
+        with BOS is the tokenizer's own rule (`Tokenizer.adds_bos`). Every row draws from its
         own key of (seed, row, position), whatever else is in the batch. `stream` is called with
         (row, new text) as text comes: whole characters, and nothing that may turn out to be part of
         a stop text. Raises InputError for what cannot be done.
@@ -152,8 +165,71 @@ class LanguageModel:
         check_texts(prompts, stop)
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer: give tokens to generate_tokens")
-        rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
-        texts = [Completion(self.tokenizer, row[-1], stop) for row in rows]
+        bos = [self.tokenizer.bos_id]
+        first = bos if self.tokenizer.adds_bos else []
+        rows = [[*first, *ids] or bos for ids in self.tokenizer.encode_batch(prompts)]
+        return self._completed(self.tokenizer, rows, stop, stream, settings)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
+        stop: str | Sequence[str] = (),
+        stream: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> str:
+        """The model's answer to messages [{"role": "user", "content": "Hello"}, ...].
+
+        The messages are written as the checkpoint's chat template does; see `chat_tokens`. The
+        answer ends as a completion of `generate` does, and keeps marks as </think> and those of
+        tool calls. `stream` is called with new text as it comes.
+        """
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        _check_stop(stop)
+        row = self.chat_tokens(messages, tools=tools, thinking=thinking, variables=variables)
+        show = (lambda _, new: stream(new)) if stream else None
+        assert self.tokenizer is not None  # chat_tokens has looked
+        return self._completed(self.tokenizer, [row], stop, show, settings)[0]
+
+    def chat_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The tokens that `chat` answers.
+
+        A message has a role (system, developer, user, assistant, tool) and content; an assistant's
+        may have `tool_calls`, and whatever else the checkpoint's template reads. `tools` are JSON
+        schemas. `thinking` switches reasoning on or off in models that leave the choice (for
+        templates: `thinking` and `enable_thinking`); None leaves it to the template. `variables`
+        are more of the template's, such as add_generation_prompt=False. Raises InputError for
+        messages that are not well formed, and when the checkpoint does not say how it chats.
+        """
+        if self.tokenizer is None or self.renderer is None:
+            missing = "tokenizer" if self.tokenizer is None else "chat template"
+            raise InputError(f"this checkpoint has no {missing}: it cannot chat, use generate")
+        known = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+        text = self.renderer(*chat.checked(messages, tools), known | dict(variables or {}))
+        _check_utf8([text])
+        if not (row := self.tokenizer.encode_marked(text)):
+            raise InputError("the chat template gives no text for these messages; correct it")
+        return row
+
+    def _completed(
+        self,
+        tokenizer: Tokenizer,
+        rows: list[list[int]],
+        stop: Sequence[str],
+        stream: Callable[[int, str], None] | None,
+        settings: dict[str, Any],
+    ) -> list[str]:
+        texts = [Completion(tokenizer, row[-1], stop) for row in rows]
 
         def show(row: int, new: str) -> None:
             if stream and new:
@@ -238,20 +314,23 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         return _load_folder(pathlib.Path(path))
     directory = manager.resolve(path)
     config = manager.read_config(directory)
-    decoder = from_dict(Decoder, config["model"], "model")
+    decoder = dataclasses.replace(from_dict(Decoder, config["model"], "model"), scan=False)
     precision = from_dict(Precision, config["precision"], "precision")
     if precision.compute == "auto" and jax.default_backend() == "cpu":
         precision = dataclasses.replace(precision, compute="float32")
     model = build(decoder, precision)
     params = manager.load_params(directory, model.shapes, layer_table(decoder))
-    tokenizer = load_tokenizer(directory) if (directory / INFO).exists() else None
-    kept = directory / huggingface.BESIDE
-    ends = huggingface.end_ids(kept) if kept.exists() else ()
-    return LanguageModel(model, params, tokenizer, decoder, config, ends)
+    kept = directory / huggingface.BESIDE  # of a checkpoint that was converted
+    tokenizer = huggingface.tokenizer_of(kept)
+    if tokenizer is None and (directory / INFO).exists():
+        tokenizer = load_tokenizer(directory)
+    ends, renderer = huggingface.end_ids(kept, tokenizer), chat.renderer(kept)
+    return LanguageModel(model, params, tokenizer, decoder, config, ends, renderer)
 
 
 def _load_folder(path: pathlib.Path) -> LanguageModel:
     folder = huggingface.open_folder(path)
+    folder = folder._replace(config=dataclasses.replace(folder.config, scan=False))
     stored = folder.tensors["model.embed_tokens.weight"].dtype
     precision = Precision(params="bfloat16" if stored == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":
@@ -259,8 +338,9 @@ def _load_folder(path: pathlib.Path) -> LanguageModel:
     model = build(folder.config, precision)
     params = huggingface.load_params(folder, model, model.shapes)
     recorded = huggingface.recorded(folder, precision)
-    tokenizer, ends = huggingface.tokenizer_of(path), huggingface.end_ids(path)
-    return LanguageModel(model, params, tokenizer, folder.config, recorded, ends)
+    tokenizer = huggingface.tokenizer_of(path)
+    ends, renderer = huggingface.end_ids(path, tokenizer), chat.renderer(path)
+    return LanguageModel(model, params, tokenizer, folder.config, recorded, ends, renderer)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model
 from deepseek_jax.ops.losses import cross_entropy
+from deepseek_jax.ops.sparse import places
 from deepseek_jax.training.optimizer import is_router_bias
 from deepseek_jax.training.step import Objective
 
@@ -26,14 +28,19 @@ class Language:
     """Of the mean over the multi-token prediction depths (V3's lambda)."""
     z_weight: float = 0.0
     """Of the squared log-normalizer of the output distribution (PaLM: 1e-4)."""
+    indexer_weight: float = 1.0
+    """Of the indexers' divergence from the attention that they choose for (DeepSeek-V3.2)."""
+    indexer_warmup: bool = False
+    """Attention stays dense and only the indexers learn: V3.2's first stage."""
     chunk: int = 512
     """Tokens whose logits exist at a time."""
 
     def __post_init__(self):
-        if self.mtp_weight < 0 or self.z_weight < 0 or self.chunk < 1:
+        if min(self.mtp_weight, self.z_weight, self.indexer_weight) < 0 or self.chunk < 1:
             raise ValueError(
-                f"objective.mtp_weight ({self.mtp_weight}) and z_weight ({self.z_weight}) must be "
-                f"at least 0, chunk ({self.chunk}) at least 1."
+                f"objective.mtp_weight ({self.mtp_weight}), z_weight ({self.z_weight}) and "
+                f"indexer_weight ({self.indexer_weight}) must be at least 0, chunk ({self.chunk}) "
+                "at least 1."
             )
 
 
@@ -44,12 +51,23 @@ def make_language(config: Language, model: Model) -> Objective:
     `mtp_loss`, `mtp_loss_2`, ... are means over tokens; summed over layers, and averaged over what
     stands here, `router/sequence_loss` (sequences), `router/z_loss` (tokens) and
     `router/uniform_loss` (microbatches: no sum over tokens, it changes with accumulation_steps).
-    Raises InputError when model.moe is set and no layer has it.
+    With a sparse attention: `attention/kept`, the part of all pairs that is seen, and of indexers
+    `attention/indexer_loss`, a mean over tokens, summed over layers; a warm-up minimizes it alone.
+    Raises InputError when model.moe is set and no layer has it, or nothing is there to warm up.
     """
+    indexer = getattr(model.config.attention, "indexer", None)
+    if config.indexer_warmup:
+        if indexer is None or not config.indexer_weight:
+            raise InputError(
+                "objective.indexer_warmup needs a model whose attention has an indexer, and an "
+                "indexer_weight above 0"
+            )
+        model = model.dense()
     num_mtp = model.config.num_mtp_layers if config.mtp_weight else 0
     depths = {f"mtp_loss_{d}" if d > 1 else "mtp_loss": d for d in range(1, num_mtp + 1)}
     coefficients = {"cross_entropy": 1.0}
     coefficients |= dict.fromkeys(depths, config.mtp_weight / max(num_mtp, 1))
+    sparse = indexer is not None or isinstance(model.config.attention, GatedGQA)
     moe, bias_rates, paths = model.config.moe, {}, tree.flatten(model.shapes)
     if moe is not None:
         if not any("/moe/" in path for path in paths):
@@ -63,6 +81,12 @@ def make_language(config: Language, model: Model) -> Objective:
         trained = [path for path in paths if num_mtp or not path.startswith("mtp_")]
         blocks = [path.removesuffix("/moe/router/bias") for path in filter(is_router_bias, trained)]
         bias_rates = dict.fromkeys(blocks, moe.balance.bias_rate)
+    trains = lambda path: True  # noqa: E731
+    if indexer is not None:
+        coefficients["attention/indexer_loss"] = config.indexer_weight
+    if config.indexer_warmup:
+        coefficients = {"attention/indexer_loss": config.indexer_weight}
+        bias_rates, trains = {}, lambda path: "/indexer/" in path
 
     def weights_fn(batch: dict[str, Any]) -> dict[str, jax.Array]:
         per_depth, valid = batch["weights"].sum((0, 1)), batch["segments"] > 0
@@ -72,6 +96,12 @@ def make_language(config: Language, model: Model) -> Objective:
             weights["router/sequence_loss"] = valid.any(1).sum().astype(jnp.float32)
             weights["router/uniform_loss"] = jnp.float32(1)
             weights["router/z_loss"] = valid.sum().astype(jnp.float32)
+        if sparse:
+            seen = jnp.where(valid, places(batch["segments"], valid.shape[1]) + 1, 0)
+            layers = model.config.num_layers + num_mtp
+            weights["attention/kept"] = seen.sum().astype(jnp.float32) * layers
+        if indexer is not None:
+            weights["attention/indexer_loss"] = valid.sum().astype(jnp.float32)
         return weights
 
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
@@ -93,7 +123,10 @@ def make_language(config: Language, model: Model) -> Objective:
         for name in ("sequence_loss", "uniform_loss", "z_loss"):
             parts = (getattr(block, name).sum() for block in output.routing.values())
             sums[f"router/{name}"] = sum(parts)
+        for name, part in (("kept", "kept"), ("indexer_loss", "divergence")):
+            parts = (getattr(block, part).sum() for block in output.selection.values())
+            sums[f"attention/{name}"] = sum(parts)
         terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
         return terms, output.routing
 
-    return Objective(loss_fn, weights_fn, coefficients, bias_rates)
+    return Objective(loss_fn, weights_fn, coefficients, bias_rates, trains)

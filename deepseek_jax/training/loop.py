@@ -9,6 +9,7 @@ Exit codes: 0 the run is complete; 128 + signal (SIGINT 130, SIGTERM 143) it was
 is saved, and the same command resumes. A second signal kills at once.
 """
 
+import dataclasses
 import io
 import pathlib
 import signal
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import huggingface, integrity
-from deepseek_jax.checkpoint.manager import Manager, load_params
+from deepseek_jax.checkpoint.manager import Manager, load_params, read_config
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
@@ -31,7 +33,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.loader import Dataset, batches, open_data
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
-from deepseek_jax.models.decoder import layer_table
+from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.monitoring.metrics import RunLog, read_lines
 from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
 from deepseek_jax.monitoring.progress import Progress
@@ -45,7 +47,8 @@ from deepseek_jax.training.state import TrainState, abstract_state, initial_stat
 from deepseek_jax.training.step import make_gradients, make_train_step
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
-FREE = ("model/remat", "model/unroll")  # of the model, what a resumed run may change
+INDEXER = "/indexer/"  # in the paths of an indexer's parameters
+FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
 class Lent(NamedTuple):
@@ -174,22 +177,45 @@ class _Run:
 
     def _fresh(self, abstract: TrainState, optimizer: Any) -> TrainState:
         config, shardings = self.config, jax.tree.map(lambda x: x.sharding, abstract)
-        if config.init_from is None:
-            key = jax.random.key(config.seed)
-            params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
-        else:
-            if is_folder_of_tensors(config.init_from):
-                folder = huggingface.open_folder(config.init_from)
-                params = huggingface.load_params(folder, self.model, abstract.params)
-            else:
-                source = integrity.resolve(config.init_from)
-                params = load_params(source, abstract.params, self.layers)
-            self.progress.say(f"starting from the parameters of {config.init_from}")
+        key = jax.random.key(config.seed)
+        make = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)
+        params = make() if config.init_from is None else self._given(abstract.params, make)
 
         def start(params):
             return initial_state(params, optimizer, config.precision.loss_scale)
 
         return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+
+    def _given(self, abstract: Any, make: Callable[[], Any]) -> Any:
+        """The parameters of `init_from`; indexers that it has not are as `make` makes them."""
+        source, model = self.config.init_from, self.model
+        if folder := is_folder_of_tensors(source) and huggingface.open_folder(source):
+            theirs = folder.config
+        else:
+            source = integrity.resolve(source)
+            theirs = core_config.from_dict(Decoder, read_config(source)["model"], "model")
+        ours, *old = (getattr(c.attention, "indexer", None) for c in (self.config.model, theirs))
+        added = {}
+        if ours and old == [None]:  # as V3.2 grew out of V3.1
+            attention = dataclasses.replace(self.config.model.attention, indexer=None)
+            bare = dataclasses.replace(self.config.model, attention=attention)
+            model = build(bare, self.config.precision)
+            new = {path: leaf for path, leaf in tree.flatten(make()).items() if INDEXER in path}
+            known = {p: x for p, x in tree.flatten(abstract).items() if p not in new}
+            abstract, added = unflatten_dict(known, sep="/"), new
+        if folder:
+            params = huggingface.load_params(folder, model, abstract)
+        else:
+            params = load_params(source, abstract, self.layers)
+        self.progress.say(
+            f"starting from the parameters of {self.config.init_from}"
+            + (
+                ", with new indexers: warm them up first (objective.indexer_warmup)"
+                if added
+                else ""
+            )
+        )
+        return unflatten_dict(tree.flatten(params) | added, sep="/")
 
     def _open_data(self, before: Stage | None, stage: Stage, first: int, step: int) -> bool:
         """Open a stage's data; whether its rows count from 0, as the stage before had others.

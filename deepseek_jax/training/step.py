@@ -31,6 +31,8 @@ class Objective(NamedTuple):
     """{term: its factor in the loss}; other terms are only reported."""
     bias_rates: dict[str, float]
     """{path of a block: step of its router bias}; other biases stay."""
+    trains: Callable[[str], bool] = lambda path: True
+    """Whether the parameter at a path learns; the others stay as they are."""
 
 
 # (params, batch, key, loss scale) -> (gradients of scale * loss, {term: its mean}, aux).
@@ -109,6 +111,10 @@ def make_train_step(
         rate = learning_rate(state.step)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, learning_rate=rate
+        )
+        updates = tree.map_with_path(
+            lambda path, update: update if objective.trains(path) else jnp.zeros_like(update),
+            updates,
         )
         params = optax.apply_updates(state.params, updates)
         params = _balance_routers(params, routing, objective.bias_rates)

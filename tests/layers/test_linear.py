@@ -9,7 +9,7 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from deepseek_jax.core.axes import Spec
-from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, SwiGLU, einsum, weight
+from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection, RMSNorm, SwiGLU, weight
 
 RNG = np.random.default_rng(0)
 FLOAT32 = Dtypes(jnp.dtype("float32"), jnp.dtype("float32"))
@@ -38,11 +38,15 @@ def test_norms_of_huge_and_tiny_half_precision_values_are_finite():
     np.testing.assert_allclose(out[0], 1, atol=1e-3)
 
 
-def test_einsum_accumulates_in_float32():
-    """256 + 1 is 256 in bfloat16: a bfloat16 accumulator would stop at 256."""
-    ones = jnp.ones((1, 1024), jnp.bfloat16)
-    total = einsum("ni,io->no", ones, jnp.ones((1024, 1)), jnp.dtype("bfloat16"))
-    assert float(total[0, 0]) == 1024
+def test_layer_norm_is_that_of_torch():
+    x = RNG.normal(0, 3, (5, 16)).astype(np.float32)
+    scale, bias = (RNG.normal(1, 0.3, 16).astype(np.float32) for _ in range(2))
+    expected = torch.nn.functional.layer_norm(
+        *(torch.tensor(x), (16,), torch.tensor(scale), torch.tensor(bias)), eps=1e-6
+    )
+    params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+    ours = LayerNorm(FLOAT32).apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 def declared(module, *inputs):

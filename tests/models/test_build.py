@@ -11,7 +11,7 @@ import pytest
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.models.build import build
-from deepseek_jax.models.counts import num_params, train_flops_per_token
+from deepseek_jax.models.counts import attention_products, num_params, train_flops_per_token
 from deepseek_jax.models.decoder import layer_table
 
 CONFIG = cases.decoder(
@@ -182,6 +182,21 @@ def half_precision(config, compute):
     ours = np.concatenate([np.asarray(h)[real] for h in (output.hidden, *output.mtp)]).astype(float)
     norms = np.sqrt((ours**2).sum(-1) * (expected**2).sum(-1))
     return (ours * expected).sum(-1) / norms
+
+
+@pytest.mark.parametrize("length", [3, 100])
+def test_a_sparse_attention_counts_what_it_keeps(length):
+    """Pairs counted one by one; an indexer's own scores are of all of them."""
+    seen = np.arange(1, length + 1)
+    window, index, gate = (
+        cases.ATTENTIONS[name] for name in ("gqa_window", "mla_indexer", "gqa_gate")
+    )
+    keys = 4 * (8 + 8)
+    found = {a: attention_products(a, length) for a in (window, index, gate)}
+    assert found[window] == pytest.approx(keys * np.minimum(seen, 3).mean())
+    latent, scores = 4 * (8 + 4 + 6) * np.minimum(seen, 4).mean(), 16 * (6 + 1) * seen.mean()
+    assert found[index] == pytest.approx(latent + scores)
+    assert found[gate] == pytest.approx(keys * np.ceil(0.4 * seen - 1e-9).mean())
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])

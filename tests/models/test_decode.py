@@ -14,7 +14,7 @@ from deepseek_jax.layers.moe import Capacity
 LENGTH = 16
 LENGTHS = (16, 9, 13)  # each row's tokens
 PROMPTS = (5, 2, 7)  # how many of them come with the prefill
-ROUTERS = (*cases.ROUTERS, None)
+ROUTERS = (*cases.ROUTERS, None, "softmax", "sigmoid")
 CONFIGS = {
     attention: cases.decoder(
         attention, router, num_layers=2, num_dense_layers=int(router is not None),

@@ -26,6 +26,8 @@ WHOLE = {
         "gqa_window", "two_groups_of_three", "capacity", num_experts=12, num_layers=2,
         num_mtp_layers=1, tie_embeddings=True,
     ),
+    "v32": cases.decoder("mla_indexer", "sigmoid", num_layers=2, num_mtp_layers=1),
+    "gate": cases.decoder("gqa_gate", "softmax", num_layers=2),
     "dense": cases.decoder(
         "gqa_bias", None, num_layers=2, num_mtp_layers=1, tie_embeddings=True
     ),
@@ -62,6 +64,12 @@ def assert_matches(case, batch, output, expected, atol=2e-5):
         logits = case.logits(hidden)
         np.testing.assert_allclose(logits[real], other[real], atol=atol, rtol=0)
     assert_routing(output.routing, expected.routing)
+    assert output.selection.keys() == expected.selection.keys()
+    for path, layers in expected.selection.items():
+        found = output.selection[path]
+        np.testing.assert_array_equal(found.kept, [layer.kept for layer in layers])
+        apart = [layer.divergence for layer in layers]
+        np.testing.assert_allclose(found.divergence, apart, rtol=2e-5, err_msg=path)
 
 
 def with_new_tokens_after(batch, t):
@@ -112,7 +120,7 @@ def test_whole_models_are_the_reference(whole, name):
     assert_matches(case, case.batch, case.apply(case.params, case.batch), case.expected)
 
 
-@pytest.mark.parametrize("name", ["v3", "window"])
+@pytest.mark.parametrize("name", ["v3", "window", "v32", "gate"])
 def test_longer_rows_are_the_reference(name):
     """More than one block of queries; experts whose tile overflows, or whose room runs out."""
     case = cases.case(WHOLE[name], rows=((150,), (100, 40)), length=150, margin=5e-6)
@@ -157,7 +165,7 @@ def test_new_tokens_leave_the_past_alone(whole, name, t):
         np.testing.assert_allclose(one[:, :known], two[:, :known], atol=1e-6 * (1 + d))
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "dense"])
+@pytest.mark.parametrize("name", ["v3", "v2", "v32", "gate", "dense"])
 def test_packing_changes_no_tokens_loss(whole, name):
     """Capacity is left out: what an expert drops depends on the company by design."""
     case = whole[name]

@@ -17,8 +17,8 @@ from deepseek_jax.core import tree
 from deepseek_jax.ops.losses import cross_entropy
 
 STEP = 1e-5
-TERMS = ("main", "mtp", "sequence", "uniform", "z")
-SLOPES = {"main": 1.0, "mtp": 0.7, "sequence": 0.5, "uniform": 0.6, "z": 0.1}
+TERMS = ("main", "mtp", "sequence", "uniform", "z", "index")
+SLOPES = {"main": 1.0, "mtp": 0.7, "sequence": 0.5, "uniform": 0.6, "z": 0.1, "index": 0.8}
 Z_WEIGHT = 0.03
 
 COMBINATIONS = [(r, d) for r in cases.ROUTERS for d in cases.DISPATCHES]
@@ -52,7 +52,8 @@ WHOLE = {
         unroll=2,
     ),
 }
-CONFIGS = SMALL | WHOLE
+SPARSE = cases.decoder("mla_indexer", "sigmoid_grouped", num_layers=2, num_mtp_layers=1)
+CONFIGS = SMALL | WHOLE | {"sparse": SPARSE}
 PAST = 5
 
 
@@ -74,13 +75,14 @@ def terms(case, params, batch):
         "sequence": sum(block.sequence_loss.sum() for block in blocks),
         "uniform": sum(block.uniform_loss.sum() for block in blocks),
         "z": sum((block.z_loss / block.tokens).sum() for block in blocks),
+        "index": sum(jnp.sum(block.divergence) for block in output.selection.values()),
         "past": (output.hidden[:, : PAST + 1] ** 2).sum(),
     }
 
 
-def reference_terms(params, config, batch):
+def reference_terms(params, config, batch, before=None):
     """The same from the NumPy model."""
-    result = cases.reference_forward(params, config, batch)
+    result = cases.reference_forward(params, config, batch, before)
 
     def entropy(logits, depth, z_weight):
         weights = batch["weights"][..., depth]
@@ -95,6 +97,7 @@ def reference_terms(params, config, batch):
         "sequence": sum(block.sequence_loss for block in blocks),
         "uniform": sum(block.uniform_loss for block in blocks),
         "z": sum(block.z_loss / block.tokens for block in blocks),
+        "index": sum(layer.divergence for layers in result.selection.values() for layer in layers),
     }
 
 
@@ -111,7 +114,7 @@ def assert_gradients(case, gradients):
     def slope(path, direction):
         def loss(step):
             moved = unflatten(flat | {path: flat[path] + step * direction})
-            return total(reference_terms(moved, case.config, case.batch))
+            return total(reference_terms(moved, case.config, case.batch, case.expected))
 
         return (loss(STEP) - loss(-STEP)) / (2 * STEP)
 
@@ -168,7 +171,7 @@ def test_gradients_are_the_reference(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_loss_alone_reaches_every_router(name):
     case = cases.case(WHOLE[name])
-    for term in TERMS[1:]:
+    for term in ("mtp", "sequence", "uniform", "z"):
         gradients, values = gradients_of(case)(case.params, case.batch, slopes_of(**{term: 1}))
         assert values[term] > 1e-3
         flat = tree.flatten(gradients)

@@ -230,6 +230,7 @@ def test_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.shows("logits", family="V3")
 def test_mtp_logits_are_those_of_transformers():
     """Two depths, each fed the previous one's hidden state after its final norm."""
     config = v3(V3_YARN, num_dense_layers=0, num_mtp_layers=2)

@@ -30,7 +30,7 @@ def naive(q, k, v, segments, window):
     k, v = (np.repeat(x.astype(np.float64), group, axis=2) for x in (k, v))
     segments = np.ones((B, T), int) if segments is None else segments
     allowed = reference.allowed_pairs(segments, window)
-    return reference.attend(q.astype(np.float64), k, v, allowed, SCALE)
+    return reference.attend(q.astype(np.float64), k, v, allowed, SCALE)[0]
 
 
 @functools.cache

@@ -22,7 +22,7 @@ GATE, UP = (RNG.normal(size=(E, D, F)).astype(np.float32) for _ in range(2))
 DOWN = RNG.normal(size=(E, F, D)).astype(np.float32)
 SLOPE = RNG.normal(size=(N, D)).astype(np.float32)
 INPUTS = tuple(map(jnp.asarray, (X, WEIGHTS, GATE, UP, DOWN)))
-WAYS = ["tiles", "ragged", "few", None]
+WAYS = ["tiles", "ragged", "few", "turns", None]
 
 
 def random_load():

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.ops.matmul import apart, matmul, rows, scaled, turned, weight_slope
+from deepseek_jax.ops.matmul import (
+    apart,
+    dot,
+    matmul,
+    per_head,
+    rows,
+    scaled,
+    thickened,
+    turned,
+    weight_slope,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -67,3 +77,26 @@ def test_what_stands_apart_is_not_fused():
     assert together(program(jnp.cos))
     assert not together(program(lambda x: apart(jnp.cos, x)))
     assert not together(program(lambda x: jax.vmap(lambda row: apart(jnp.cos, row))(x[None])[0]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lead", [(1, 1), (3, 1), (2, 5)])
+def test_a_product_with_each_heads_part_is_the_einsum(lead, dtype):
+    w = drawn((6, 3, 4), dtype)
+    for equation, width in (("btnh,cnh->btnc", 4), ("btnc,cnh->btnh", 6)):
+        x = drawn((*lead, 3, width), dtype)
+        out = per_head(equation, x, w)
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(out, np.einsum(equation, *exact(x, w)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lead", [(1, 1), (3, 1), (1, 2), (2, 5)])
+def test_thickened_rows_come_back_alone(lead, dtype):
+    """Sums stay in float32: 256 + 1 is 256 in bfloat16."""
+    x, w = drawn((*lead, 3, 4), dtype), drawn((3, 4, 5), dtype)
+    out = thickened(lambda x: dot("btnh,nhd->btd", x, w), x)
+    np.testing.assert_allclose(out, np.einsum("btnh,nhd->btd", *exact(x, w)), rtol=1e-5, atol=1e-5)
+    ones = jnp.ones((*lead, 1024), dtype)
+    total = thickened(lambda x: dot("btd,de->bte", x, jnp.ones((1024, 1), dtype)), ones)
+    assert (np.asarray(total) == 1024).all()

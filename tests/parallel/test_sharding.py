@@ -26,6 +26,7 @@ from deepseek_jax.training.step import make_gradients
 MODEL = build(
     cases.decoder("mla_q_rank", "sigmoid_grouped", num_shared_experts=1, num_mtp_layers=1)
 )
+SPARSE = [build(cases.decoder(name, "sigmoid")) for name in ("mla_indexer", "gqa_gate")]
 ROWS, LENGTH = 8, 12
 
 
@@ -42,12 +43,12 @@ def batch():
     }
 
 
-def gradients(mesh):
+def gradients(mesh, model=MODEL):
     """Gradients, means and routing counts of one batch on a mesh, as NumPy."""
-    objective = make_language(Language(), MODEL)
+    objective = make_language(Language(), model)
     with jax.set_mesh(mesh):
-        shardings = tree_shardings(mesh, MODEL.specs, MODEL.shapes)
-        params = jax.device_put(MODEL.init(jax.random.key(0)), shardings)
+        shardings = tree_shardings(mesh, model.specs, model.shapes)
+        params = jax.device_put(cases.random_params(model.shapes, 0), shardings)
         placed = place_batch(mesh, batch())
         step = jax.jit(make_gradients(objective))
         grads, means, aux = step(params, placed, jax.random.key(1), np.float32(1))
@@ -77,7 +78,18 @@ def alone():
 def test_gradients_equal_those_of_one_device(axes, alone):
     shape = MeshShape(**({"data": 1} | axes))
     count = int(np.prod([getattr(shape, axis) for axis in MESH_AXES]))
-    grads, means, counts = gradients(make_mesh(shape, jax.devices()[:count]))
+    agree(gradients(make_mesh(shape, jax.devices()[:count])), alone)
+
+
+@pytest.mark.parametrize("model", SPARSE, ids=lambda model: type(model.config.attention).__name__)
+def test_sparse_attention_on_a_mesh_is_that_of_one_device(model):
+    alone = gradients(make_mesh(MeshShape(), jax.devices()[:1]), model)
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2, context=2, data=1))
+    agree(gradients(mesh, model), alone)
+
+
+def agree(found, alone):
+    grads, means, counts = found
     for path, expected in alone[2].items():
         np.testing.assert_array_equal(counts[path], expected)
     for name, expected in alone[1].items():

@@ -37,7 +37,11 @@ def theirs(model, rows):
     return done[:, width:].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama-tied-yarn", "qwen2", "v2-lite-yarn", "v2", "v3-yarn"])
+@pytest.mark.shows("load", "generate")
+@pytest.mark.parametrize(
+    "name",
+    ["llama-tied-yarn", "qwen2", "qwen3", "v1", "v2-lite-yarn", "v2", "v3-yarn", "v32", "v32-yarn"],
+)
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     model = hf_cases.hf_model(name, eos_token_id=None, bos_token_id=None)
     directory = hf_cases.save(model, tmp_path / "hf")
@@ -58,7 +62,8 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["qwen3-yarn", "v2-yarn", "v3-yarn"])
+@pytest.mark.shows("logits")
+@pytest.mark.parametrize("name", ["qwen3-yarn", "v2-yarn", "v3-yarn", "v32-yarn"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_padded_rows_are_those_of_transformers(name, left, tmp_path):
     model = hf_cases.hf_model(name)

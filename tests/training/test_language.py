@@ -175,3 +175,86 @@ def test_a_tiny_model_learns_a_batch_by_heart(model, batch):
         steps = bias / BALANCE.bias_rate
         np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
         assert np.abs(steps).max() > 1
+
+
+def sparse_model(attention, **fields):
+    return build(cases.decoder(attention, "sigmoid", num_layers=2, num_dense_layers=1, **fields))
+
+
+def trained(model, config, params, batch, steps, rate=5e-3):
+    """(parameters, each step's metrics) of some steps on one batch."""
+    optimizer = make_optimizer(AdamW(weight_decay=0.1), model.specs)
+    objective = make_language(config, model)
+    step = jax.jit(make_train_step(make_gradients(objective), objective, optimizer, lambda _: rate))
+    state, history = initial_state(params, optimizer, 1.0), []
+    for _ in range(steps):
+        state, metrics = step(state, batch, KEY)
+        history.append({name: float(metrics[name]) for name in metrics if name != "expert_load"})
+    return state.params, history
+
+
+def test_an_indexer_warms_up_alone_and_then_learns_beside_the_model(batch):
+    """First dense, nothing else moves; then it keeps four tokens, and each has its own loss."""
+    model = sparse_model("mla_indexer", num_mtp_layers=1)
+    start = jax.tree.map(jnp.asarray, cases.random_params(model.shapes, 0))
+    warm, history = trained(model, Language(indexer_warmup=True), start, batch, 60, 2e-2)
+    first, last = (history[i]["attention/indexer_loss"] for i in (0, -1))
+    assert 0 < last < 0.5 * first
+    assert {metrics["attention/kept"] for metrics in history} == {1.0}
+    assert history[0]["loss"] == pytest.approx(history[-1]["loss"], rel=1e-5)
+    before, after = tree.flatten(start), tree.flatten(warm)
+    for path, leaf in after.items():
+        moved = np.abs(np.asarray(leaf) - before[path]).max()
+        assert (moved > 1e-4) == ("/indexer/" in path), path
+
+    both, history = trained(model, Language(mtp_weight=0.5), warm, batch, 60)
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert 0.3 < history[0]["attention/kept"] < 0.9
+    assert history[-1]["attention/indexer_loss"] < 3 * history[0]["attention/indexer_loss"]
+    for path, leaf in tree.flatten(both).items():
+        assert np.abs(np.asarray(leaf) - after[path]).max() > 1e-5, path
+
+
+def test_an_indexers_loss_moves_it_alone_and_no_other_loss_does(batch):
+    model = sparse_model("mla_indexer", num_mtp_layers=1)
+    params = cases.random_params(model.shapes, 0)
+    objective = make_language(Language(mtp_weight=0.5), model)
+    for term, coefficient in objective.coefficients.items():
+        chosen = objective._replace(coefficients={term: coefficient})
+        run = jax.jit(make_gradients(chosen))
+        grads, means, _ = run(params, batch, KEY, jnp.float32(1))
+        assert float(means[term]) > 0, term
+        index = term == "attention/indexer_loss"
+        for path, leaf in tree.flatten(grads).items():
+            if index or "/indexer/" in path:
+                moves = index and "/indexer/" in path
+                assert (np.abs(np.asarray(leaf)).max() > 1e-6) == moves, (term, path)
+
+
+def test_the_part_of_pairs_that_is_kept_is_counted(batch):
+    """Over microbatches too; a dense model has no such term."""
+    for attention, least, most in (("gqa_gate", 0.4, 0.75), ("mla_indexer", 0.5, 0.9)):
+        model = sparse_model(attention)
+        run = make_gradients(make_language(Language(), model), 4)
+        params = cases.random_params(model.shapes, 0)
+        means = jax.jit(run)(params, batch, KEY, jnp.float32(1))[1]
+        expected = cases.reference_forward(params, model.config, batch).selection.values()
+        layers = [layer for block in expected for layer in block]
+        pairs = sum(n * (n + 1) // 2 for row in ROWS for n in row) * len(layers)
+        assert float(means["attention/kept"]) == pytest.approx(
+            sum(layer.kept for layer in layers) / pairs
+        )
+        assert least < float(means["attention/kept"]) < most
+    assert "attention/kept" not in make_language(Language(), build(tiny())).weights_fn(batch)
+
+
+def test_a_gate_learns(batch):
+    model = sparse_model("gqa_gate")
+    _, history = trained(model, Language(), model.init(KEY), batch, 60)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_only_an_indexer_can_warm_up():
+    for config in (Language(indexer_warmup=True, indexer_weight=0), Language(indexer_warmup=True)):
+        with pytest.raises(InputError, match="needs a model whose attention has an indexer"):
+            make_language(config, sparse_model("gqa_gate"))

@@ -20,14 +20,17 @@ from deepseek_jax import convert
 from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.checkpoint.manager import load_params, read_config, resolve
 from deepseek_jax.checkpoint.safetensors import open_tensors
+from deepseek_jax.core import tree
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.sources import TextFiles
 from deepseek_jax.data.tokenizer import Bytes
+from deepseek_jax.layers.sparse_attention import Indexer
 from deepseek_jax.models.build import build
 from deepseek_jax.models.decoder import layer_table
+from deepseek_jax.training.language import Language
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
@@ -174,6 +177,37 @@ def test_a_run_can_start_from_a_hugging_face_folder(data, tmp_path):
     wider = dataclasses.replace(model, mlp_dim=56)
     with pytest.raises(InputError, match=r"gate_proj.weight has shape \(48, 32\), not \(56, 32\)"):
         train(recipe(data, tmp_path / "wider", wider, **fields), LENT)
+
+
+def test_indexers_are_added_to_a_model_that_has_none(data, tmp_path):
+    """To a folder's and to a run's: they warm up alone, then the model sees what they keep."""
+    shape = {"vocab_size": 300, "num_hidden_layers": 2}
+    there = hf_cases.save(hf_cases.hf_model("v3-dense-3", **shape), tmp_path / "hf")
+    plain = huggingface.open_folder(there).config
+    indexer = Indexer(num_heads=16, head_dim=8, top_k=5)
+    sparse = dataclasses.replace(plain.attention, indexer=indexer)
+    model = dataclasses.replace(plain, attention=sparse)
+    warm = Stage(steps=2, objective=Language(indexer_warmup=True))
+    stages = (warm, Stage(name="sparse", steps=2))
+    fields = {"init_from": str(there), "stages": stages}
+    assert train(recipe(data, tmp_path / "run", model, **fields, save_every=1), LENT) == 0
+    shapes = build(model).shapes
+    first, last = (
+        tree.flatten(load_params(tmp_path / "run/checkpoints" / step, shapes, layer_table(model)))
+        for step in "24"
+    )
+    before = huggingface.load_params(
+        huggingface.open_folder(there), build(plain), build(plain).shapes
+    )
+    for path, leaf in tree.flatten(before).items():
+        np.testing.assert_array_equal(leaf, first[path])
+        assert (leaf != last[path]).any(), path
+    assert sum("/indexer/" in path for path in first.keys() - tree.flatten(before)) == 5
+    kept = [row["attention/kept"] for row in rows(tmp_path / "run", "metrics.jsonl")]
+    assert kept[:2] == [1, 1] and max(kept[2:]) < 1
+    assert train(recipe(data, tmp_path / "plain", plain, steps=1), LENT) == 0
+    fields = {"init_from": str(tmp_path / "plain"), "steps": 1}
+    assert train(recipe(data, tmp_path / "from_run", model, **fields), LENT) == 0
 
 
 def test_stages_carry_the_data_position_on_until_the_data_change(data, tmp_path):

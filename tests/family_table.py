@@ -1,0 +1,69 @@
+"""docs/families.md, made of marked tests that passed: what they show of each family of models.
+
+A test marked `shows("logits", "gradients")` fills these columns for the family of its case: of the
+parameter `name` ("v2-lite-yarn" is of V2-Lite), or as the mark says (`family="V3"`). conftest.py
+calls `note` and `miss`; test_families.py holds the page against a whole run, or writes it.
+"""
+
+import pathlib
+import re
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "families.md"
+COLUMNS = ("load", "logits", "gradients", "generate", "train", "export", "FP8", "chat")
+LABELS = {"v1": "DeepSeekMoE", "v32": "V3.2"}
+SHOWN: set[tuple[str, str, str]] = set()  # family, column, test
+MISSED: list[str] = []  # marked tests that this run leaves out
+INTRODUCTION = """# What the tests show of each family
+
+Tiny random models of transformers, in its own files, against this package in float32. A number is a
+test below that passed: **load** opens the folder; **logits** are within 2e-5 at every position;
+**gradients** of the loss within 1e-4 for every weight; **generate** gives the same greedy tokens,
+from prompts of unequal length; **train** lowers the loss; **export** is a folder that transformers
+opens, with the same tensors or logits; **FP8** reads and writes float8 blocks; **chat** encodes
+messages as the checkpoint does. An empty cell: no test shows it.
+
+Written by `pytest -m shows --write-families`; a run of all tests fails if it shows anything else.
+"""
+
+
+def family(case: str) -> str:
+    """The family of a case of hf_cases: its name up to what varies in it."""
+    kind = re.match(r"v2-lite|[a-z]+[\d.]*", case)[0]
+    return LABELS.get(kind, kind.title())
+
+
+def note(item: pytest.Item) -> None:
+    """A test passed: take down what it shows."""
+    test = item.nodeid.partition("[")[0]
+    for mark in item.iter_markers("shows"):
+        of = mark.kwargs.get("family") or (mark.args and family(item.callspec.params["name"]))
+        SHOWN.update((of, column, test) for column in mark.args)
+
+
+def miss(items: list[pytest.Item]) -> None:
+    """Tests will not run: take down those that show something."""
+    MISSED.extend(item.nodeid for item in items if item.get_closest_marker("shows"))
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether this run holds every marked test."""
+    asked = {pathlib.Path(config.invocation_params.dir, name).resolve() for name in config.args}
+    return not MISSED and bool(asked & {TESTS, TESTS.parent})
+
+
+def page(shown: set[tuple[str, str, str]]) -> str:
+    """docs/families.md."""
+    tests = sorted({test for _, _, test in shown})
+
+    def cell(of: str, column: str) -> str:
+        return ", ".join(str(i) for i, t in enumerate(tests, 1) if (of, column, t) in shown)
+
+    rows = [["family", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
+    rows += [[of, *(cell(of, c) for c in COLUMNS)] for of in sorted({row[0] for row in shown})]
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    places = [test.split("::") for test in tests]
+    legend = [f"{i}. [{name}](../{path})" for i, (path, name) in enumerate(places, 1)]
+    return "\n".join([INTRODUCTION, *table, "", *legend, ""])
