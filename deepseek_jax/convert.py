@@ -2,27 +2,21 @@
 
 import argparse
 import collections
-import datetime
-import functools
-import json
 import math
 import pathlib
-import sys
-import time
-from collections.abc import Callable
+import re
 
 import jax.numpy as jnp
-import numpy as np
 
-from deepseek_jax.checkpoint import families, huggingface, names
-from deepseek_jax.checkpoint.integrity import resolve
+from deepseek_jax.checkpoint import families, huggingface
+from deepseek_jax.checkpoint.integrity import MANIFEST, resolve
 from deepseek_jax.checkpoint.manager import read_config, read_params, write_params
-from deepseek_jax.checkpoint.safetensors import Tensor, is_folder_of_tensors
+from deepseek_jax.checkpoint.parts import check_new
+from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict, num_bytes
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.corpus import made_whole
+from deepseek_jax.core.progress import byte_progress
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import INFO, load_tokenizer
 from deepseek_jax.models.build import build
@@ -43,91 +37,102 @@ def main(argv: list[str]) -> None:
     for command in (inward, outward):
         command.add_argument("source", metavar="SRC")
         command.add_argument("target", metavar="DST", help="the folder to write, which must be new")
+        command.add_argument(
+            "--part", metavar="I/N", default="1/1",
+            help="write a share, so that N processes do it together; the last one completes it",
+        )  # fmt: skip
     kinds = ["float32", "bfloat16", "float16"]
     inward.add_argument("--dtype", choices=kinds, help="of the weights; by default their own")
     outward.add_argument("--dtype", choices=[*kinds, "float8-block"], help="as the original's")
     outward.add_argument("--max-shard-size", default="5GB", help="bytes a file (KB, MB, GB)")
+    outward.add_argument(
+        "--format", choices=["safetensors", "torch"], default="safetensors",
+        help="of the weights; torch: one pytorch_model.bin, however large",
+    )  # fmt: skip
     options = parser.parse_args(argv)
-    restart_with_huge_pages("deepseek_jax.convert")
     if options.command == "inspect":
         print(inspect(pathlib.Path(options.path)))
         return
-    source, target = pathlib.Path(options.source), pathlib.Path(options.target)
-    if target.exists():
-        raise InputError(f"{target}: exists; choose a new folder, or delete it first")
+    source, target = pathlib.Path(options.source), pathlib.Path(options.target).absolute()
+    part = _part(options.part)
     with reported(str(target)):
+        check_new(target)
         if options.command == "from-hf":
-            from_hf(source, target, options.dtype)
+            missing = from_hf(source, target, options.dtype, part)
         else:
             size = num_bytes(options.max_shard_size, "--max-shard-size")
-            to_hf(source, target, options.dtype, size)
-    print(f"{target}: written")
+            size = size if options.format == "safetensors" else None
+            missing = to_hf(source, target, options.dtype, size, part)
+    if missing:
+        table = ", ".join(f"{number}/{part[1]}" for number in missing)
+        print(f"part {options.part} is written; {target} still needs --part {table}")
+    else:
+        print(f"{target}: written")
 
 
-def from_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
-    """Write a Hugging Face folder as the checkpoint `target`; a killed call goes on where it was.
+def _part(text: str) -> tuple[int, int]:
+    """I and N of "I/N"."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--part {text}: not a part such as 2/4, the second of four")
+    return int(match[1]), int(match[2])
+
+
+def from_hf(
+    source: pathlib.Path, target: pathlib.Path, dtype: str | None, part: tuple[int, int] = (1, 1)
+) -> list[int]:
+    """Write part (I, N) of a Hugging Face folder as the checkpoint `target`; the missing parts.
 
     Weights get `dtype`, or keep their own; float8 becomes float32.
     """
     folder = huggingface.open_folder(source)
-    found = huggingface.params_of(folder, build(folder.config, Precision(compute="float32")))
-    params = {}
-    for name, weight in found.items():
-        kind = jnp.dtype(dtype) if dtype and not name.endswith("router/bias") else weight.dtype
-        read = functools.partial(_read_as, weight, kind)
-        params[name] = Tensor(weight.shape, kind, read)
+    params = huggingface.params_of(folder, build(folder.config, Precision(compute="float32")))
+    for name, weight in params.items():
+        if dtype and not name.endswith("router/bias"):
+            params[name] = weight._replace(dtype=jnp.dtype(dtype))
     files = huggingface.keep(source)
     if tokenizer := huggingface.tokenizer_of(source):
         files |= tokenizer.files()
     facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.iterdir())]
-    write_params(
-        target.absolute(),
+    return write_params(
+        target,
         params,
+        part,
         config=huggingface.recorded(folder, Precision()),
         files=files,
-        origin=json.dumps([dtype, facts]),
-        progress=_progress(),
+        origin=[dtype, facts],
+        progress=byte_progress(target.name, every=1),
     )
 
 
-def _read_as(weight: names.Source, kind: np.dtype) -> np.ndarray:
-    return weight.read(()).astype(kind, copy=False)
+def to_hf(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    dtype: str | None,
+    shard: int | None,
+    part: tuple[int, int] = (1, 1),
+) -> list[int]:
+    """Write part (I, N) of a checkpoint of ours as a folder that transformers loads.
 
-
-def to_hf(source: pathlib.Path, target: pathlib.Path, dtype: str | None, shard: int) -> None:
-    """Write a checkpoint of ours as a folder that transformers loads."""
+    The missing parts come back. Without bytes a `shard`, the weights are in PyTorch's form.
+    """
     source = resolve(source)
     config = from_dict(Decoder, read_config(source)["model"], "model")
-    with made_whole(target) as partial:
-        huggingface.write_folder(
-            partial,
-            build(config, Precision(compute="float32")),
-            read_params(source),
-            beside=source / huggingface.BESIDE,
-            dtype=dtype,
-            max_shard_bytes=shard,
-            progress=_progress(),
-        )
-        if (source / INFO).exists() and not (source / huggingface.BESIDE).exists():
-            for name, content in huggingface.tokenizer_files(load_tokenizer(source)).items():
-                (partial / name).write_bytes(content)
-
-
-def _progress() -> Callable[[int, int], None]:
-    """Shows bytes done and in all on stderr, with the rate and the time left, once a second."""
-    start = shown = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown < 1 or not done:
-            return
-        shown, rate = now, done / (now - start)
-        left = datetime.timedelta(seconds=round((total - done) / rate))
-        text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.0f} MB/s  ETA {left}"
-        print(text, file=sys.stderr, flush=True)
-
-    return show
+    beside, files = source / huggingface.BESIDE, {}
+    if (source / INFO).exists() and not beside.exists():
+        files = huggingface.tokenizer_files(load_tokenizer(source))
+    return huggingface.write_folder(
+        target,
+        build(config, Precision(compute="float32")),
+        read_params(source),
+        part,
+        beside=beside,
+        files=files,
+        dtype=dtype,
+        max_shard_bytes=shard,
+        origin=(source / MANIFEST).read_text(),
+        progress=byte_progress(target.name, every=1),
+    )
 
 
 def inspect(path: pathlib.Path) -> str:

@@ -6,9 +6,7 @@ that we have no use for) is kept as it is and written back.
 
 import functools
 import json
-import math
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,12 +18,15 @@ import tokenizers
 from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.checkpoint import families, names
+from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.checkpoint.manager import disk_names
+from deepseek_jax.checkpoint.parts import THREADS, in_parts, turn
 from deepseek_jax.checkpoint.safetensors import (
     BLOCK,
     FLOAT8,
     SCALE,
     Entry,
+    Source,
     Tensor,
     dequantized,
     mapped,
@@ -33,8 +34,11 @@ from deepseek_jax.checkpoint.safetensors import (
     open_scales,
     open_tensors,
     quantized,
+    shard_piece,
+    shards,
+    to_pickle,
+    write_index,
     write_shard,
-    write_tensors,
 )
 from deepseek_jax.core import tree
 from deepseek_jax.core.config import to_dict
@@ -116,7 +120,13 @@ def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
         rows = disk_names(path, leaf.shape, layers)
         source = names.stacked([found[row] for row in rows]) if rows else found[path]
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-        part = lambda index: np.ascontiguousarray(source.read(index)).astype(leaf.dtype)  # noqa: E731
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            values = source.read(index)
+            made = np.empty(values.shape, leaf.dtype)
+            turn(made, values)
+            return made
+
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     return tree.map_with_path(placed, abstract)
@@ -208,38 +218,73 @@ def keep(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def write_folder(
-    directory: pathlib.Path,
+    target: pathlib.Path,
     model: Model,
-    params: Mapping[str, Tensor],
+    params: Mapping[str, Source],
+    part: tuple[int, int],
     *,
     beside: pathlib.Path,
+    files: dict[str, bytes],
     dtype: str | None,
-    max_shard_bytes: int,
+    max_shard_bytes: int | None,
+    origin: str,
     progress: Callable[[int, int], None],
-) -> None:
-    """Write weights (by our names on disk) into a folder that transformers loads.
+) -> list[int]:
+    """Write weights (by our names on disk) as a folder that transformers loads: see `in_parts`.
 
-    `beside` holds what `keep` wrote. `dtype` is a dtype's name, "float8-block", or None, which is
-    as the original was. Float8 weights that did not change keep their values and scales; the others
-    get new ones. Router biases stay float32.
+    `beside` holds what `keep` wrote; `files` are added where it has no such file. `dtype` is a
+    dtype's name, "float8-block", or None, which is as the original was. Float8 weights that did not
+    change keep their values and scales; the others get new ones. Router biases stay float32.
+    Without `max_shard_bytes`, the weights are one file of PyTorch.
     """
-    ours = names.leaves(model)
-    kept = {file.name: file for file in beside.glob("*")}
-    original = _read_json(kept["config.json"]) if "config.json" in kept else {}
-    scales = mapped(kept[SCALES]) if SCALES in kept else {}
-    how = original.get("quantization_config") or {}
+    known, scales = beside / "config.json", beside / SCALES
+    original = _read_json(known) if known.exists() else {}
+    scales = mapped(scales) if scales.exists() else {}
+    kept = {name: path.read_bytes() for name, path in _kept(beside).items()}
+    entries = _entries(model, params, scales, original, dtype)
+    stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
+    config = families.hf_config(model.config, original, str(stored))
+    if any(entry.name.endswith(SCALE) for entry in entries):
+        config["quantization_config"] = QUANTIZATION | (original.get("quantization_config") or {})
+    else:
+        config.pop("quantization_config", None)
+    held = shards(entries, max_shard_bytes or sum(entry.size for entry in entries))
+
+    def finish(whole: pathlib.Path, _: dict) -> None:
+        write_index(whole, held)
+        for name, content in (files | kept).items():
+            (whole / name).parent.mkdir(exist_ok=True)
+            (whole / name).write_bytes(content)
+        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if max_shard_bytes is None:
+            to_pickle(whole)
+        for path in (*whole.rglob("*"), whole):
+            sync(path)
+
+    pieces = [shard_piece(name, some) for name, some in held.items()]
+    origin = [origin, dtype, max_shard_bytes]
+    return in_parts(target, pieces, part, origin=origin, finish=finish, progress=progress)
+
+
+def _entries(
+    model: Model,
+    params: Mapping[str, Source],
+    scales: dict[str, Tensor],
+    original: dict,
+    dtype: str | None,
+) -> list[Entry]:
+    """The tensors of transformers' folder, in its order."""
+    ours, how = names.leaves(model), original.get("quantization_config") or {}
     float8 = dtype == "float8-block" or (dtype is None and scales)
-    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in params.values())
     entries: list[Entry] = []
-    done = 0
 
     def wide(row: names.Row) -> np.ndarray:
-        nonlocal done
-        progress(done, total)
-        done += math.prod(names.their_shape(row, ours)) * params[row.ours[0]].dtype.itemsize
-        return names.joined(row, ours, [params[path].read() for path in row.ours])
+        if row.expert is not None:  # of the stack, only this one is read
+            stack = {row.expert: params[row.ours[0]].read((row.expert,))}
+            return names.joined(row, ours, [stack])
+        return names.joined(row, ours, [params[path].read(()) for path in row.ours])
 
-    @functools.lru_cache(1)  # the values are written first, their scales next
+    @functools.lru_cache(THREADS)  # each thread writes the values first, their scales next
     def pair(row: names.Row) -> tuple[np.ndarray, np.ndarray]:
         return _float8(wide(row), scales.get(row.theirs), how)
 
@@ -253,22 +298,11 @@ def write_folder(
             continue
         if dtype not in (None, "float8-block") and not name.endswith("correction_bias"):
             kind = jnp.dtype(dtype)
-        read = lambda row=row, kind=kind: wide(row).astype(kind, copy=False)  # noqa: E731
-        entries.append(Entry(name, shape, kind, read))
+        entries.append(Entry(name, shape, kind, lambda row=row: wide(row)))
     kind = entries[0].dtype
     for name, shape in names.empty(model.config).items():
         entries.append(Entry(name, shape, kind, lambda: np.zeros(0)))
-    stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
-    config = families.hf_config(model.config, original, str(stored))
-    if any(entry.name.endswith(SCALE) for entry in entries):
-        config["quantization_config"] = QUANTIZATION | how
-    else:
-        config.pop("quantization_config", None)
-    write_tensors(directory, entries, max_shard_bytes)
-    for name, path in _kept(beside).items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, directory / name)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return entries
 
 
 def _float8(wide: np.ndarray, scale: Tensor | None, how: dict) -> tuple[np.ndarray, np.ndarray]:

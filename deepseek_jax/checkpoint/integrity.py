@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from deepseek_jax.core.errors import InputError
 
@@ -34,14 +34,19 @@ def _fingerprint(path: pathlib.Path) -> list:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def write_manifest(directory: pathlib.Path) -> None:
-    """Flush everything under `directory` to the disk, then record its files' fingerprints."""
-    files = {}
+def write_manifest(directory: pathlib.Path, known: Mapping[str, list] | None = None) -> None:
+    """Flush everything under `directory` to the disk, then record its files' fingerprints.
+
+    The `known` ones are [size, SHA-256] by name, so that these files are not read again.
+    """
+    files, temporary = {}, directory / f"{MANIFEST}.tmp"
+    for stale in (directory / MANIFEST, temporary):  # of a call that was killed
+        stale.unlink(missing_ok=True)
     for path in sorted(directory.rglob("*")):
         sync(path)
         if path.is_file():
-            files[path.relative_to(directory).as_posix()] = _fingerprint(path)
-    temporary = directory / f"{MANIFEST}.tmp"
+            name = path.relative_to(directory).as_posix()
+            files[name] = (known or {}).get(name) or _fingerprint(path)
     temporary.write_text(json.dumps({"files": files}, indent=1))
     sync(temporary)
     temporary.replace(directory / MANIFEST)

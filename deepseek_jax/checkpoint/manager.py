@@ -10,18 +10,18 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import math
-import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -29,13 +29,14 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.integrity import resolve as resolve  # for whoever loads
-from deepseek_jax.checkpoint.safetensors import Tensor
+from deepseek_jax.checkpoint.parts import BUFFER, Piece, in_parts, reserve, write_at
+from deepseek_jax.checkpoint.safetensors import Source
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 
 Restored = collections.namedtuple("Restored", "step state position config")
-PIECE = 2**28  # bytes that `write_params` hands to the disk at a time
+MAPPED = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
 # Orbax's threads log each failure with its traceback before `save` or `wait` raises it.
@@ -185,13 +186,17 @@ def _description(step: int, position: int, leaves: dict, config: dict) -> dict[s
 
 def _complete(partial: pathlib.Path, whole: pathlib.Path, files: dict[str, bytes]) -> None:
     """Add `files` and the manifest to what Orbax wrote, and give it its name."""
-    for name, content in files.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_bytes(content)
+    _add(partial, files)
     integrity.write_manifest(partial)
     integrity.remove(whole)  # a damaged one of the same step
     partial.rename(whole)
     integrity.sync(whole.parent)
+
+
+def _add(directory: pathlib.Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def _context() -> ocp.Context:
@@ -261,87 +266,108 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
 
 def write_params(
     directory: pathlib.Path,
-    params: dict[str, Tensor],
+    params: dict[str, Source],
+    part: tuple[int, int],
     *,
     config: dict,
     files: dict[str, bytes],
-    origin: str,
+    origin: Any,
     progress: Callable[[int, int], None],
-) -> None:
-    """Write parameters, by their names on disk, as the checkpoint `directory`, some at a time.
+) -> list[int]:
+    """Write parameters, by their names on disk, as the checkpoint `directory`: see `in_parts`.
 
-    At most two pieces of PIECE bytes, or of one leaf, are in memory. What a killed call of the same
-    `origin` had written stays in `directory`.parts and is not written again. `progress` is told
-    bytes done and in all.
+    Values are cast to their source's dtype. A leaf is a plain zarr folder, which Orbax opens like
+    one in its database, but which any process may write and nothing copies: a file holds one
+    expert, or rows of at most BUFFER bytes.
     """
-    parts, partial = (directory.with_name(f"{directory.name}.{x}") for x in ("parts", "saving"))
-    shutil.rmtree(partial, ignore_errors=True)
-    if not (parts / "origin").exists() or (parts / "origin").read_text() != origin:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        (parts / "origin").write_text(origin)
-    done = _written(parts)
-    sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in params.items()}
-    pieces: list[list[str]] = [[]]
-    for name in (name for name in params if name not in done):
-        if pieces[-1] and sum(sizes[n] for n in pieces[-1]) + sizes[name] > PIECE:
-            pieces.append([])
-        pieces[-1].append(name)
-    written, response = sum(sizes[name] for name in done), None
-    with _context():
-        for piece in filter(None, pieces):
-            arrays = {f"params/{name}": params[name].read() for name in piece}
-            if response:
-                response.result()
-            progress(written, sum(sizes.values()))
-            response = ocp.partial.save_async(parts / "step", unflatten_dict(arrays, sep="/"))
-            written += sum(sizes[name] for name in piece)
-        if response:
-            response.result()
-        # Joining moves files about: it works on links, so that a kill leaves the parts as they are.
-        shutil.copytree(parts, partial, copy_function=_linked)
-        ocp.partial.finalize(partial / "step")
-    leaves = {f"params/{name}": tensor for name, tensor in params.items()}
-    _complete(partial / "step", directory, files | _description(0, 0, leaves, config))
-    shutil.rmtree(partial)
-    shutil.rmtree(parts)
+
+    def finish(whole: pathlib.Path, known: dict[str, Any]) -> None:
+        leaves = {f"params/{name}": source for name, source in params.items()}
+        _add(whole, files | _orbax_files(leaves) | _description(0, 0, leaves, config))
+        integrity.write_manifest(whole, known)
+
+    pieces = [_leaf_piece(name, source) for name, source in params.items()]
+    return in_parts(directory, pieces, part, origin=origin, finish=finish, progress=progress)
 
 
-def _linked(source: str, target: str) -> None:
-    """A second name for a large file; a copy of a small one, which may be rewritten in place."""
-    if os.path.getsize(source) > 2**16:
-        os.link(source, target)
-    else:
-        shutil.copyfile(source, target)
+def _leaf_piece(name: str, source: Source) -> Piece:
+    folder = f"state/params.{name.replace('/', '.')}"
+    (length, *inner), dtype = source.shape, source.dtype
+    size = math.prod(source.shape) * dtype.itemsize
+    experts = "/experts/" in name
+    rows = 1 if experts else math.ceil(length / math.ceil(size / BUFFER))
+
+    def begin(path: pathlib.Path) -> None:
+        spec = {
+            "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"},
+            "metadata": {"chunk_key_encoding": {"name": "v2"}},
+        }  # fmt: skip
+        layout = tensorstore.ChunkLayout(chunk_shape=[rows, *inner])
+        kind = {"dtype": tensorstore.dtype(dtype), "shape": source.shape, "chunk_layout": layout}
+        tensorstore.open(spec, create=True, **kind).result()
+
+    def fill(number: int, values: np.ndarray, path: pathlib.Path) -> dict[str, Any]:
+        file, digest = path / ".".join([str(number), *"0" * len(inner)]), hashlib.sha256()
+        full = rows * math.prod(inner) * dtype.itemsize
+        reserve(file, full)
+        write_at(file, 0, values, dtype, digest)
+        digest.update(bytes(full - values.size * dtype.itemsize))  # the last file is a full one
+        return {f"{folder}/{file.name}": [full, digest.hexdigest()]}
+
+    def expert(number: int, path: pathlib.Path) -> dict[str, Any]:
+        return fill(number, source.read((number,)), path)
+
+    def rest(path: pathlib.Path) -> dict[str, Any]:
+        values, said = source.read(()), {}
+        for number, start in enumerate(range(0, length, rows)):
+            said |= fill(number, values[start : start + rows], path)
+        return said
+
+    each = [(size // length, functools.partial(expert, number)) for number in range(length)]
+    return Piece(folder, begin, each if experts else [(size, rest)])
 
 
-def _written(parts: pathlib.Path) -> set[str]:
-    """The parameters that a killed `write_params` has left whole; what is not whole goes."""
-    found = set()
-    for folder in [*parts.glob("step.partial_save/*"), *parts.glob("*-tmp")]:
-        if (folder / "commit_success.txt").exists() and folder.suffix != ".orbax-checkpoint-tmp":
-            tree_of = json.loads((folder / "state" / "_METADATA").read_text())["tree_metadata"]
-            keys = ([key["key"] for key in leaf["key_metadata"]] for leaf in tree_of.values())
-            found |= {"/".join(key[1:]) for key in keys}
-        else:
-            shutil.rmtree(folder)
-    return found
+def _orbax_files(leaves: dict[str, Source]) -> dict[str, bytes]:
+    """What Orbax 0.12 writes beside the arrays, for plain zarr folders of NumPy arrays."""
+    handler = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+    tables = {"item_handlers": {"state": handler}, "metrics": {}, "performance_metrics": {}}
+    times = {"init_timestamp_nsecs": 0, "commit_timestamp_nsecs": 0}  # a conversion has no date
+    kind = {"value_type": "np.ndarray", "skip_deserialize": False}
+    tree_of = {}
+    for name in leaves:
+        keys = name.split("/")
+        metadata = [{"key": key, "key_type": 2} for key in keys]
+        tree_of[str(tuple(keys))] = {"key_metadata": metadata, "value_metadata": kind}
+    flags = {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
+    texts = {
+        "_CHECKPOINT_METADATA": tables | times | {"custom_metadata": {}},
+        "state/_METADATA": {"tree_metadata": tree_of} | flags | {"custom_metadata": None},
+    }
+    written = {name: json.dumps(text).encode() for name, text in texts.items()}
+    return written | {"orbax.checkpoint": b"", "commit_success.txt": b"Checkpoint commit\n"}
 
 
-def read_params(path: pathlib.Path) -> dict[str, Tensor]:
-    """A checkpoint's parameters by their names on disk, each read when it is asked for."""
-    path, found = path.absolute(), {}
+def read_params(path: pathlib.Path) -> dict[str, Source]:
+    """A checkpoint's parameters by their names on disk, each read when it is asked for.
+
+    Of a leaf only what the index names is read, out of files mapped into memory.
+    """
+    state, found = path.absolute() / "state", {}
+    how = json.loads((state / "_METADATA").read_text())
     for name, text in json.loads((path / "meta.json").read_text())["leaves"].items():
-        dtype, _, sizes = text.partition("[")
         if name.startswith("params/"):
-            shape, kind = tuple(json.loads(f"[{sizes}")), jnp.dtype(dtype)
-            read = functools.partial(_read_leaf, path, name, shape, kind)
-            found[name.removeprefix("params/")] = Tensor(shape, kind, read)
+            dtype, _, sizes = text.partition("[")
+            read = _reader(state, name.replace("/", "."), how)
+            source = Source(tuple(json.loads(f"[{sizes}")), jnp.dtype(dtype), read)
+            found[name.removeprefix("params/")] = source
     return found
 
 
-@functools.lru_cache(maxsize=2)  # of experts, one is asked for after the other
-def _read_leaf(path: pathlib.Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    with _context():
-        target = unflatten_dict({name: np.empty(shape, dtype)}, sep="/")
-        return tree.flatten(ocp.load(path, target))[name]
+def _reader(state: pathlib.Path, leaf: str, how: dict) -> Callable[[tuple], np.ndarray]:
+    files = {"driver": "file", "path": f"{state}/"}
+    store = {"driver": "ocdbt", "base": files, "path": f"{leaf}/"}
+    if not how["use_ocdbt"]:
+        store = files | {"path": f"{state}/{leaf}/"}
+    spec = {"driver": "zarr3" if how["use_zarr3"] else "zarr", "kvstore": store}
+    opened = functools.cache(lambda: tensorstore.open(spec, read=True, context=MAPPED).result())
+    return lambda index: opened()[index].read(order="C").result()

@@ -8,13 +8,13 @@ transformers 5.23 and the published checkpoints' indexes.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.checkpoint.manager import disk_names
-from deepseek_jax.checkpoint.safetensors import Tensor
+from deepseek_jax.checkpoint.safetensors import Source, Tensor
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.core.errors import InputError
@@ -76,14 +76,6 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     spec: Spec
-
-
-class Source(NamedTuple):
-    """Where a weight of ours comes from: `read(index)` gives the part that an index tuple names."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[tuple], np.ndarray]
 
 
 def leaves(model: Model) -> dict[str, Leaf]:
@@ -180,15 +172,16 @@ def their_shape(row: Row, ours: Mapping[str, Leaf]) -> tuple[int, ...]:
 
 
 def joined(row: Row, ours: Mapping[str, Leaf], arrays: list[np.ndarray]) -> np.ndarray:
-    """Their tensor, from the weights of ours that lie in it."""
+    """Their tensor, a view where that can be, from the weights of ours that lie in it."""
     first = ours[row.ours[0]]
     sides = _sides(first, row.ours[0])
     if sides is None:
         return arrays[0].reshape(their_shape(row, ours))
     if row.expert is not None:
         return arrays[0][row.expert].T
-    turned = [array.transpose(*sides[0], *sides[1]) for array in arrays]
-    return np.concatenate(turned, axis=len(sides[0]) - 1).reshape(their_shape(row, ours))
+    turned = [array.transpose(*sides[1], *sides[0]) for array in arrays]
+    whole = np.concatenate(turned, -1) if len(turned) > 1 else turned[0]
+    return whole.reshape(their_shape(row, ours)[::-1]).T
 
 
 def sources(
@@ -253,6 +246,8 @@ def stacked(parts: list[Source]) -> Source:
 
     def read(index: tuple) -> np.ndarray:
         index = index or (slice(None),)
+        if isinstance(index[0], int):
+            return parts[index[0]].read(tuple(index[1:]))
         return np.stack([part.read(tuple(index[1:])) for part in parts[index[0]]])
 
     return Source((len(parts), *parts[0].shape), parts[0].dtype, read)

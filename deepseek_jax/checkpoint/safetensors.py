@@ -6,16 +6,22 @@ float8 with a scale a block of 128 x 128 (named "inverse", but multiplied). Noth
 by torch's weights-only reader.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import math
 import pathlib
 import re
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.checkpoint.integrity import sync
+from deepseek_jax.checkpoint.parts import BUFFER, Piece, reserve, write_at
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data.sources import one_line
@@ -28,9 +34,10 @@ DTYPES = {
 DTYPES = {name: jnp.dtype(kind) for name, kind in DTYPES.items()}
 FLOAT8, EXPONENT = DTYPES["F8_E4M3"], DTYPES["F8_E8M0"]
 NAMES = {kind: name for name, kind in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 128  # rows and columns that share a float8 scale
 SCALE = "_scale_inv"
+LARGE = threading.Lock()  # of the tensors over a buffer, one is in memory at a time
 
 
 class Tensor(NamedTuple):
@@ -40,6 +47,14 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     """The values; a view of the file where its form allows that."""
+
+
+class Source(NamedTuple):
+    """Where a weight of ours comes from: `read(index)` gives the part that an index tuple names."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple], np.ndarray]
 
 
 def open_tensors(directory: str | pathlib.Path) -> dict[str, Tensor]:
@@ -221,7 +236,7 @@ def narrowed(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 class Entry(NamedTuple):
-    """A tensor to write, made when its turn comes."""
+    """A tensor to write, made when its turn comes, by `read` in any dtype and layout."""
 
     name: str
     shape: tuple[int, ...]
@@ -236,26 +251,65 @@ class Entry(NamedTuple):
 
 def write_tensors(directory: pathlib.Path, entries: Iterable[Entry], max_bytes: int) -> None:
     """Write safetensors shards of at most `max_bytes` (or of one tensor), and their index."""
-    shards: list[list[Entry]] = [[]]
+    files = shards(entries, max_bytes)
+    for name, held in files.items():
+        write_shard(directory / name, held)
+    write_index(directory, files)
+
+
+def shards(entries: Iterable[Entry], max_bytes: int) -> dict[str, list[Entry]]:
+    """Which tensors go into which file of at most `max_bytes`, or of one tensor."""
+    found: list[list[Entry]] = [[]]
     for entry in entries:
-        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > max_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    if len(shards) == 1:
-        write_shard(directory / "model.safetensors", shards[0])
+        if found[-1] and sum(e.size for e in found[-1]) + entry.size > max_bytes:
+            found.append([])
+        found[-1].append(entry)
+    if len(found) == 1:
+        return {WHOLE: found[0]}
+    name = "model-{:05d}-of-{:05d}.safetensors".format
+    return {name(number, len(found)): shard for number, shard in enumerate(found, 1)}
+
+
+def write_index(directory: pathlib.Path, files: dict[str, list[Entry]]) -> None:
+    """Write the index of several shards; one alone has none."""
+    if len(files) == 1:
         return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(directory / file, shard)
-        weight_map |= {entry.name: file for entry in shard}
-    total = sum(entry.size for shard in shards for entry in shard)
+    weight_map = {entry.name: file for file, shard in files.items() for entry in shard}
+    total = sum(entry.size for shard in files.values() for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def to_pickle(directory: pathlib.Path) -> None:
+    """Turn a folder's one safetensors file into PyTorch's form, its values mapped, not read."""
+    stored, target = directory / WHOLE, directory / "pytorch_model.bin"
+    if not stored.exists():  # a killed call had come so far
+        return
+    torch = require("torch")
+    state = {}
+    for name, tensor in mapped(stored).items():
+        kind = getattr(torch, tensor.dtype.name)
+        if 0 in tensor.shape:
+            state[name] = torch.empty(tensor.shape, dtype=kind)
+            continue
+        bits = np.dtype(f"int{8 * tensor.dtype.itemsize}")
+        values = np.memmap(stored, bits, "c", tensor.read().offset, tensor.shape)
+        state[name] = torch.from_numpy(values).view(kind)
+    torch.save(state, target)
+    sync(target)
+    stored.unlink()
+
+
 def write_shard(path: pathlib.Path, entries: list[Entry]) -> None:
     """Write one safetensors file."""
+    piece = shard_piece(path.name, entries)
+    piece.begin(path)
+    for _, task in piece.tasks:
+        task(path)
+
+
+def shard_piece(name: str, entries: list[Entry]) -> Piece:
+    """One safetensors file, whose tensors several threads write; scales go with their values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -264,7 +318,20 @@ def write_shard(path: pathlib.Path, entries: list[Entry]) -> None:
         header[entry.name] = kind | {"data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            file.write(np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8).data)
+
+    def start(path: pathlib.Path) -> None:
+        reserve(path, 8 + len(text) + end)
+        with path.open("r+b") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+
+    def fill(some: list[Entry], path: pathlib.Path) -> dict[str, Any]:
+        with LARGE if some[0].size > BUFFER else contextlib.nullcontext():
+            for entry in some:
+                start = 8 + len(text) + header[entry.name]["data_offsets"][0]
+                write_at(path, start, entry.read(), entry.dtype)
+        return {}
+
+    groups = itertools.groupby(entries, lambda entry: entry.name.removesuffix(SCALE))
+    held = [list(group) for _, group in groups]
+    tasks = [(sum(e.size for e in some), functools.partial(fill, some)) for some in held]
+    return Piece(name, start, tasks)

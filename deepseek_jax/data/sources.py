@@ -15,9 +15,7 @@ import json
 import os
 import pathlib
 import re
-import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
@@ -25,6 +23,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
+from deepseek_jax.core.progress import byte_progress
 
 MIB = 1 << 20
 SMALL = 64 * MIB  # smaller sources are known by their contents, larger ones by their files' times
@@ -206,17 +205,12 @@ def documents(source: Plain) -> Iterator[Document]:
     found, done = files(source), 0
     compressed = isinstance(source, Parquet)  # their sizes say little
     total = 0 if compressed else sum(file.path.stat().st_size for file in found)
-    start = last = time.monotonic()
+    progress = byte_progress("documents", every=10)
+    progress(0, total)
     for document in filter(lambda document: document.text, _documents(source, found)):
         yield document
         done += len(document.text.encode())
-        if (now := time.monotonic()) - last > 10:
-            last, rate = now, done / (now - start)
-            line = f"documents: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
-            if total:
-                minutes, seconds = divmod(int(max(total - done, 0) / rate), 60)
-                line += f", {min(done / total, 1):.0%}, {minutes}:{seconds:02d} left"
-            print(line, file=sys.stderr, flush=True)
+        progress(done, total)
     if not done:
         names = ", ".join(str(file.path) for file in found[:3])
         raise InputError(f"{names}: no text here; give files that are not empty")

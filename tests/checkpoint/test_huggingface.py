@@ -6,10 +6,6 @@ transformers; tensors come back byte for byte; what does not fit is refused by i
 
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import hf_cases
 import jax
@@ -23,9 +19,8 @@ import transformers
 from transformers.models import deepseek_ocr2 as ocr2
 
 from deepseek_jax import convert
-from deepseek_jax.checkpoint import families, huggingface, manager, names
+from deepseek_jax.checkpoint import families, huggingface, names
 from deepseek_jax.checkpoint import safetensors as folders
-from deepseek_jax.checkpoint.manager import read_params
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
@@ -412,49 +407,3 @@ def test_old_and_new_rope_fields_mean_the_same(saved):
     del old["rope_scaling"]["rope_type"]
     assert families.decoder(new) == families.decoder(old)
     assert families.decoder(new).attention.yarn is not None
-
-
-def test_parts_of_another_conversion_are_not_taken_up(saved, tmp_path, monkeypatch):
-    """A conversion that stopped half-way leaves parts; another folder's must not mix with them."""
-    first, second = (
-        hf_cases.save(hf_cases.hf_model("qwen2", seed), tmp_path / f"hf{seed}") for seed in (1, 2)
-    )
-    monkeypatch.setattr(manager, "PIECE", 1)
-    with monkeypatch.context() as patched:
-        patched.setattr(manager.shutil, "copytree", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            convert.main(["from-hf", str(first), str(tmp_path / "ours")])
-    assert len(list(tmp_path.glob("ours.parts/*/*"))) > 20
-    convert.main(["from-hf", str(second), str(tmp_path / "ours")])
-    convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")])
-    same_tensors(second, tmp_path / "back")
-
-
-@pytest.mark.slow
-def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
-    """Killed at any moment; what comes out is what an undisturbed conversion gives."""
-    shape = {"hidden_size": 256, "num_hidden_layers": 6, "moe_intermediate_size": 256}
-    directory = hf_cases.save(hf_cases.hf_model("v2-lite", **shape), tmp_path / "hf")
-    code = (
-        "import sys; from deepseek_jax import convert; from deepseek_jax.checkpoint import manager;"
-        "manager.PIECE = 10**6; convert.main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", code, "from-hf", str(directory), str(tmp_path / "ours")]
-    kills = 0
-    for _ in range(12):
-        process = subprocess.Popen(command)
-        started = len(list(tmp_path.glob("ours.parts/*/*")))
-        while process.poll() is None:
-            if len(list(tmp_path.glob("ours.parts/*/*"))) >= started + 3:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.005)
-        process.wait()
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0 or not subprocess.run(command, check=True).returncode
-    assert kills >= 2
-    convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")])
-    same_tensors(directory, tmp_path / "back")
-    assert set(read_params(tmp_path / "ours")) == set(names.leaves(opened(directory)[0]))

@@ -92,7 +92,8 @@ def test_long_reading_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
     pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
     _texts(TextFiles(paths=(f"{tmp_path}/*.txt",)))
     assert capsys.readouterr().err == (
-        "documents: 0.0 MB, 0.0 MB/s, 38%, 0:20 left\ndocuments: 0.1 MB, 0.0 MB/s, 75%, 0:08 left\n"
+        "documents: 0.0 of 0.1 MB (38%), ETA 0:00:20, 0.0 MB/s\n"
+        "documents: 0.1 of 0.1 MB (75%), ETA 0:00:08, 0.0 MB/s\n"
     )
     _texts(Parquet(paths=(f"{tmp_path}/a.parquet",)))
     assert capsys.readouterr().err == "documents: 0.0 MB, 0.0 MB/s\n"
