@@ -145,5 +145,6 @@ class LatentAttention(nn.Module):
         scores = jnp.einsum("btnc,bsc->bnts", query, latent, **f32)
         scores = (scores + jnp.einsum("btnp,bsp->bnts", q_rope, rope_key, **f32)) * scale
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
-        seen = jnp.einsum("bnts,bsc->btnc", weights.astype(dtype), latent, **f32)
+        # Heads first, then turned: XLA on CPU has no bfloat16 product that also turns its result.
+        seen = jnp.einsum("bnts,bsc->bntc", weights.astype(dtype), latent, **f32).swapaxes(1, 2)
         return per_head("btnc,cnh->btnh", seen.astype(dtype), v_up).astype(dtype)

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.moe import Capacity
+from deepseek_jax.layers.sparse_attention import Indexer
+from deepseek_jax.models.build import build
 
 LENGTH = 16
 LENGTHS = (16, 9, 13)  # each row's tokens
@@ -106,3 +109,28 @@ def test_a_cache_holds_what_its_attention_needs():
     assert shapes["mla"] == (latent, latent)
     keys = {"k": (1, 3, 10, 2, 8), "v": (1, 3, 10, 2, 8)}
     assert shapes["gqa"] == (keys, keys)
+
+
+@pytest.mark.parametrize("attention", ["mla", "mla_indexer", "gqa", "gqa_gate"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_half_precision_decodes_in_batches_of_any_size(attention, rows):
+    """At sizes for which XLA on CPU looks for a library's product, and may find none."""
+    sizes = {"num_heads": 16, "kv_rank": 128, "nope_dim": 16, "rope_dim": 16, "value_dim": 16}
+    wide = sizes if attention.startswith("mla") else {"num_heads": 8, "head_dim": 64}
+    if attention == "mla_indexer":
+        wide = wide | {"indexer": Indexer(num_heads=16, head_dim=32, top_k=64)}
+    config = cases.decoder(attention, "sigmoid", embed_dim=64)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, **wide))
+    tokens, found = jnp.arange(40 * rows, dtype=jnp.int32).reshape(rows, 40) % 61, {}
+    for dtype in ("bfloat16", "float32"):
+        model = build(config, Precision(compute=dtype))
+        params, logits = jax.tree.map(jnp.asarray, cases.random_params(model.shapes, 1)), []
+        decode, cache = jax.jit(model.decode), model.init_cache(rows, 640)
+        for first, end in ((0, 39), (39, 40)):
+            places = jnp.broadcast_to(jnp.arange(first, end)[None], (rows, end - first))
+            one, cache = decode(params, tokens[:, first:end], cache, places)
+            logits.append(one)
+        found[dtype] = np.asarray(jnp.concatenate(logits, 1), np.float64)
+    half, whole = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in found.values())
+    assert np.median((half * whole).sum(-1)) > 0.999
+    assert (half[:, -1] * whole[:, -1]).sum(-1).max() > 0.999
