@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
 from deepseek_jax.ops.attention import causal_attention, masked_attention
+from deepseek_jax.ops.matmul import put
 from deepseek_jax.ops.rope import Llama3, Yarn, rotate, softmax_factor
 
 
@@ -36,7 +37,7 @@ def write_cache(
     """Put each token's values at its position of its row; positions below 0 are padding."""
     rows = jnp.arange(cache.shape[0])[:, None]
     slots = jnp.where(positions < 0, cache.shape[1], positions)  # past the end: dropped
-    return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop")
+    return put(cache, (rows, slots), values.astype(cache.dtype))
 
 
 def grown(cache: dict[str, Any], new: dict[str, Array], place: Place) -> dict[str, Any]:

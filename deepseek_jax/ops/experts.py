@@ -116,7 +116,7 @@ def _turns(x, experts, weights, gate, up, down):
         token, expert, weight = assignment
         one = jax.lax.dynamic_slice_in_dim(x, token, 1)[None]
         expert = jnp.minimum(expert, gate.shape[0] - 1)
-        own = [jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate, up, down)]
+        own = [rows(w, expert) for w in (gate, up, down)]
 
         def run(one):
             h = swiglu(*(dot("btd,df->btf", one, w) for w in own[:2])) * weight

@@ -72,7 +72,19 @@ def rows(x: Float[Array, "N ..."], index: Int[Array, "..."]) -> Float[Array, "..
     """
     if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
         return x[index]
+    # Where a loop picks the index, XLA would copy all of x's bits before it, but for this barrier.
+    x, index = jax.lax.optimization_barrier((x, index))
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint16)[index], x.dtype)
+
+
+def put(
+    x: Float[Array, "N ..."], index: tuple[Int[Array, "..."], ...], values: Float[Array, "..."]
+) -> Float[Array, "N ..."]:
+    """x with values (of its dtype) at index; what lies outside is dropped. For use as `rows` is."""
+    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
+        return x.at[index].set(values, mode="drop")
+    bits, values = (jax.lax.bitcast_convert_type(part, jnp.uint16) for part in (x, values))
+    return jax.lax.bitcast_convert_type(bits.at[index].set(values, mode="drop"), x.dtype)
 
 
 def turned(x: Float[Array, "*n R C"]) -> Float[Array, "*n C R"]:

@@ -142,3 +142,15 @@ def test_feed_forward_is_one_expert_that_all_tokens_visit():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected
     )
+
+
+@pytest.mark.parametrize(("way", "tokens"), [("turns", 4), ("tiles", 20)])
+def test_half_precision_copies_no_weights_of_all_experts(way, tokens):
+    """What a loop would take of each expert, XLA on CPU otherwise makes of all before the loop."""
+    size, width, active = 64, 128, 6
+    shapes = [(tokens, width), (tokens, active), *[(size, width, width)] * 3]
+    x, weights, *leaves = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    experts = jax.ShapeDtypeStruct(weights.shape, jnp.int32)
+    apply = jax.jit(functools.partial(routed_experts, implementation=way))
+    compiled = apply.lower(x, experts, weights, *leaves).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * size * width * width

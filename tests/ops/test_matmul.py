@@ -10,6 +10,7 @@ from deepseek_jax.ops.matmul import (
     dot,
     matmul,
     per_head,
+    put,
     rows,
     scaled,
     thickened,
@@ -62,6 +63,17 @@ def test_rows_and_turned_move_every_bit(dtype):
     x, index = drawn((5, 4, 3), dtype), jnp.array([[4, 0], [2, 2]])
     np.testing.assert_array_equal(exact(rows(x, index))[0], exact(x[index])[0])
     np.testing.assert_array_equal(exact(turned(x))[0], exact(x)[0].swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_put_writes_every_bit_and_drops_what_lies_outside(dtype):
+    x, values = drawn((5, 4, 3), dtype), drawn((2, 2, 3), dtype)
+    index = jnp.array([[4], [1]]), jnp.array([[0, 4], [3, 2]])
+    expected = exact(x)[0]
+    expected[[4, 1, 1], [0, 3, 2]] = exact(values)[0][[0, 1, 1], [0, 0, 1]]
+    y = put(x, index, values)
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(exact(y)[0], expected)
 
 
 def test_what_stands_apart_is_not_fused():
