@@ -6,7 +6,8 @@ Both complete the same prompts greedily with the same random weights, read from 
 DeepSeek-V2-Lite at half its width (hidden 1024; 16 heads of 128 + 64, latent 512; 64 experts of
 704, top-6, and 2 shared; 1 of 3 layers dense; vocabulary 32,000). 512 tokens of prompt, 128 new.
 Each runs in a process of its own; they take turns and medians are printed, since the machine's
-speed drifts. Compilation and first calls are outside. Torch has all cores, inference mode, sdpa,
+speed drifts. Compilation and first calls are outside. Both run
+on the GPU where there is one. Torch has all cores, inference mode, sdpa,
 its cache and, for each batch size, its faster experts backend, tried first (batched_mm is left out:
 it would gather every token's experts, 18 GB for one prompt). In float32 the tokens of both are
 compared: from a row's first difference on everything may differ, so the margin of transformers'
@@ -74,13 +75,14 @@ def ours(path: pathlib.Path, dtype: str) -> Callable:
 def theirs(path: pathlib.Path, dtype: str) -> Callable:
     """The same of transformers; `told` is how."""
     torch.set_num_threads(os.cpu_count())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
+    ).to(device)
 
     @torch.inference_mode()
     def complete(rows: list[list[int]], new: int, **more: bool) -> object:
-        ids = torch.tensor(rows)
+        ids = torch.tensor(rows, device=device)
         mask = torch.ones_like(ids)
         done = model.generate(
             ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **more
@@ -110,7 +112,7 @@ def margins(complete: Callable, batch: int) -> np.ndarray:
     """How far each of transformers' choices [B, NEW] was above the next best."""
     found = complete(prompts(batch), NEW, output_scores=True, return_dict_in_generate=True)
     best = torch.stack(found.scores, 1).float().topk(2, -1).values
-    return (best[..., 0] - best[..., 1]).numpy()
+    return (best[..., 0] - best[..., 1]).cpu().numpy()
 
 
 def seconds(complete: Callable, batch: int, new: int) -> float:

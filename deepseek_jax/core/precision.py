@@ -4,8 +4,9 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
+
+from deepseek_jax.core import target
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -34,7 +35,7 @@ def compute_dtype(precision: Precision) -> tuple[jnp.dtype, str]:
     """The dtype of arithmetic on this process's devices, and why, in a few words."""
     if precision.compute != "auto":
         return jnp.dtype(precision.compute), "as configured"
-    platform = jax.default_backend()
+    platform = target.platform()
     if platform != "cpu":
         return jnp.dtype(jnp.bfloat16), f"auto: {platform} has bfloat16 matrix units"
     if found := {"amx_bf16", "avx512_bf16"} & _cpu_flags():

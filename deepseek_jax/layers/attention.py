@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.core import target
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
-from deepseek_jax.ops.attention import causal_attention, masked_attention
+from deepseek_jax.ops.attention import KERNELS, causal_attention, masked_attention, preferred
 from deepseek_jax.ops.matmul import put
 from deepseek_jax.ops.rope import Llama3, Yarn, rotate, softmax_factor
+from deepseek_jax.parallel.manual import per_device
+from deepseek_jax.parallel.sharding import heads_spec
 
 
 class Place(NamedTuple):
@@ -38,6 +42,27 @@ def write_cache(
     rows = jnp.arange(cache.shape[0])[:, None]
     slots = jnp.where(positions < 0, cache.shape[1], positions)  # past the end: dropped
     return put(cache, (rows, slots), values.astype(cache.dtype))
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    segments: Int[Array, "B T"] | None,
+    **options: Any,
+) -> Float[Array, "B T N Hv"]:
+    """`causal_attention`; on a mesh its kernels run on each device's own rows and heads."""
+    if target.partitioned() and options.get("keep") is None and preferred(q) in KERNELS:
+        spec = heads_spec(q.shape[0], q.shape[2], k.shape[2])
+        if spec is not None:
+            given = (q, k, v) if segments is None else (q, k, v, segments)
+
+            def of_one(q, k, v, segments=None):
+                return causal_attention(q, k, v, segments, **options)
+
+            specs = (spec, spec, spec, PartitionSpec(spec[0], None))[: len(given)]
+            return per_device(of_one, specs, spec, checked=False)(*given)
+    return causal_attention(q, k, v, segments, **options)
 
 
 def grown(cache: dict[str, Any], new: dict[str, Array], place: Place) -> dict[str, Any]:
@@ -141,7 +166,7 @@ class GroupedQueryAttention(nn.Module):
         del x
         c = self.config
         if cache is None:
-            out = causal_attention(q, k, v, place.segments, scale=scale, window=c.window)
+            out = attend(q, k, v, place.segments, scale=scale, window=c.window)
             return out, None, None
         cache = grown(cache, {"k": k, "v": v}, place)
         mask = cache_mask(place.positions, cache["k"].shape[1], c.window)

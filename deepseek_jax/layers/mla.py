@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_jax.layers.attention import Place, Selection, cache_mask, grown
+from deepseek_jax.layers.attention import Place, Selection, attend, cache_mask, grown
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
 from deepseek_jax.layers.sparse_attention import Indexer, LightningIndexer
 from deepseek_jax.ops import sparse
-from deepseek_jax.ops.attention import MASKED, causal_attention
+from deepseek_jax.ops.attention import MASKED
 from deepseek_jax.ops.matmul import per_head
 from deepseek_jax.ops.rope import Yarn, rotate, softmax_factor
 
@@ -117,7 +117,7 @@ class LatentAttention(nn.Module):
                 valid = True if place.segments is None else (place.segments > 0)[..., None]
                 selection = Selection((keep & valid).sum(dtype=jnp.float32), divergence)
             v = self.v_up(latent)
-            out = causal_attention(q, k, v, place.segments, scale=scale, keep=keep)
+            out = attend(q, k, v, place.segments, scale=scale, keep=keep)
             return self.o(out), None, selection
         new = {"latent": latent, "rope_key": rope_key[:, :, 0]}
         cache = grown(cache, new if index is None else new | {"index_key": index[1]}, place)

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax.core import target
 from deepseek_jax.core.extras import require
 from deepseek_jax.ops.matmul import dot
 
 Implementation = Literal["reference", "blocks", "cudnn", "splash"]
+KERNELS = {"splash"}  # written by hand, in Pallas: XLA cannot partition them
 MASKED = -1e30  # finite: a row with nothing to attend gives a uniform softmax, never NaN
 
 
@@ -71,15 +73,24 @@ def causal_attention(
         mask = causal_mask(segments, q.shape[1], window)
         return masked_attention(q, k, v, mask if keep is None else mask & keep, scale)
     if implementation is None:
-        implementation, backend = "blocks", jax.default_backend()
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-            implementation = "cudnn"
-        elif backend == "tpu" and q.shape[1] % 128 == 0 and jax.device_count() == 1:
-            implementation = "splash"  # a Pallas kernel: not partitioned, so one device only
+        implementation = preferred(q)
+        if implementation in KERNELS and target.partitioned():
+            implementation = "blocks"
     if implementation == "blocks" or keep is not None:
         return _blocks(q, k, v, segments, keep, scale, window)
     return {"cudnn": _cudnn, "splash": _splash}[implementation](q, k, v, segments, scale, window)
+
+
+def preferred(q: Float[Array, "B T N H"]) -> Implementation:
+    """What is fastest where `q` will be computed, on one device."""
+    backend, (_, length, _, width) = target.platform(), q.shape
+    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        hopper = float(target.devices()[0].compute_capability) >= 9
+        if width % 8 == 0 and width <= (256 if hopper else 128):
+            return "cudnn"
+    if backend == "tpu" and length % 128 == 0:
+        return "splash"
+    return "blocks"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -186,7 +197,7 @@ def _splash(q, k, v, segments, scale, window):
         one = splash.LocalMask((length, length), (window - 1, 0), 0)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([one] * q.shape[2]),
-        interpret=jax.default_backend() == "cpu",  # slow: for tests
+        interpret=target.platform() == "cpu",  # slow: for tests
     )
     heads_first = [
         jnp.swapaxes(x, 1, 2) for x in (q * scale, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2))

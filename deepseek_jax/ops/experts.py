@@ -1,7 +1,8 @@
 """Routed experts over sorted tokens: a plain reference and a fast form for each backend.
 
-`routed_experts` is the one place that chooses. On GPU and TPU tokens are sorted by expert and go
-through `lax.ragged_dot`. XLA on CPU lowers that to a dense masked product, so there each expert
+`routed_experts` is the one place that chooses. On TPU tokens are sorted by expert and go through
+`lax.ragged_dot`, on a Hopper GPU through JAX's own kernels for the same. XLA lowers that product to
+a dense masked one on CPU and on GPU (60 times slower than the kernels), so elsewhere each expert
 gets a tile of fixed size, all tiles go through one batched matmul, and what does not fit runs in a
 loop over as many small tiles as this batch needs: exact for every load, fast for an even one.
 Gathers replace scatters in both directions.
@@ -14,11 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.core import target
+from deepseek_jax.core.extras import require
 from deepseek_jax.ops.matmul import dot, rows, thickened, turned
 
-Implementation = Literal["reference", "ragged", "tiles", "few", "turns"]
+Implementation = Literal["reference", "ragged", "hopper", "tiles", "few", "turns"]
 TILE_SLACK = 1.125  # a fixed tile's rows over an expert's even share
 OVERFLOW_ROWS = 64  # rows of one overflow tile
+KERNEL_TILE = 128  # rows and columns of a Hopper kernel's block
 
 
 class Plan(NamedTuple):
@@ -67,19 +71,30 @@ def routed_experts(
         late = _rank(plan, experts) >= capacity
         experts = jnp.where(late, num_experts, experts)
     weights = jnp.where(experts < num_experts, weights, 0.0)
-    if implementation is None:
-        implementation = "tiles" if jax.default_backend() == "cpu" else "ragged"
-        if experts.size < num_experts:
-            # Decoding: read only the chosen experts' weights.
-            implementation = "turns" if jax.default_backend() == "cpu" else "few"
+    implementation = implementation or _choice(x, experts, gate)
     if implementation == "tiles":  # it narrows weights itself, so that their slopes stay wide
         even = int(experts.size / num_experts * TILE_SLACK)
         size = min(capacity or max(8, -(-even // 8) * 8), x.shape[0])
         y = _tiles(size, capacity is None, x, weights, gate, up, down, plan, experts)
+    elif implementation in ("ragged", "hopper"):  # and so do these
+        y = _sorted(implementation, x, weights, gate, up, down, make_plan(experts, num_experts))
     else:
         form = FORMS[implementation]
         y = form(x, experts, weights, *(w.astype(x.dtype) for w in (gate, up, down)))
     return y, dispatched, dropped
+
+
+def _choice(x, experts, gate) -> Implementation:
+    backend, (num_experts, *sizes) = target.platform(), gate.shape
+    if experts.size < num_experts:  # decoding: read only the chosen experts' weights
+        return "turns" if backend == "cpu" else "few"
+    if backend == "tpu":
+        return "ragged"
+    fits = x.dtype.itemsize == 2 and all(size % KERNEL_TILE == 0 for size in sizes)
+    fits &= backend == "gpu" and not target.partitioned()
+    if fits and target.devices()[0].compute_capability.startswith("9."):
+        return "hopper"
+    return "tiles"
 
 
 def _rank(plan, experts):
@@ -131,20 +146,100 @@ def _turns(x, experts, weights, gate, up, down):
     )
 
 
-def _ragged(x, experts, weights, gate, up, down):
-    plan = make_plan(experts, gate.shape[0])
-    ragged = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
-    tokens = x[plan.order // weights.shape[1]]
-    h = swiglu(ragged(tokens, gate, plan.counts), ragged(tokens, up, plan.counts))
-    used = jnp.arange(plan.order.size) < plan.counts.sum()
-    h = jnp.where(used[:, None], h * weights.reshape(-1)[plan.order][:, None], 0.0)
-    y = ragged(h.astype(x.dtype), down, plan.counts)
-    # Rows past the last group hold whatever the kernel left there.
-    y = jnp.where(used[:, None], y, 0.0)
-    return y[plan.place].sum(1).astype(x.dtype)
+FORMS = {"reference": _every_expert, "few": _few, "turns": _turns}
 
 
-FORMS = {"reference": _every_expert, "few": _few, "turns": _turns, "ragged": _ragged}
+def _sorted(product, x, weights, gate, up, down, plan):
+    tokens = _dispatch(x, plan.order, plan.place)
+    weight = _dispatch(weights.reshape(-1, 1), plan.order, plan.place.reshape(-1, 1))
+    h = swiglu(*(_grouped(product, tokens, w, plan.counts) for w in (gate, up)))
+    y = _grouped(product, (h * weight).astype(x.dtype), down, plan.counts)
+    return _gather_back(y, plan.order, plan.place)
+
+
+@jax.custom_vjp
+def _dispatch(x, order, place):
+    """Rows in sorted order; and back, so that both directions gather."""
+    return x[order // place.shape[1]]
+
+
+@jax.custom_vjp
+def _gather_back(y, order, place):
+    """Each token's sum over its sorted rows."""
+    return y[place].sum(1, dtype=jnp.float32).astype(y.dtype)
+
+
+_dispatch.defvjp(
+    lambda x, *places: (_dispatch(x, *places), places),
+    lambda places, slope: (_gather_back(slope, *places), None, None),
+)
+_gather_back.defvjp(
+    lambda y, *places: (_gather_back(y, *places), places),
+    lambda places, slope: (_dispatch(slope, *places), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(product, x, w, counts):
+    """Sorted rows times their own expert's matrix, in x's dtype; zero past the last expert's."""
+    return _grouped_forward(product, x, w, counts)[0]
+
+
+def _grouped_forward(product, x, w, counts):
+    narrow = w.astype(x.dtype)
+    y = PRODUCTS[product](x, narrow, counts, False)
+    return _real(y, counts), (x, narrow, counts, jnp.zeros(0, w.dtype))
+
+
+def _grouped_backward(product, residuals, slope):
+    x, w, counts, like = residuals
+    x_slope = _real(PRODUCTS[product](slope, w, counts, True), counts)
+    return x_slope, SLOPES[product](x, slope, counts).astype(like.dtype), None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _real(y, counts):
+    """Past the last group lies whatever the kernel found there, not a number perhaps."""
+    return jnp.where((jnp.arange(y.shape[0]) < counts.sum())[:, None], y, 0).astype(y.dtype)
+
+
+def _ragged(x, w, counts, turn):
+    numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if turn else 1,)), ((), ())), [0], [0])
+    y = jax.lax.ragged_dot_general(x, w, counts, numbers, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _ragged_slope(x, slope, counts):
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(x, slope, counts, numbers, preferred_element_type=jnp.float32)
+
+
+def _tiling(columns: int) -> dict[str, int]:
+    """What ran fastest on an H200; see benchmarks/README.md."""
+    blocks = columns // KERNEL_TILE
+    together = max(n for n in range(1, 17) if blocks % n == 0)  # columns of blocks walked together
+    return {
+        "block_m": KERNEL_TILE, "block_n": KERNEL_TILE, "block_k": 64,
+        "max_concurrent_steps": 4, "grid_block_n": together,
+    }  # fmt: skip
+
+
+def _hopper(x, w, counts, turn):
+    kernel = require("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu").ragged_dot
+    columns = w.shape[1 if turn else 2]
+    return kernel(x, w, group_sizes=counts, transpose_rhs=turn, **_tiling(columns))
+
+
+def _hopper_slope(x, slope, counts):
+    kernels = require("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
+    tiling = _tiling(slope.shape[1])
+    return kernels.transposed_ragged_dot(x, slope, group_sizes=counts, **tiling)
+
+
+PRODUCTS = {"ragged": _ragged, "hopper": _hopper}
+SLOPES = {"ragged": _ragged_slope, "hopper": _hopper_slope}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

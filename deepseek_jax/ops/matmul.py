@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.core import target
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ def apart(function: Callable[..., T], *operands: Array) -> T:
 
     It removes optimization barriers before it fuses, but leaves such a call alone.
     """
-    if jax.default_backend() != "cpu":
+    if target.platform() != "cpu":
         return function(*operands)
     with set_xla_metadata(inlineable="false"):
         return jax.jit(function)(*operands)
@@ -38,7 +40,7 @@ def thickened(function: Callable[[Array], Array], x: Float[Array, "B T ..."]) ->
     XLA on CPU multiplies half precision by fewer than 4 rows ten times slower than by 4.
     """
     count = x.shape[0] * x.shape[1]
-    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2 or count >= 4:
+    if target.platform() != "cpu" or x.dtype.itemsize != 2 or count >= 4:
         return function(x)
     more = ((0, 0), (0, 4 - count), *((0, 0),) * (x.ndim - 2))
     y = function(jnp.pad(x.reshape(1, count, *x.shape[2:]), more))
@@ -55,7 +57,7 @@ def per_head(
     XLA on CPU first transposes a weight whose heads lie in the middle. For single tokens that takes
     longer than one product with all heads, of which each then takes its own.
     """
-    if jax.default_backend() != "cpu" or x.shape[1] > 1:
+    if target.platform() != "cpu" or x.shape[1] > 1:
         return dot(equation, x, w)
     lead, (size, num_heads, width) = x.shape[:3], w.shape
     own = jnp.eye(num_heads, dtype=x.dtype)[None, None, :, :, None]
@@ -70,7 +72,7 @@ def rows(x: Float[Array, "N ..."], index: Int[Array, "..."]) -> Float[Array, "..
 
     XLA on CPU moves bfloat16 by widening all of x, gathering, and narrowing again; bits just move.
     """
-    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
+    if target.platform() != "cpu" or x.dtype.itemsize != 2:
         return x[index]
     # Where a loop picks the index, XLA would copy all of x's bits before it, but for this barrier.
     x, index = jax.lax.optimization_barrier((x, index))
@@ -81,7 +83,7 @@ def put(
     x: Float[Array, "N ..."], index: tuple[Int[Array, "..."], ...], values: Float[Array, "..."]
 ) -> Float[Array, "N ..."]:
     """x with values (of its dtype) at index; what lies outside is dropped. For use as `rows` is."""
-    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
+    if target.platform() != "cpu" or x.dtype.itemsize != 2:
         return x.at[index].set(values, mode="drop")
     bits, values = (jax.lax.bitcast_convert_type(part, jnp.uint16) for part in (x, values))
     return jax.lax.bitcast_convert_type(bits.at[index].set(values, mode="drop"), x.dtype)
@@ -90,7 +92,7 @@ def put(
 def turned(x: Float[Array, "*n R C"]) -> Float[Array, "*n C R"]:
     """The transposed matrices; on CPU a copy of its own, in rows."""
     x = jnp.swapaxes(x, -1, -2)
-    if jax.default_backend() != "cpu":
+    if target.platform() != "cpu":
         return x
     # XLA marks a transposition by its layout, which only a change of shape makes it forget.
     return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
@@ -119,7 +121,7 @@ matmul.defvjp(_matmul, _matmul_backward)
 
 def weight_slope(x: Float[Array, "*n D"], slope: Float[Array, "*n F"]) -> Float[Array, "D F"]:
     """The float32 slope of w in x @ w, from that of the product."""
-    if jax.default_backend() != "cpu":  # merging rows here would gather what a mesh shards
+    if target.platform() != "cpu":  # merging rows here would gather what a mesh shards
         lead = tuple(range(x.ndim - 1))
         return jnp.tensordot(x, slope, (lead, lead), preferred_element_type=jnp.float32)
     x, slope = x.reshape(-1, x.shape[-1]), slope.reshape(-1, slope.shape[-1])
@@ -139,7 +141,7 @@ def _scaled(x, scale):
 def _scaled_backward(residuals, slope):
     x, scale = residuals
     product = slope.astype(jnp.float32) * x
-    if jax.default_backend() == "cpu":  # else it adds up one strided column after another
+    if target.platform() == "cpu":  # else it adds up one strided column after another
         product = product.reshape(-1, x.shape[-1])
         total = (jnp.ones((1, product.shape[0]), jnp.float32) @ product)[0]
     else:

@@ -60,3 +60,17 @@ def constrain(x: jax.Array) -> jax.Array:
     if x.shape[0] % np.prod([mesh.shape[axis] for axis in rows]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time, None))
+
+
+def heads_spec(rows: int, *num_heads: int) -> PartitionSpec | None:
+    """How [B, T, heads, width] lies on the current mesh where each device has whole sequences.
+
+    None where the context axis splits them, or rows or heads do not split evenly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.shape["context"] > 1:
+        return None
+    uneven = any(n % mesh.shape["tensor"] for n in num_heads)
+    if uneven or rows % np.prod([mesh.shape[axis] for axis in BATCH_AXES]):
+        return None
+    return PartitionSpec(BATCH_AXES, None, "tensor", None)

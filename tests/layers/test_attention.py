@@ -1,11 +1,15 @@
 """Invariance: what a cache keeps and shows; impossible configs are refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.layers.attention import GQA, cache_mask, write_cache
+from deepseek_jax.layers.attention import GQA, attend, cache_mask, write_cache
 from deepseek_jax.layers.mla import MLA
+from deepseek_jax.ops.attention import causal_attention
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.parallel.sharding import heads_spec
 
 LATENT = {"num_heads": 2, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4}
 
@@ -63,3 +67,32 @@ def test_an_impossible_gqa_is_refused(fields, message):
 def test_an_impossible_mla_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         MLA(**(LATENT | fields))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_kernel_runs_on_each_devices_own_rows_and_heads(packed, monkeypatch):
+    """The TPU's kernel, interpreted, on a mesh: it is no program that XLA could split."""
+    for module in ("layers", "ops"):
+        monkeypatch.setattr(f"deepseek_jax.{module}.attention.preferred", lambda q: "splash")
+    rng = np.random.default_rng(0)
+    shapes = [(4, 128, n, w) for n, w in ((4, 24), (2, 24), (2, 16), (4, 16))]
+    *inputs, slope = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    segments = jnp.repeat(jnp.array([[1, 2, 0]] * 4), jnp.array([50, 70, 8]), axis=1)
+    given = segments if packed else None
+
+    def run(function, **options):
+        out, pull = jax.vjp(lambda *x: function(*x, given, scale=0.2, **options), *inputs)
+        return out, *pull(slope)
+
+    plain = run(causal_attention, implementation="reference")
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, data=2, tensor=2))):
+        program = jax.jit(lambda: run(attend))
+        assert "shard_map" in str(jax.make_jaxpr(program)())
+        for mine, other in zip(program(), plain, strict=True):
+            np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("axes", [{"context": 2, "data": 4}, {"tensor": 4, "data": 2}, {"data": 8}])
+def test_where_sequences_rows_or_heads_do_not_split_evenly_no_kernel_runs(axes):
+    with jax.set_mesh(make_mesh(MeshShape(**axes))):
+        assert heads_spec(4, 4, 2) is None

@@ -5,6 +5,7 @@ serves them all, and a fixed tile must overflow correctly.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 
-from deepseek_jax.ops.experts import feed_forward, make_plan, routed_experts
+from deepseek_jax.ops.experts import _choice, feed_forward, make_plan, routed_experts
 
 N, A, E, D, F = 300, 2, 8, 6, 5
 RNG = np.random.default_rng(0)
@@ -22,7 +23,29 @@ GATE, UP = (RNG.normal(size=(E, D, F)).astype(np.float32) for _ in range(2))
 DOWN = RNG.normal(size=(E, F, D)).astype(np.float32)
 SLOPE = RNG.normal(size=(N, D)).astype(np.float32)
 INPUTS = tuple(map(jnp.asarray, (X, WEIGHTS, GATE, UP, DOWN)))
-WAYS = ["tiles", "ragged", "few", "turns", None]
+WAYS = ["tiles", "ragged", "hopper", "few", "turns", None]
+ON_HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
+class Kernels:
+    """What the GPU's kernels do, garbage past the last group included."""
+
+    @staticmethod
+    def ragged_dot(x, w, *, group_sizes, transpose_rhs, **tiling):
+        w = jnp.swapaxes(w, 1, 2) if transpose_rhs else w
+        y = jax.lax.ragged_dot(x, w, group_sizes)
+        past = jnp.arange(len(x)) >= group_sizes.sum()
+        return jnp.where(past[:, None], jnp.nan, y)
+
+    @staticmethod
+    def transposed_ragged_dot(x, slope, *, group_sizes, **tiling):
+        numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+        return jax.lax.ragged_dot_general(x, slope, group_sizes, numbers)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr("deepseek_jax.ops.experts.require", lambda name: Kernels)
 
 
 def random_load():
@@ -85,6 +108,7 @@ def compiled(way, capacity):
     return jax.jit(run)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("capacity", [None, 30, 1, 1000])
 @pytest.mark.parametrize("way", WAYS)
@@ -103,7 +127,8 @@ def test_every_way_is_the_plain_one(way, capacity, load):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("way", ["tiles", "ragged"])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("way", ["tiles", "ragged", "hopper"])
 @pytest.mark.parametrize("load", ["random", "one"])
 def test_bfloat16_is_close(way, load):
     inputs = tuple(x.astype(jnp.bfloat16) for x in INPUTS)
@@ -114,6 +139,57 @@ def test_bfloat16_is_close(way, load):
         assert mine.dtype == jnp.bfloat16
         mine, other = np.asarray(mine, np.float64), np.asarray(other, np.float64)
         assert (mine * other).sum() / np.sqrt((mine**2).sum() * (other**2).sum()) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("backend", "count", "capability", "sizes", "dtype", "tokens", "choice"),
+    [
+        ("cpu", 1, "", (128, 128), "bfloat16", 4, "tiles"),
+        ("cpu", 1, "", (128, 128), "bfloat16", 3, "turns"),
+        ("tpu", 4, "", (128, 128), "bfloat16", 4, "ragged"),
+        ("tpu", 1, "", (128, 128), "bfloat16", 3, "few"),
+        ("gpu", 1, "9.0", (128, 256), "bfloat16", 4, "hopper"),
+        ("gpu", 1, "9.0", (128, 96), "bfloat16", 4, "tiles"),
+        ("gpu", 1, "9.0", (128, 256), "float32", 4, "tiles"),
+        ("gpu", 8, "9.0", (128, 256), "bfloat16", 4, "tiles"),
+        ("gpu", 1, "10.0", (128, 256), "bfloat16", 4, "tiles"),
+    ],
+)
+def test_each_machine_has_its_own_way(
+    backend, count, capability, sizes, dtype, tokens, choice, monkeypatch
+):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device] * count)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    x, gate = jnp.zeros((tokens, sizes[0]), dtype), jnp.zeros((E, *sizes))
+    assert _choice(x, jnp.zeros((tokens, A), int), gate) == choice
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("capacity", [None, 30])
+def test_hopper_kernels_are_the_plain_way(load, capacity):
+    rng, sizes = np.random.default_rng(1), {"D": 256, "F": 384}
+    shapes = [(N, "D"), (N, A), (E, "D", "F"), (E, "D", "F"), (E, "F", "D"), (N, "D")]
+    drawn = [rng.normal(size=[sizes.get(n, n) for n in shape]) for shape in shapes]
+    *inputs, slope = (jnp.asarray(x / np.sqrt(x.shape[-1]), jnp.bfloat16) for x in drawn)
+
+    def run(way, *inputs):
+        def apply(*inputs):
+            ids = jnp.asarray(LOADS[load])
+            return routed_experts(
+                inputs[0], ids, *inputs[1:], capacity=capacity, implementation=way
+            )[0]
+
+        y, pull = jax.vjp(apply, *inputs)
+        return y, *pull(slope.astype(y.dtype))
+
+    mine = jax.jit(functools.partial(run, "hopper"))(*inputs)
+    plain = run("reference", *(x.astype(jnp.float32) for x in inputs))
+    for one, other in zip(mine, plain, strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, atol=2e-2 * max(np.abs(other).max(), 1e-9))
 
 
 def test_a_plan_sorts_by_expert_and_keeps_the_tokens_order():
