@@ -1,5 +1,6 @@
 """Logical names to mesh axes: one table for weights, one for activations, and `constrain`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core.axes import BATCH_AXES, Spec
+from deepseek_jax.core.errors import InputError
 
 # The mesh axis that shards each logical axis of a weight.
 WEIGHTS = {
@@ -41,6 +43,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def num_batch_shards(mesh: Mesh) -> int:
     """How many parts a batch's rows split into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def check_batch(mesh: Mesh, sizes: Iterable[Any]) -> None:
+    """InputError unless each size's rows (batch_size, accumulation_steps) split evenly."""
+    shards = num_batch_shards(mesh)
+    for size in sizes:
+        if size.batch_size // size.accumulation_steps % shards:
+            raise InputError(
+                f"batch_size ({size.batch_size}) over accumulation_steps "
+                f"({size.accumulation_steps}) does not split over the mesh's {shards} batch shards"
+            )
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -39,7 +39,7 @@ from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
 from deepseek_jax.monitoring.progress import Progress
 from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.sharding import num_batch_shards, place_batch
+from deepseek_jax.parallel.sharding import check_batch, place_batch
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
@@ -65,16 +65,35 @@ def train(config: TrainConfig, lent: Lent, trace: tuple[int, int] | None = None)
     Raises InputError for what cannot be run, and when too many steps in a row were skipped.
     """
     mesh = make_mesh(config.mesh)
-    shards = num_batch_shards(mesh)
-    for size in (size for stage in config.filled_stages() for size in stage.sizes()):
-        if size.batch_size // size.accumulation_steps % shards:
-            raise InputError(
-                f"batch_size ({size.batch_size}) over accumulation_steps "
-                f"({size.accumulation_steps}) does not split over the mesh's {shards} batch shards"
-            )
+    for stage in config.filled_stages():
+        check_batch(mesh, stage.sizes())
     alone = integrity.lock_run(config.run_dir) if jax.process_index() == 0 else nullcontext()
     with alone, jax.set_mesh(mesh), closing(_Run(config, mesh, lent, trace)) as run:
         return run.go()
+
+
+def stage_step(
+    config: TrainConfig, model: Model, stage: Stage, size: BatchStep, first: int
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """(state, batch) -> (state, metrics): a step of a filled stage that began at step `first`."""
+    chosen = stage.optimizer
+    objective = make_language(stage.objective, model)
+    schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
+    scaled = model.dtypes.compute == jnp.float16
+    train_step = make_train_step(
+        make_gradients(objective, size.accumulation_steps),
+        objective,
+        make_optimizer(chosen, model.specs),
+        lambda step: chosen.learning_rate * schedule(step - first),
+        clip_norm=chosen.clip_norm,
+        loss_scale_growth=config.precision.loss_scale_growth if scaled else None,
+    )
+
+    def run_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        return train_step(state, batch, key)
+
+    return run_step
 
 
 class _Run:
@@ -260,25 +279,9 @@ class _Run:
 
     def _compiled(self, stage: Stage, size: BatchStep, first: int, state: TrainState) -> Any:
         """The train step as one program that overwrites the state it is given."""
-        config, chosen = self.config, stage.optimizer
-        objective = make_language(stage.objective, self.model)
-        schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
-        scaled = self.model.dtypes.compute == jnp.float16
-        train_step = make_train_step(
-            make_gradients(objective, size.accumulation_steps),
-            objective,
-            make_optimizer(chosen, self.model.specs),
-            lambda step: chosen.learning_rate * schedule(step - first),
-            clip_norm=chosen.clip_norm,
-            loss_scale_growth=config.precision.loss_scale_growth if scaled else None,
-        )
-
-        def run_step(state, batch):
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-            return train_step(state, batch, key)
-
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        return jax.jit(run_step, donate_argnums=0, out_shardings=(shardings, None))
+        step = stage_step(self.config, self.model, stage, size, first)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
     def _agreed(self, caught: list[int], step: int) -> int:
         """The signal to stop for, or 0; several processes ask each other at every logged step."""
