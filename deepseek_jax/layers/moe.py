@@ -1,17 +1,23 @@
 """Mixture of experts: router, routed experts, shared experts, telemetry of what was dispatched."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.core import target
 from deepseek_jax.layers.linear import Dtypes, SwiGLU, weight
 from deepseek_jax.layers.router import Balance, Gate, check_router
 from deepseek_jax.ops import routing
 from deepseek_jax.ops.experts import routed_experts
+from deepseek_jax.parallel.manual import gathered, per_device
+from deepseek_jax.parallel.sharding import tokens_spec, weight_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +109,43 @@ class Experts(nn.Module):
             weight(self, name, shape, axes, reduced=(1,), outputs=(2,))
             for name, (axes, shape) in {"gate": inward, "up": inward, "down": outward}.items()
         )
-        tokens = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-        y, counts, dropped = routed_experts(*tokens, *leaves, capacity=capacity)
-        y = y.reshape(x.shape)
+        apply = functools.partial(_flat, capacity=capacity)
+        spec = tokens_spec(*x.shape[:2])
+        if capacity is None and target.partitioned() and spec:
+            apply = _on_each_device(spec, inward, outward)
+        y, counts, dropped = apply(x, experts, weights, *leaves)
         return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped
+
+
+def _flat(x, experts, weights, *leaves, capacity=None):
+    """`routed_experts` of [B, T, width]."""
+    tokens = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
+    y, counts, dropped = routed_experts(*tokens, *leaves, capacity=capacity)
+    return y.reshape(x.shape), counts, dropped
+
+
+def _on_each_device(spec: PartitionSpec, inward: tuple, outward: tuple):
+    """Every device sorts its own tokens and has all experts' weights, gathered for this layer.
+
+    Left to itself, XLA would gather all tokens instead, or sum their products over the mesh. Where
+    the tensor axis splits the experts' width, their parts of the result are added up.
+    """
+    batch = (*spec[0], spec[1])
+    inward, outward = (weight_spec(*one) for one in (inward, outward))
+    split = "tensor" in inward
+
+    def of_one(x, experts, weights, *leaves):
+        whole = (
+            gathered(w, own, keep=("tensor",))
+            for w, own in zip(leaves, (inward, inward, outward), strict=True)
+        )
+        y, counts, dropped = _flat(x, experts, weights, *whole)
+        if split:
+            y = jax.lax.psum(y.astype(jnp.float32), "tensor").astype(x.dtype)
+        return y, jax.lax.psum(counts, batch), jax.lax.psum(dropped, batch)
+
+    specs = (spec, spec, spec, inward, inward, outward)
+    return per_device(of_one, specs, (spec, PartitionSpec(), PartitionSpec()), checked=False)
 
 
 class MixtureOfExperts(nn.Module):

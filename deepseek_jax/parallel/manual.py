@@ -19,3 +19,14 @@ def per_device(
     `checked=False` is for kernels that say nothing of how their results vary over devices.
     """
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
+
+
+def gathered(x: jax.Array, spec: PartitionSpec, keep: tuple[str, ...] = ()) -> jax.Array:
+    """Within a per-device function: x, given by `spec`, whole along all axes but those kept.
+
+    Backward, each device gets its own part of the sum over those axes: a reduce-scatter.
+    """
+    for dimension, axis in enumerate(spec):
+        if axis is not None and axis not in keep:
+            x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+    return x

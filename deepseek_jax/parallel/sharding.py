@@ -1,6 +1,6 @@
 """Logical names to mesh axes: one table for weights, one for activations, and `constrain`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,14 +20,23 @@ WEIGHTS = {
 
 def weight_sharding(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> NamedSharding:
     """How a weight lies on the mesh: an axis serves one dimension, and only if it divides it."""
+    return NamedSharding(mesh, _weight_spec(mesh.shape, spec.axes, shape))
+
+
+def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """The same of a weight with these logical axes on the current mesh."""
+    return _weight_spec(jax.sharding.get_abstract_mesh().shape, axes, shape)
+
+
+def _weight_spec(sizes: Mapping[str, int], axes: tuple[str, ...], shape: tuple[int, ...]):
     entries: list[str | None] = []
-    for name, size in zip(spec.axes, shape, strict=True):
+    for name, size in zip(axes, shape, strict=True):
         axis = WEIGHTS.get(name)
-        parts = 1 if axis is None or axis in entries else mesh.shape[axis]
+        parts = 1 if axis is None or axis in entries else sizes[axis]
         entries.append(axis if parts > 1 and size % parts == 0 else None)
     while entries and entries[-1] is None:
         entries.pop()
-    return NamedSharding(mesh, PartitionSpec(*entries))
+    return PartitionSpec(*entries)
 
 
 def tree_shardings(mesh: Mesh, specs: Any, shapes: Any) -> Any:
@@ -73,6 +82,16 @@ def constrain(x: jax.Array) -> jax.Array:
     if x.shape[0] % np.prod([mesh.shape[axis] for axis in rows]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time, None))
+
+
+def tokens_spec(rows: int, length: int) -> PartitionSpec | None:
+    """How [B, T, width] lies on the current mesh; None where it does not split evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or length % mesh.shape["context"]:
+        return None
+    if rows % np.prod([mesh.shape[axis] for axis in BATCH_AXES]):
+        return None
+    return PartitionSpec(BATCH_AXES, "context", None)
 
 
 def heads_spec(rows: int, *num_heads: int) -> PartitionSpec | None:

@@ -9,13 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from deepseek_jax.core import tree
+from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model
 from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.ops.sparse import places
+from deepseek_jax.parallel.manual import gathered, per_device
+from deepseek_jax.parallel.sharding import tokens_spec, weight_spec
 from deepseek_jax.training.optimizer import is_indexer, is_router_bias
 from deepseek_jax.training.step import Objective
 
@@ -114,9 +117,8 @@ def make_language(config: Language, model: Model) -> Objective:
         head = model.head(params)
 
         def entropy(hidden, depth, z_weight=0.0):
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            target, weight = targets[..., depth].reshape(-1), weights[..., depth].reshape(-1)
-            return cross_entropy(flat, head, target, weight, z_weight, config.chunk)
+            given = hidden, head, targets[..., depth], weights[..., depth]
+            return _entropy(*given, z_weight=z_weight, chunk=config.chunk)
 
         total, nll, z = entropy(output.hidden, 0, config.z_weight)
         sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
@@ -131,3 +133,28 @@ def make_language(config: Language, model: Model) -> Objective:
         return terms, output.routing
 
     return Objective(loss_fn, weights_fn, coefficients, bias_rates, trains)
+
+
+def _entropy(hidden, head, targets, weights, **options):
+    """`cross_entropy` of [B, T, D]; on a mesh each device's own tokens, the head gathered once.
+
+    Left to itself, XLA would gather the head, and sum its slope, for every chunk of tokens. It does
+    split the vocabulary well, so where the tensor axis is in use it may.
+    """
+
+    def of_tokens(hidden, head, targets, weights):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return cross_entropy(flat, head, targets.reshape(-1), weights.reshape(-1), **options)
+
+    spec, mesh = tokens_spec(*hidden.shape[:2]), jax.sharding.get_abstract_mesh()
+    if spec is None or not target.partitioned() or mesh.shape["tensor"] > 1:
+        return of_tokens(hidden, head, targets, weights)
+    rows, whole = weight_spec(("embed", "vocab"), head.shape), PartitionSpec()
+
+    def of_one(hidden, head, targets, weights):
+        sums = of_tokens(hidden, gathered(head, rows), targets, weights)
+        return jax.lax.psum(sums, (*spec[0], spec[1]))
+
+    tokens = PartitionSpec(*spec[:2])
+    apply = per_device(of_one, (spec, rows, tokens, tokens), (whole,) * 3, checked=False)
+    return apply(hidden, head, targets, weights)
