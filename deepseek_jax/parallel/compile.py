@@ -81,13 +81,14 @@ def described(name: str) -> list[jax.Device]:
     """The devices of a TPU topology, v5p:8x8x8 for instance; InputError when there is none."""
     require("libtpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched, so several may plan
     try:
         with _noise():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # whatever libtpu says of a name that it does not know
         raise InputError(
-            f"--topology {name!r}: the TPU compiler knows no such topology; write its version and "
-            f"shape, e.g. v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 ({str(error)[:200]})"
+            f"--topology {name!r}: the TPU compiler refuses it; write its version and shape, e.g. "
+            f"v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 ({str(error)[:200]})"
         ) from None
     return list(found)
 

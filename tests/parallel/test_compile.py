@@ -1,0 +1,112 @@
+"""Contract: what is read from compiled programs; the texts are XLA's own ways of writing them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.parallel.compile import Collective, chip, collectives, compile_program, described
+from deepseek_jax.parallel.manual import gathered, per_device
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+
+GROUPS = {
+    "listed": ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("expert",)),
+    "strided": ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("fsdp",)),
+    "all": ("replica_groups={}", ("fsdp", "expert")),
+    "iota": ("replica_groups=[2,4]<=[8]", ("expert",)),
+    "turned": ("replica_groups=[4,2]<=[2,4]T(1,0)", ("fsdp",)),
+    "named": ("replica_groups=mesh['a'=2,'b'=4] {'b'}", ("expert",)),
+    "none": ("replica_groups={{0,5},{1,4},{2,7},{3,6}}", ("?",)),
+}
+PROGRAM = """HloModule step
+%loop_body (p: f32[4]) -> f32[4] {{
+  %g = {line}
+}}
+%loop_condition (p: f32[4]) -> pred[] {{
+  %n = s32[]{{:T(128)}} constant(26)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}}
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %w = f32[4] while(%x), condition=%loop_condition, body=%loop_body
+  %dead = f32[8]{{0}} all-gather-done(%y)
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshShape(data=1, fsdp=2, expert=4))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups_are_named_by_their_axes_and_loops_count(groups, mesh):
+    text, axes = GROUPS[groups]
+    line = f"bf16[1000]{{0:T(8,128)(2,1)}} all-to-all(%x), {text}, dimensions={{0}}"
+    (found,) = collectives(PROGRAM.format(line=line), mesh)
+    size = {("expert",): 4, ("fsdp",): 2, ("?",): 2}.get(axes, 8)
+    assert found == Collective("all-to-all", axes, 26, pytest.approx(26 * 2000 * (1 - 1 / size)))
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        ("f32[100]{0} all-reduce(%x), replica_groups=[2,4]<=[8]", "all-reduce", 600),
+        ("(f32[100]{0}, f32[60]) all-reduce(%x, %y), replica_groups=[2,4]<=[8]", "all-reduce", 960),
+        ("f32[25]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]", "reduce-scatter", 300),
+        ("(f32[25], f32[100]) all-gather-start(%x), replica_groups=[2,4]<=[8]", "all-gather", 300),
+        (
+            "(u8[50], u8[50], u32[], u32[]) collective-permute-start(%x), "
+            "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}",
+            "collective-permute",
+            50,
+        ),
+    ],
+)
+def test_bytes_are_what_a_ring_sends(line, kind, sent, mesh):
+    (found,) = collectives(PROGRAM.format(line=line), mesh)
+    assert found == Collective(kind, ("expert",), 26, pytest.approx(26 * sent))
+
+
+def test_a_real_programs_collectives_and_memory(mesh):
+    """Three layers in a loop: each gathers its weight forward and reduces its slope backward."""
+    spec = PartitionSpec("expert")
+
+    def loss(weights, x):
+        def layer(x, w):
+            return jnp.tanh(x @ gathered(w, spec)), None
+
+        return jax.lax.scan(layer, x, weights)[0].sum()[None]
+
+    rows = PartitionSpec(("fsdp", "expert"))
+    whole = per_device(loss, (PartitionSpec(None, "expert"), rows), rows, checked=False)
+    weights = jax.ShapeDtypeStruct(
+        (3, 64, 64), np.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "expert"))
+    )
+    x = jax.ShapeDtypeStruct((16, 64), np.float32, sharding=NamedSharding(mesh, rows))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(lambda w, x: whole(w, x).sum())).lower(weights, x)
+        program = compile_program(lowered, mesh)
+    by_kind = {(row.kind, row.axes): row for row in program.collectives}
+    gather = by_kind["all-gather", ("expert",)]
+    assert gather.count in (3, 6)  # kept for the backward pass, or made again
+    assert gather.bytes == gather.count * 64 * 64 * 4 * 3 / 4
+    scattered = [row for key, row in by_kind.items() if key[0] != "all-gather"]
+    assert {row.axes for row in scattered} >= {("fsdp",), ("expert",)}
+    assert program.memory["arguments"] == 3 * 64 * 64 * 4 // 4 + 2 * 64 * 4
+    assert not program.refusal
+
+
+@pytest.mark.parametrize("name", ["v5p:2x2x9x9", "h100:8", "nonsense"])
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(InputError, match=r"write its version and shape"):
+        described(name)
+
+
+def test_a_topologys_devices_and_figures():
+    devices = described("v5p:2x2x2")
+    assert len(devices) == 8
+    assert chip(devices[0]).flops == 459e12
+    with pytest.raises(InputError, match="no figures"):
+        chip(jax.devices()[0])
