@@ -13,7 +13,7 @@ from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
 from deepseek_jax.layers.sparse_attention import Indexer, LightningIndexer
 from deepseek_jax.ops import sparse
 from deepseek_jax.ops.attention import MASKED
-from deepseek_jax.ops.matmul import per_head
+from deepseek_jax.ops.matmul import dot, per_head
 from deepseek_jax.ops.rope import Yarn, rotate, softmax_factor
 
 
@@ -141,10 +141,9 @@ class LatentAttention(nn.Module):
         k_up, v_up = (w.weight.astype(dtype) for w in (self.k_up, self.v_up))
         query = per_head("btnh,cnh->btnc", q_nope.astype(dtype), k_up).astype(dtype)
         latent, rope_key = latent.astype(dtype), rope_key.astype(dtype)
-        f32 = {"preferred_element_type": jnp.float32}
-        scores = jnp.einsum("btnc,bsc->bnts", query, latent, **f32)
-        scores = (scores + jnp.einsum("btnp,bsp->bnts", q_rope, rope_key, **f32)) * scale
+        scores = dot("btnc,bsc->bnts", query, latent)
+        scores = (scores + dot("btnp,bsp->bnts", q_rope, rope_key)) * scale
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
         # Heads first, then turned: XLA on CPU has no bfloat16 product that also turns its result.
-        seen = jnp.einsum("bnts,bsc->bntc", weights.astype(dtype), latent, **f32).swapaxes(1, 2)
+        seen = dot("bnts,bsc->bntc", weights.astype(dtype), latent).swapaxes(1, 2)
         return per_head("btnc,cnh->btnh", seen.astype(dtype), v_up).astype(dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_jax.layers.linear import Dtypes, weight
+from deepseek_jax.ops.matmul import dot
 from deepseek_jax.ops.routing import (
     Hierarchical,
     Router,
@@ -95,4 +96,4 @@ class Gate(nn.Module):
     def _logits(self, x, name, count):
         shape, axes = (self.embed_dim, count), ("embed", "router")
         w = weight(self, name, shape, axes, reduced=(0,), outputs=(1,))
-        return jnp.einsum("btd,de->bte", x, w.astype(jnp.float32))
+        return dot("btd,de->bte", x, w.astype(jnp.float32))

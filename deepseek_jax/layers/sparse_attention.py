@@ -21,6 +21,7 @@ from deepseek_jax.layers.attention import (
 )
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection, weight
 from deepseek_jax.ops import sparse
+from deepseek_jax.ops.matmul import dot
 from deepseek_jax.ops.rope import rotate
 
 
@@ -75,7 +76,7 @@ class LightningIndexer(nn.Module):
             self, "weight", (d, c.num_heads), ("embed", "heads"), reduced=(0,), outputs=(1,),
             dtype=jnp.dtype(jnp.float32),
         )  # fmt: skip
-        weights = jnp.einsum("btd,dn->btn", x.astype(jnp.float32), w)
+        weights = dot("btd,dn->btn", x.astype(jnp.float32), w)
         scale = (c.num_heads * c.head_dim) ** -0.5
         return turned(q), turned(k[:, :, None])[:, :, 0], weights * scale
 
@@ -109,7 +110,7 @@ class GatedAttention(GroupedQueryAttention):
         """As its parent's, over the kept tokens."""
         shape, axes = (self.embed_dim, 1), ("embed", "router")
         w = weight(self, "gate", shape, axes, reduced=(0,), outputs=(1,))
-        gate = jnp.einsum("btd,do->bt", x.astype(jnp.float32), w.astype(jnp.float32))
+        gate = dot("btd,do->bt", x.astype(jnp.float32), w.astype(jnp.float32))
         if cache is None:
             part = {"ratio": self.config.ratio, "scale": scale}
             out, kept = sparse.gated(q, k, v, gate, place.segments, **part)

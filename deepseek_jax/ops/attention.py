@@ -47,10 +47,10 @@ def masked_attention(
     """Attention under an explicit mask, softmax in float32. Query head n reads kv head n // G."""
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
     q = q.reshape(*q.shape[:2], num_kv_heads, num_heads // num_kv_heads, q.shape[-1])
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = dot("btkgh,bskh->bkgts", q, k) * scale
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    out = dot("bkgts,bskh->btkgh", weights, v)
     return out.reshape(*out.shape[:2], num_heads, v.shape[-1]).astype(v.dtype)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core import target
 from deepseek_jax.core.extras import require
-from deepseek_jax.ops.matmul import dot, rows, thickened, turned
+from deepseek_jax.ops.matmul import dot, exact, rows, thickened, turned
 
 Implementation = Literal["reference", "ragged", "hopper", "tiles", "few", "turns"]
 TILE_SLACK = 1.125  # a fixed tile's rows over an expert's even share
@@ -91,7 +91,7 @@ def _choice(x, experts, gate) -> Implementation:
     if backend == "tpu":
         return "ragged"
     fits = x.dtype.itemsize == 2 and all(size % KERNEL_TILE == 0 for size in sizes)
-    fits &= backend == "gpu" and not target.partitioned()
+    fits &= backend == "gpu" and experts.size >= KERNEL_TILE and not target.partitioned()
     if fits and target.devices()[0].compute_capability.startswith("9."):
         return "hopper"
     return "tiles"
@@ -207,13 +207,17 @@ def _real(y, counts):
 
 def _ragged(x, w, counts, turn):
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if turn else 1,)), ((), ())), [0], [0])
-    y = jax.lax.ragged_dot_general(x, w, counts, numbers, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return _ragged_product(x, w, counts, numbers).astype(x.dtype)
 
 
 def _ragged_slope(x, slope, counts):
     numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return jax.lax.ragged_dot_general(x, slope, counts, numbers, preferred_element_type=jnp.float32)
+    return _ragged_product(x, slope, counts, numbers)
+
+
+def _ragged_product(x, y, counts, numbers):
+    options = {"preferred_element_type": jnp.float32, "precision": exact(x, y)}
+    return jax.lax.ragged_dot_general(x, y, counts, numbers, **options)
 
 
 def _tiling(columns: int) -> dict[str, int]:

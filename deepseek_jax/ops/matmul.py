@@ -18,9 +18,20 @@ from deepseek_jax.core import target
 T = TypeVar("T")
 
 
+def exact(*operands: Array) -> jax.lax.Precision | None:
+    """The precision at which a product of float32 is one.
+
+    By default a TPU rounds float32 operands to bfloat16, and a GPU to TF32's 10 bits.
+    """
+    wide = jnp.result_type(*operands) == jnp.float32
+    return jax.lax.Precision.HIGHEST if wide and target.platform() != "cpu" else None
+
+
 def dot(equation: str, *operands: Array) -> Array:
-    """An einsum that sums, and returns, float32."""
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    """An einsum that sums, and returns, float32; of float32 operands it loses nothing."""
+    return jnp.einsum(
+        equation, *operands, preferred_element_type=jnp.float32, precision=exact(*operands)
+    )
 
 
 def apart(function: Callable[..., T], *operands: Array) -> T:
@@ -123,7 +134,8 @@ def weight_slope(x: Float[Array, "*n D"], slope: Float[Array, "*n F"]) -> Float[
     """The float32 slope of w in x @ w, from that of the product."""
     if target.platform() != "cpu":  # merging rows here would gather what a mesh shards
         lead = tuple(range(x.ndim - 1))
-        return jnp.tensordot(x, slope, (lead, lead), preferred_element_type=jnp.float32)
+        options = {"preferred_element_type": jnp.float32, "precision": exact(x, slope)}
+        return jnp.tensordot(x, slope, (lead, lead), **options)
     x, slope = x.reshape(-1, x.shape[-1]), slope.reshape(-1, slope.shape[-1])
     return dot("dn,nf->df", turned(x), slope)
 

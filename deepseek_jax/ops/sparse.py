@@ -27,7 +27,7 @@ def index_scores(
     @jax.checkpoint
     def add(total, heads):
         products = jax.nn.relu(dot("btih,bsh->btis", heads[0], k))
-        return total + jnp.einsum("btis,bti->bts", products, heads[1]), None
+        return total + dot("btis,bti->bts", products, heads[1]), None
 
     parts = tuple(
         jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0) for x in (q, weights)

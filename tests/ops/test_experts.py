@@ -148,11 +148,12 @@ def test_bfloat16_is_close(way, load):
         ("cpu", 1, "", (128, 128), "bfloat16", 3, "turns"),
         ("tpu", 4, "", (128, 128), "bfloat16", 4, "ragged"),
         ("tpu", 1, "", (128, 128), "bfloat16", 3, "few"),
-        ("gpu", 1, "9.0", (128, 256), "bfloat16", 4, "hopper"),
-        ("gpu", 1, "9.0", (128, 96), "bfloat16", 4, "tiles"),
-        ("gpu", 1, "9.0", (128, 256), "float32", 4, "tiles"),
-        ("gpu", 8, "9.0", (128, 256), "bfloat16", 4, "tiles"),
-        ("gpu", 1, "10.0", (128, 256), "bfloat16", 4, "tiles"),
+        ("gpu", 1, "9.0", (128, 256), "bfloat16", 64, "hopper"),
+        ("gpu", 1, "9.0", (128, 256), "bfloat16", 63, "tiles"),
+        ("gpu", 1, "9.0", (128, 96), "bfloat16", 64, "tiles"),
+        ("gpu", 1, "9.0", (128, 256), "float32", 64, "tiles"),
+        ("gpu", 8, "9.0", (128, 256), "bfloat16", 64, "tiles"),
+        ("gpu", 1, "10.0", (128, 256), "bfloat16", 64, "tiles"),
     ],
 )
 def test_each_machine_has_its_own_way(

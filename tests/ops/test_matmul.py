@@ -58,6 +58,19 @@ def test_scaled_and_its_slopes(dtype):
     np.testing.assert_allclose(scale_slope, (slope64 * x64).sum((0, 1)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize(
+    ("dtypes", "wide"), [(("float32",) * 2, True), (("bfloat16", "float32"), True),
+                         (("bfloat16",) * 2, False)]
+)  # fmt: skip
+def test_float32_is_float32_on_accelerators(dtypes, wide, platform, monkeypatch):
+    """By default they round it: a TPU to bfloat16, a GPU to TF32."""
+    monkeypatch.setattr("deepseek_jax.core.target.platform", lambda: platform)
+    x, w = (drawn(shape, dtype) for shape, dtype in zip(((3, 6), (6, 4)), dtypes, strict=True))
+    text = str(jax.make_jaxpr(lambda x, w: dot("nd,df->nf", x, w))(x, w))
+    assert ("HIGHEST" in text) == (wide and platform != "cpu")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_and_turned_move_every_bit(dtype):
     x, index = drawn((5, 4, 3), dtype), jnp.array([[4, 0], [2, 2]])
