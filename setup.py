@@ -44,7 +44,7 @@ setup(
             "jupytext",
             "nbclient",
             "ipykernel",
-            "libtpu; platform_system == 'Linux'",
+            "libtpu==0.0.52; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "torch==2.13.0",
             "transformers==5.23.0",
         ],

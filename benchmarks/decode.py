@@ -6,12 +6,11 @@ Both complete the same prompts greedily with the same random weights, read from 
 DeepSeek-V2-Lite at half its width (hidden 1024; 16 heads of 128 + 64, latent 512; 64 experts of
 704, top-6, and 2 shared; 1 of 3 layers dense; vocabulary 32,000). 512 tokens of prompt, 128 new.
 Each runs in a process of its own; they take turns and medians are printed, since the machine's
-speed drifts. Compilation and first calls are outside. Both run
-on the GPU where there is one. Torch has all cores, inference mode, sdpa,
-its cache and, for each batch size, its faster experts backend, tried first (batched_mm is left out:
-it would gather every token's experts, 18 GB for one prompt). In float32 the tokens of both are
-compared: from a row's first difference on everything may differ, so the margin of transformers'
-choice at that place is printed.
+speed drifts. Compilation and first calls are outside. Both run on the GPU where there is one.
+Torch has all cores, inference mode, sdpa, its cache and, for each batch size, its faster experts
+backend, tried first (batched_mm is left out: it would gather every token's experts, 18 GB for one
+prompt). In float32 the tokens of both are compared: from a row's first difference on everything may
+differ, so the margin of transformers' choice at that place is printed.
 """
 
 import argparse

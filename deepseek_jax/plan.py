@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pathlib
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import compute_dtype
-from deepseek_jax.core.target import compiling_for
+from deepseek_jax.core.target import compiling_for, published_flops
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import num_params, train_flops_per_token
 from deepseek_jax.parallel.compile import Program, chip, compile_program, described
@@ -20,7 +19,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch
 from deepseek_jax.training.loop import stage_step
 from deepseek_jax.training.optimizer import make_optimizer
-from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.recipe import Stage, TrainConfig
 from deepseek_jax.training.state import abstract_state
 
 RECOMPUTED = {"none": 0.0, "dots": 0.0, "full": 1.0}  # forward passes that remat adds
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> None:
             raise InputError("plan needs --config FILE and --topology NAME, e.g. v5p:4x4x8")
         parser.print_help()
         return
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # no chip of this machine is touched
     config = core_config.load_config(own.config, TrainConfig)
     config = core_config.override(config, rest, prog="plan", description=parser.format_help())
     found = plan(config, own.topology)
@@ -55,15 +54,14 @@ def plan(config: TrainConfig, topology: str) -> dict:
     Bytes are a device's, FLOPs the whole step's. Raises InputError for a mesh or batch that does
     not fit the topology.
     """
-    devices = described(topology)
-    figures = chip(devices[0])
+    devices, stage = described(topology), config.filled_stages()[0]
+    figures, peak = chip(devices[0]), published_flops(devices[0].device_kind)
     mesh = make_mesh(config.mesh, devices)
-    check_batch(mesh, config.filled_stages()[0].sizes())
+    check_batch(mesh, stage.sizes())
     with compiling_for(devices):
         model = build(config.model, config.precision)
-        program = compile_step(config, model, mesh)
+        program = compile_step(config, model, stage, mesh)
         dtype = compute_dtype(config.precision)[0].name
-    stage = config.filled_stages()[0]
     tokens = stage.batch_size * stage.sequence_length
     total, active = num_params(model)
     flops = train_flops_per_token(model, stage.sequence_length) * tokens
@@ -92,7 +90,7 @@ def plan(config: TrainConfig, topology: str) -> dict:
         passes = 1 + RECOMPUTED[config.model.remat] / 3
         moved = memory["arguments"] + memory["outputs"] + 2 * memory["temporaries"]
         bounds = {
-            "compute": flops * passes / len(devices) / figures.flops,
+            "compute": flops * passes / len(devices) / peak,
             "memory": moved / figures.bandwidth,
             "network": sum(row.bytes for row in program.collectives) / figures.links,
         }
@@ -101,14 +99,13 @@ def plan(config: TrainConfig, topology: str) -> dict:
             "bound_seconds": bounds,
             "bound": max(bounds, key=bounds.get),
             "step_seconds": seconds,
-            "mfu": flops / seconds / len(devices) / figures.flops,
+            "mfu": flops / seconds / len(devices) / peak,
         }
     return found
 
 
-def compile_step(config: TrainConfig, model: Model, mesh: Mesh) -> Program:
-    """The first stage's train step on a mesh, from shapes alone."""
-    stage = config.filled_stages()[0]
+def compile_step(config: TrainConfig, model: Model, stage: Stage, mesh: Mesh) -> Program:
+    """A filled stage's first train step on a mesh, from shapes alone."""
     size = stage.batch_at(0)
     state = abstract_state(model, make_optimizer(stage.optimizer, model.specs), mesh)
     step = stage_step(config, model, stage, size, first=0)

@@ -1,7 +1,7 @@
 """The devices that a program is compiled for: this process's own, or described ones elsewhere.
 
 Fast forms are chosen by what will run them. `plan` compiles for chips that nobody has turned on, so
-nothing asks JAX for its backend directly.
+what chooses a form asks here, not JAX's own backend.
 """
 
 import contextlib
@@ -9,6 +9,15 @@ import contextvars
 from collections.abc import Iterator, Sequence
 
 import jax
+
+# Dense bfloat16 TFLOP/s of one JAX device, by a part of its device_kind; the first match counts.
+# Chips of TPU v2, v3 and 7 (2,307) show up as two devices.
+PEAKS = {
+    "TPU7": 1153.5, "TPU v6": 918, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v4": 275,
+    "TPU v3": 61.5, "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200": 989,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121,
+}  # fmt: skip
 
 _DESCRIBED: contextvars.ContextVar[tuple | None] = contextvars.ContextVar("devices", default=None)
 
@@ -40,3 +49,9 @@ def partitioned() -> bool:
     if mesh.empty:
         return len(devices()) > 1
     return any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+
+
+def published_flops(kind: str) -> float | None:
+    """A second, in bfloat16, of one device of this kind; None for an unknown one."""
+    found = (peak for part, peak in PEAKS.items() if part.lower() in kind.lower())
+    return next((teraflops * 1e12 for teraflops in found), None)

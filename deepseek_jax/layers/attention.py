@@ -61,7 +61,7 @@ def attend(
                 return causal_attention(q, k, v, segments, **options)
 
             specs = (spec, spec, spec, PartitionSpec(spec[0], None))[: len(given)]
-            return per_device(of_one, specs, spec, checked=False)(*given)
+            return per_device(of_one, specs, spec)(*given)
     return causal_attention(q, k, v, segments, **options)
 
 

@@ -145,7 +145,7 @@ def _on_each_device(spec: PartitionSpec, inward: tuple, outward: tuple):
         return y, jax.lax.psum(counts, batch), jax.lax.psum(dropped, batch)
 
     specs = (spec, spec, spec, inward, inward, outward)
-    return per_device(of_one, specs, (spec, PartitionSpec(), PartitionSpec()), checked=False)
+    return per_device(of_one, specs, (spec, PartitionSpec(), PartitionSpec()))
 
 
 class MixtureOfExperts(nn.Module):

@@ -15,14 +15,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 from jax.sharding import AxisType
 
-# Dense bfloat16 TFLOP/s of one JAX device, by a part of its device_kind; the first match counts.
-# Chips of TPU v2, v3 and 7 (2,307) show up as two devices.
-PEAKS = {
-    "TPU7": 1153.5, "TPU v6": 918, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v4": 275,
-    "TPU v3": 61.5, "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200": 989,
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121,
-}  # fmt: skip
+from deepseek_jax.core.target import published_flops
 
 # The FLOP/s that matmuls can reach on all devices of the job together, and how that is known.
 Peak = collections.namedtuple("Peak", "flops how")
@@ -31,9 +24,8 @@ Peak = collections.namedtuple("Peak", "flops how")
 def matmul_peak(seconds: float = 0.8) -> Peak:
     """The published peak of this job's devices, or what they do in about `seconds`."""
     kind = jax.devices()[0].device_kind
-    for part, teraflops in PEAKS.items():
-        if part.lower() in kind.lower():
-            return Peak(teraflops * 1e12 * jax.device_count(), f"published for {kind}")
+    if flops := published_flops(kind):
+        return Peak(flops * jax.device_count(), f"published for {kind}")
     one = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=jax.local_devices()[:1])
     with jax.set_mesh(one):  # in place of the caller's mesh, which would share the work out
         rate, name = _best_rate(seconds)

@@ -8,6 +8,7 @@ compiler counts a loop's body once (models/counts does it by formula).
 
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -27,10 +28,8 @@ from deepseek_jax.core.extras import require
 
 
 class Chip(NamedTuple):
-    """Published figures of one JAX device."""
+    """Published figures of one JAX device, beside its FLOPs (core/target)."""
 
-    flops: float
-    """bfloat16, a second."""
     memory: float
     """Bytes of HBM."""
     bandwidth: float
@@ -41,10 +40,10 @@ class Chip(NamedTuple):
 
 # cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x. A tpu7x chip is two devices.
 CHIPS = {
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-    "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 600e9),
+    "TPU v5 lite": Chip(16 * 2**30, 819e9, 200e9),
+    "TPU v5": Chip(95 * 2**30, 2765e9, 600e9),
+    "TPU v6 lite": Chip(32 * 2**30, 1640e9, 448e9),
+    "TPU7x": Chip(96 * 2**30, 3690e9, 600e9),
 }
 
 KINDS = (
@@ -162,6 +161,7 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
     bodies, entry = _computations(text)
     times = _times(bodies, entry)
     counts, sent = collections.Counter(), collections.Counter()
+    sizes = tuple((axis, size) for axis, size in mesh.shape.items() if size > 1)
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
             if not (found := FOUND.search(line)):
@@ -169,7 +169,7 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
             shapes, kind, started = found.groups()
             if name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # the TPU's form: reduced, and a part of it kept
-            axes, size = _joined(line, mesh)
+            axes, size = _joined(_joins(line), sizes)
             key = kind, axes
             counts[key] += times[name]
             sent[key] += times[name] * _sent(kind, shapes, bool(started), size)
@@ -239,55 +239,65 @@ def _itemsize(dtype: str) -> float:
     return int(bits[0]) / 8 if bits else 1
 
 
-def _joined(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+def _joins(line: str) -> str:
+    """The part of a collective's text that says which devices it joins."""
+    found = re.search(
+        r"source_target_pairs=\{.*?\}\}|replica_groups=.*?, [a-z_]+=", line + ", end="
+    )
+    return found[0] if found else ""
+
+
+@functools.cache  # thousands of lines, few different groups
+def _joined(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
     """The mesh axes that a collective joins, ("?",) for groups that are none; devices together."""
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        moves = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+    names = tuple(axis for axis, _ in sizes)
+    if text.startswith("source_target_pairs"):
+        moves = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", text)]
         places = [(_place(a, sizes), _place(b, sizes)) for a, b in moves]
-        axes = tuple(axis for i, axis in enumerate(sizes) if any(a[i] != b[i] for a, b in places))
-        return axes, 2
-    groups = _groups(line)
+        return tuple(n for i, n in enumerate(names) if any(a[i] != b[i] for a, b in places)), 2
+    groups = _groups(text)
     if groups is None:
-        return tuple(sizes), math.prod(sizes.values())
-    for count in range(len(sizes) + 1):
-        for axes in itertools.combinations(sizes, count):
+        return names, math.prod(size for _, size in sizes)
+    for count in range(len(names) + 1):
+        for axes in itertools.combinations(names, count):
             if groups == _along(axes, sizes):
                 return axes, len(next(iter(groups)))
     return ("?",), max(map(len, groups))
 
 
-def _place(device: int, sizes: dict[str, int]) -> list[int]:
+def _place(device: int, sizes: tuple[tuple[str, int], ...]) -> list[int]:
     place = []
-    for size in reversed(sizes.values()):
+    for _, size in reversed(sizes):
         place.insert(0, device % size)
         device //= size
     return place
 
 
-def _along(axes: tuple[str, ...], sizes: dict[str, int]) -> set[frozenset[int]]:
+@functools.cache
+def _along(axes: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> set[frozenset[int]]:
     """Groups of devices that differ along these axes alone."""
     groups = collections.defaultdict(set)
-    for device in range(math.prod(sizes.values())):
+    for device in range(math.prod(size for _, size in sizes)):
         place = zip(sizes, _place(device, sizes), strict=True)
-        groups[tuple(at for axis, at in place if axis not in axes)].add(device)
+        groups[tuple(at for (axis, _), at in place if axis not in axes)].add(device)
     return set(map(frozenset, groups.values()))
 
 
-def _groups(line: str) -> set[frozenset[int]] | None:
+def _groups(text: str) -> set[frozenset[int]] | None:
     """Replica groups in any of XLA's three ways of writing them; None: all devices."""
-    if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line):
+    if listed := re.search(r"=\{(\{[\d,{} ]*\})\}", text):
         return {
             frozenset(map(int, part.split(","))) for part in re.findall(r"\{([\d,]+)\}", listed[1])
         }
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    if iota := re.search(r"=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims, order = (
             [int(n) for n in part.split(",")] if part else None for part in iota.groups()
         )
         return _turned(dims, order or list(range(len(dims))), shape[-1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        return _along(tuple(re.findall(r"'([^']+)'", named[2])), sizes)
+    if named := re.search(r"=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = re.findall(r"'([^']+)'=(\d+)", named[1])
+        axes = tuple(re.findall(r"'([^']+)'", named[2]))
+        return _along(axes, tuple((name, int(size)) for name, size in sizes))
     return None
 
 

@@ -28,7 +28,9 @@ def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
     return _weight_spec(jax.sharding.get_abstract_mesh().shape, axes, shape)
 
 
-def _weight_spec(sizes: Mapping[str, int], axes: tuple[str, ...], shape: tuple[int, ...]):
+def _weight_spec(
+    sizes: Mapping[str, int], axes: tuple[str, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
     entries: list[str | None] = []
     for name, size in zip(axes, shape, strict=True):
         axis = WEIGHTS.get(name)
@@ -99,10 +101,9 @@ def heads_spec(rows: int, *num_heads: int) -> PartitionSpec | None:
 
     None where the context axis splits them, or rows or heads do not split evenly.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or mesh.shape["context"] > 1:
+    spec = tokens_spec(rows, 1)  # of one token, no context axis gets a part
+    if spec is None:
         return None
-    uneven = any(n % mesh.shape["tensor"] for n in num_heads)
-    if uneven or rows % np.prod([mesh.shape[axis] for axis in BATCH_AXES]):
-        return None
-    return PartitionSpec(BATCH_AXES, None, "tensor", None)
+    parts = jax.sharding.get_abstract_mesh().shape["tensor"]
+    even = all(n % parts == 0 for n in num_heads)
+    return PartitionSpec(spec[0], None, "tensor", None) if even else None

@@ -156,5 +156,5 @@ def _entropy(hidden, head, targets, weights, **options):
         return jax.lax.psum(sums, (*spec[0], spec[1]))
 
     tokens = PartitionSpec(*spec[:2])
-    apply = per_device(of_one, (spec, rows, tokens, tokens), (whole,) * 3, checked=False)
+    apply = per_device(of_one, (spec, rows, tokens, tokens), (whole,) * 3)
     return apply(hidden, head, targets, weights)

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.target import published_flops
 from deepseek_jax.parallel.compile import Collective, chip, collectives, compile_program, described
 from deepseek_jax.parallel.manual import gathered, per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
@@ -80,7 +81,7 @@ def test_a_real_programs_collectives_and_memory(mesh):
         return jax.lax.scan(layer, x, weights)[0].sum()[None]
 
     rows = PartitionSpec(("fsdp", "expert"))
-    whole = per_device(loss, (PartitionSpec(None, "expert"), rows), rows, checked=False)
+    whole = per_device(loss, (PartitionSpec(None, "expert"), rows), rows)
     weights = jax.ShapeDtypeStruct(
         (3, 64, 64), np.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "expert"))
     )
@@ -107,6 +108,7 @@ def test_unknown_topologies_are_refused(name):
 def test_a_topologys_devices_and_figures():
     devices = described("v5p:2x2x2")
     assert len(devices) == 8
-    assert chip(devices[0]).flops == 459e12
+    assert chip(devices[0]).memory == 95 * 2**30
+    assert published_flops(devices[0].device_kind) == 459e12
     with pytest.raises(InputError, match="no figures"):
         chip(jax.devices()[0])
