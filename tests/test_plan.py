@@ -4,18 +4,21 @@ Never in the tests' own: where libtpu is loaded, JAX's profiler crashes.
 """
 
 import json
+import math
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from deepseek_jax.core.config import load_config
+from deepseek_jax.core.config import load_config, override
 from deepseek_jax.data.loader import batches, open_data
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.plan import abstract_batch
+from deepseek_jax.plan import abstract_batch, table
+from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.state import abstract_state
 
 SMALL = ["--model.num-layers", "2", "--model.unroll", "1", "--mesh.data", "1", "--mesh.fsdp", "2"]
 SMALL += ["--mesh.expert", "2"]
@@ -39,12 +42,35 @@ def test_a_small_model_on_four_chips():
     assert ("all-gather", "fsdp") in kinds
     assert not any("?" in kind for kind in kinds)
     assert not found["remarks"]
-    memory = found["memory"]
-    assert (
-        memory["total"]
-        == sum(memory[part] for part in ("arguments", "outputs", "temporaries", "code"))
-        - memory["aliased"]
+    # A chip holds its part of state and batch, a little padded; the new state takes its place.
+    config = override(
+        load_config("configs/quickstart.py", TrainConfig), SMALL, prog="", description=""
     )
+    mesh = make_mesh(config.mesh, jax.devices()[:4])
+    model = build(config.model, config.precision)
+    state = abstract_state(model, make_optimizer(config.optimizer, model.specs), mesh)
+    held = state, abstract_batch(mesh, config.batch_size, config.sequence_length, config)
+    part = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(held)
+    )
+    memory = found["memory"]
+    assert part < memory["arguments"] < 1.25 * part
+    assert 0.99 * memory["outputs"] < memory["aliased"] <= memory["outputs"]
+    new = memory["arguments"] + memory["temporaries"] + memory["code"]
+    assert new <= memory["total"] < 1.01 * new
+    text = table(found)
+    assert "fits " in text and "fsdp 2 x expert 2" in text
+    assert all(row["kind"] in text for row in found["collectives"])
+
+
+def test_what_does_not_fit_ends_with_exit_code_1():
+    wide = ["--mesh.data", "4", "--model.embed-dim", "4096", "--model.mlp-dim", "196608"]
+    wide += ["--model.num-layers", "2", "--model.num-mtp-layers", "0"]
+    done = plan("--config", "configs/quickstart.py", "--topology", "v5e:2x2", *wide)
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT: the compiler says: " in done.stdout
+    assert "exceeds available HBM" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -69,7 +95,6 @@ def test_bad_input_gets_one_message(arguments, message):
 def test_a_batchs_shapes_are_the_loaders():
     config = load_config("configs/quickstart.py", TrainConfig)
     mesh = make_mesh(MeshShape())
-    build(config.model, config.precision)
     dataset = open_data(config.data, sequence_length=64, num_targets=2, seed=0)
     real = next(batches(dataset, start=0, batch_size=8))
     planned = abstract_batch(mesh, 8, 64, config)

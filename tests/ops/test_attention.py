@@ -1,6 +1,7 @@
 """Reference: attention's fast form against its plain one and torch's, forward and backward."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 import reference
 import torch
 
-from deepseek_jax.ops.attention import causal_attention, causal_mask, masked_attention
+from deepseek_jax.core.target import compiling_for
+from deepseek_jax.ops.attention import causal_attention, causal_mask, masked_attention, preferred
 
 B, T, N, K, H, HV = 2, 300, 4, 2, 6, 5  # three blocks of queries, the last one short
 RNG = np.random.default_rng(0)
@@ -78,12 +80,32 @@ def test_plain_attention_is_torchs_forward_and_backward():
         np.testing.assert_allclose(mine, other.grad.swapaxes(1, 2), atol=1e-4)
 
 
-def test_the_fastest_is_chosen_in_one_place():
-    """No implementation given, on CPU: blocks."""
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "width", "length", "choice"),
+    [
+        ("cpu", "", "float32", 64, 128, "blocks"),
+        ("tpu", "", "float32", 192, 256, "splash"),
+        ("tpu", "", "float32", 192, 200, "blocks"),
+        ("gpu", "8.0", "bfloat16", 128, 100, "cudnn"),
+        ("gpu", "8.0", "bfloat16", 192, 100, "blocks"),
+        ("gpu", "9.0", "bfloat16", 192, 100, "cudnn"),
+        ("gpu", "10.0", "float16", 256, 100, "cudnn"),
+        ("gpu", "9.0", "bfloat16", 264, 100, "blocks"),
+        ("gpu", "9.0", "bfloat16", 60, 100, "blocks"),
+        ("gpu", "9.0", "float32", 64, 100, "blocks"),
+    ],
+)
+def test_the_fastest_is_chosen_in_one_place(platform, capability, dtype, width, length, choice):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    with compiling_for([device]):
+        assert preferred(jnp.zeros((1, length, 1, width), dtype)) == choice
+
+
+def test_what_is_chosen_is_run():
     inputs = tuple(map(jnp.asarray, (Q, KEYS, VALUES)))
-    chosen = compiled(None, 5, True)(*inputs)
-    blocks = compiled("blocks", 5, True)(*inputs)
-    jax.tree.map(np.testing.assert_array_equal, chosen, blocks)
+    (out, slopes), blocks = compiled(None, 5, True)(*inputs), compiled("blocks", 5, True)(*inputs)
+    for mine, other in zip((out, *slopes), (blocks[0], *blocks[1]), strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

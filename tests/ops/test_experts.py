@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 
+from deepseek_jax.core.target import compiling_for
 from deepseek_jax.ops.experts import _choice, feed_forward, make_plan, routed_experts
 
 N, A, E, D, F = 300, 2, 8, 6, 5
@@ -156,15 +157,11 @@ def test_bfloat16_is_close(way, load):
         ("gpu", 1, "10.0", (128, 256), "bfloat16", 64, "tiles"),
     ],
 )
-def test_each_machine_has_its_own_way(
-    backend, count, capability, sizes, dtype, tokens, choice, monkeypatch
-):
-    device = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "devices", lambda: [device] * count)
-    monkeypatch.setattr(jax, "device_count", lambda: count)
+def test_each_machine_has_its_own_way(backend, count, capability, sizes, dtype, tokens, choice):
+    device = types.SimpleNamespace(platform=backend, compute_capability=capability)
     x, gate = jnp.zeros((tokens, sizes[0]), dtype), jnp.zeros((E, *sizes))
-    assert _choice(x, jnp.zeros((tokens, A), int), gate) == choice
+    with compiling_for([device] * count):
+        assert _choice(x, jnp.zeros((tokens, A), int), gate) == choice
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")

@@ -1,10 +1,13 @@
 """Products: reference (float64 NumPy), forward and backward, in float32 and bfloat16."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.core.target import compiling_for
 from deepseek_jax.ops.matmul import (
     apart,
     dot,
@@ -63,11 +66,11 @@ def test_scaled_and_its_slopes(dtype):
     ("dtypes", "wide"), [(("float32",) * 2, True), (("bfloat16", "float32"), True),
                          (("bfloat16",) * 2, False)]
 )  # fmt: skip
-def test_float32_is_float32_on_accelerators(dtypes, wide, platform, monkeypatch):
+def test_float32_is_float32_on_accelerators(dtypes, wide, platform):
     """By default they round it: a TPU to bfloat16, a GPU to TF32."""
-    monkeypatch.setattr("deepseek_jax.core.target.platform", lambda: platform)
     x, w = (drawn(shape, dtype) for shape, dtype in zip(((3, 6), (6, 4)), dtypes, strict=True))
-    text = str(jax.make_jaxpr(lambda x, w: dot("nd,df->nf", x, w))(x, w))
+    with compiling_for([types.SimpleNamespace(platform=platform)]):
+        text = str(jax.make_jaxpr(lambda x, w: dot("nd,df->nf", x, w))(x, w))
     assert ("HIGHEST" in text) == (wide and platform != "cpu")
 
 
