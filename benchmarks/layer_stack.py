@@ -22,22 +22,22 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from train_step import batch
 
 from deepseek_jax.core.config import load_config
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers import moe
 from deepseek_jax.models import counts
-from deepseek_jax.models.build import Model, build
+from deepseek_jax.models.build import build
 from deepseek_jax.ops.experts import routed_experts
-from deepseek_jax.training.language import Language, make_language
-from deepseek_jax.training.optimizer import AdamW, make_optimizer
+from deepseek_jax.training.language import Language
+from deepseek_jax.training.loop import stage_step
+from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.state import initial_state
-from deepseek_jax.training.step import make_gradients, make_train_step
 
 V2_LITE = pathlib.Path(__file__).parents[1] / "configs/deepseek_v2_lite.py"
 CHUNK = 4096  # tokens whose logits exist at once
-PRECISION = Precision(compute="bfloat16")
 
 
 def balanced(x, experts, weights, gate, *leaves, **options):
@@ -46,46 +46,36 @@ def balanced(x, experts, weights, gate, *leaves, **options):
     return routed_experts(x, even, weights, gate, *leaves, **options)
 
 
-def text(rows: int, length: int) -> dict[str, np.ndarray]:
-    """One batch of the standard library's sources, a byte a token."""
+def text(rows: int, length: int) -> np.ndarray:
+    """The beginning of the standard library's sources, a byte a token."""
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
     stream = b"".join(file.read_bytes() for file in files)[: rows * (length + 1)]
-    tokens = np.frombuffer(stream, np.uint8).reshape(rows, length + 1).astype(np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:, None],
-        "weights": np.ones((rows, length, 1), np.float32),
-        "segments": np.ones((rows, length), np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy(),
-    }
+    return np.frombuffer(stream, np.uint8).reshape(rows, length + 1).astype(np.int32)
 
 
-def stepper(model: Model, data: dict, state: list) -> Callable[[], float]:
+def stepper(config: TrainConfig, data: dict, state: list) -> Callable[[], float]:
     """A function that takes one step of the state in the list, and says its seconds."""
-    objective = make_language(Language(chunk=CHUNK), model)
-    optimizer = make_optimizer(AdamW(), model.specs)
-    step = make_train_step(
-        make_gradients(objective), objective, optimizer, lambda s: jnp.float32(1e-4), clip_norm=1.0
-    )
+    stage, model = config.filled_stages()[0], build(config.model, config.precision)
+    step = stage_step(config, model, stage, stage.batch_at(0), first=0)
     if not state:
+        optimizer = make_optimizer(stage.optimizer, model.specs)
         start = jax.jit(lambda: initial_state(model.init(jax.random.key(0)), optimizer, 1.0))
         state.append(start())
-    arguments = (state[0], data, jax.random.key(1))
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state[0], data).compile()
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     print(f"compiled: {held / 1e9:.1f} GB with its arguments", flush=True)
 
     def take() -> float:
         start = time.perf_counter()
-        state[0], metrics = compiled(state[0], data, jax.random.key(1))
+        state[0], metrics = compiled(state[0], data)
         assert np.isfinite(float(metrics["loss"]))
         return time.perf_counter() - start
 
     return take
 
 
-def matmul_rate(size: int = 8192) -> float:
+def matmul_rate(size: int) -> float:
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
@@ -102,30 +92,39 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--limit", type=int, default=8192, help="size of the limit's product")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     parser.add_argument("--width", type=int, default=2048, help="of the model; less for a trial")
     arguments = parser.parse_args()
+    released = load_config(V2_LITE, TrainConfig)
     shape = dataclasses.replace(
-        load_config(V2_LITE, TrainConfig).model,
+        released.model,
         num_layers=arguments.layers,
         num_dense_layers=0,
         vocab_size=8192,
         remat=arguments.remat,
         embed_dim=arguments.width,
     )
-    model = build(shape, PRECISION)
-    data = jax.device_put(text(arguments.rows, arguments.length))
-    state: list = []
-    rows = {"own routing": stepper(model, data, state)}
+    config = dataclasses.replace(
+        released,
+        model=shape,
+        precision=Precision(compute="bfloat16"),
+        objective=Language(chunk=CHUNK),
+        batch_size=arguments.rows,
+        sequence_length=arguments.length,
+    )
+    data, state = jax.device_put(batch(text(arguments.rows, arguments.length))), []
+    rows = {"own routing": stepper(config, data, state)}
     with mock.patch.object(moe, "routed_experts", balanced):
-        rows["forced balance"] = stepper(build(shape, PRECISION), data, state)
+        rows["forced balance"] = stepper(config, data, state)
     for take in rows.values():
         take()
     times = {name: [] for name in rows}
     for _ in range(arguments.steps):
         for name, take in rows.items():
             times[name].append(take())
-    tokens, limit = arguments.rows * arguments.length, matmul_rate()
+    tokens, limit = arguments.rows * arguments.length, matmul_rate(arguments.limit)
+    model = build(config.model, config.precision)
     flops = counts.train_flops_per_token(model, arguments.length) * tokens
     total, active = counts.num_params(model)
     print(

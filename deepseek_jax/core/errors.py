@@ -4,6 +4,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+from deepseek_jax.core.target import leave_absent_tpus
+
 
 class InputError(Exception):
     """What the user gave cannot be used. The message says what, where, and the likely fix."""
@@ -14,6 +16,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
 
     Ctrl-C exits with code 130, a reader that went away (`... | head`) with 141.
     """
+    leave_absent_tpus()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as error:

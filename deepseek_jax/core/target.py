@@ -6,6 +6,9 @@ what chooses a form asks here, not JAX's own backend.
 
 import contextlib
 import contextvars
+import importlib.metadata
+import importlib.util
+import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -18,6 +21,9 @@ PEAKS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
     "L40S": 362, "L40": 181, "L4": 121,
 }  # fmt: skip
+
+PCI = pathlib.Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"  # the vendor of every TPU there
 
 _DESCRIBED: contextvars.ContextVar[tuple | None] = contextvars.ContextVar("devices", default=None)
 
@@ -55,3 +61,16 @@ def published_flops(kind: str) -> float | None:
     """A second, in bfloat16, of one device of this kind; None for an unknown one."""
     found = (peak for part, peak in PEAKS.items() if part.lower() in kind.lower())
     return next((teraflops * 1e12 for teraflops in found), None)
+
+
+def leave_absent_tpus() -> None:
+    """Keep JAX from libtpu where it is installed for `plan` alone; call it before JAX has devices.
+
+    Without chips libtpu prints errors, and JAX's profiler crashes in it. Nothing changes where a
+    TPU or another accelerator's plugin is there, or JAX_PLATFORMS says what to use.
+    """
+    if jax.config.read("jax_platforms") or importlib.util.find_spec("libtpu") is None:
+        return
+    vendors = (path.read_text().strip() for path in PCI.glob("*/vendor"))
+    if GOOGLE not in vendors and not importlib.metadata.entry_points(group="jax_plugins"):
+        jax.config.update("jax_platforms", "cpu")

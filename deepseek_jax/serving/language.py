@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder, layer_table
@@ -310,6 +311,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
     more than bfloat16 saves, and completions are then the same with and without a cache.
     Raises InputError when there is no such checkpoint, or it is not what its config says.
     """
+    leave_absent_tpus()
     if is_folder_of_tensors(path):
         return _load_folder(pathlib.Path(path))
     directory = manager.resolve(path)
