@@ -69,7 +69,8 @@ def leave_absent_tpus() -> None:
     Without chips libtpu prints errors, and JAX's profiler crashes in it. Nothing changes where a
     TPU or another accelerator's plugin is there, or JAX_PLATFORMS says what to use.
     """
-    if jax.config.read("jax_platforms") or importlib.util.find_spec("libtpu") is None:
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]  # made while JAX is imported
+    if chosen or importlib.util.find_spec("libtpu") is None:
         return
     vendors = (path.read_text().strip() for path in PCI.glob("*/vendor"))
     if GOOGLE not in vendors and not importlib.metadata.entry_points(group="jax_plugins"):

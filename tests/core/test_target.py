@@ -35,7 +35,7 @@ def test_a_libtpu_without_chips_is_left_alone(tmp_path):
 @pytest.mark.parametrize("there", ["chips", "plugin", "choice", "neither"])
 def test_where_an_accelerator_may_be_jax_chooses(there, tmp_path, monkeypatch):
     said, chosen = [], "tpu,cpu" if there == "choice" else None
-    given = types.SimpleNamespace(read=lambda name: chosen, update=lambda *pair: said.append(pair))
+    given = types.SimpleNamespace(jax_platforms=chosen, update=lambda *pair: said.append(pair))
     monkeypatch.setattr(target.jax, "config", given)
     monkeypatch.setattr(target, "PCI", tmp_path)
     plugins = [object()] if there == "plugin" else []
