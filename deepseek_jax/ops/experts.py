@@ -77,8 +77,6 @@ def routed_experts(
         size = min(capacity or max(8, -(-even // 8) * 8), x.shape[0])
         y = _tiles(size, capacity is None, x, weights, gate, up, down, plan, experts)
     elif implementation in ("ragged", "hopper"):  # and so do these
-        if capacity is not None:  # what was dropped is sorted behind
-            plan = make_plan(experts, num_experts)
         y = _sorted(implementation, x, weights, gate, up, down, plan)
     else:
         form = FORMS[implementation]

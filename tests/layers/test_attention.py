@@ -93,6 +93,16 @@ def test_a_kernel_runs_on_each_devices_own_rows_and_heads(packed, monkeypatch):
 
 
 @pytest.mark.parametrize("axes", [{"context": 2, "data": 4}, {"tensor": 4, "data": 2}, {"data": 8}])
-def test_where_sequences_rows_or_heads_do_not_split_evenly_no_kernel_runs(axes):
+def test_where_sequences_rows_or_heads_do_not_split_evenly_no_kernel_runs(axes, monkeypatch):
+    for module in ("layers", "ops"):
+        monkeypatch.setattr(f"deepseek_jax.{module}.attention.preferred", lambda q: "splash")
+    q, k, v = (jnp.zeros((4, 128, n, 16)) for n in (4, 2, 2))
+
+    def program():
+        return jax.make_jaxpr(lambda: attend(q, k, v, None, scale=1.0))()
+
     with jax.set_mesh(make_mesh(MeshShape(**axes))):
         assert heads_spec(4, 4, 2) is None
+        assert "pallas_call" not in str(program())
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+        assert "pallas_call" in str(program())
