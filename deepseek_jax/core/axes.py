@@ -12,7 +12,7 @@ BATCH_AXES = ("slice", "data", "fsdp", "expert")
 # router's outputs: experts or groups, never sharded.
 WEIGHT_AXES = {
     "layers", "vocab", "embed", "heads", "kv_heads", "head", "q_rank", "kv_rank", "mlp",
-    "experts", "expert_mlp", "router",
+    "experts", "experts_over_slices", "expert_mlp", "router",
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Mixture of experts: router, routed experts, shared experts, telemetry of what was dispatched."""
 
 import dataclasses
-import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core import target
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.linear import Dtypes, SwiGLU, weight
 from deepseek_jax.layers.router import Balance, Gate, check_router
 from deepseek_jax.ops import routing
+from deepseek_jax.ops.exchange import Exchange, exchanged
 from deepseek_jax.ops.experts import routed_experts
 from deepseek_jax.parallel.manual import gathered, per_device
-from deepseek_jax.parallel.sharding import tokens_spec, weight_spec
+from deepseek_jax.parallel.sharding import num_parts, tokens_spec, weight_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class MoE:
     """Experts every token passes; one MLP of width num_shared_experts * expert_dim."""
     dispatch: Dispatch = Dropless()
     balance: Balance = Balance()
+    exchange: Exchange = Exchange()
 
     def __post_init__(self):
         if min(self.num_experts, self.expert_dim) < 1 or self.num_shared_experts < 0:
@@ -62,6 +65,17 @@ class MoE:
                 f"least 1, num_shared_experts ({self.num_shared_experts}) at least 0."
             )
         check_router(self.router, self.num_experts)
+
+
+def check_exchange(config: MoE, sizes: Mapping[str, int]) -> None:
+    """InputError unless the mesh can hold the experts as the exchange needs them."""
+    kind = config.exchange.kind
+    parts = num_parts(sizes, ("slice", "expert") if kind == "two_hop" else "expert")
+    if kind != "none" and config.num_experts % parts:
+        raise InputError(
+            f"model.moe.exchange.kind is {kind}: the mesh's {parts} groups of experts must divide "
+            f"num_experts ({config.num_experts}); change mesh.expert"
+        )
 
 
 class Routing(NamedTuple):
@@ -96,56 +110,87 @@ class Experts(nn.Module):
         x: Float[Array, "B T D"],
         experts: Int[Array, "B T A"],
         weights: Float[Array, "B T A"],
+        order: Int[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Int[Array, " E"], Int[Array, ""]]:
         c, capacity = self.config, None
         if isinstance(c.dispatch, Capacity):
             capacity = max(1, math.ceil(c.dispatch.factor * (experts.size / c.num_experts)))
-            # Position before row: a later token must not take an earlier one's place.
-            x, experts, weights = (jnp.swapaxes(a, 0, 1) for a in (x, experts, weights))
         e, d, f = c.num_experts, self.embed_dim, c.expert_dim
-        inward = ("experts", "embed", "expert_mlp"), (e, d, f)
-        outward = ("experts", "expert_mlp", "embed"), (e, f, d)
-        leaves = (
+        spread = "experts_over_slices" if c.exchange.kind == "two_hop" else "experts"
+        inward = (spread, "embed", "expert_mlp"), (e, d, f)
+        outward = (spread, "expert_mlp", "embed"), (e, f, d)
+        leaves = [
             weight(self, name, shape, axes, reduced=(1,), outputs=(2,))
             for name, (axes, shape) in {"gate": inward, "up": inward, "down": outward}.items()
-        )
-        apply = functools.partial(_flat, capacity=capacity)
+        ]
         spec = tokens_spec(*x.shape[:2])
-        if capacity is None and target.partitioned() and spec:
-            apply = _on_each_device(spec, inward, outward)
-        y, counts, dropped = apply(x, experts, weights, *leaves)
-        return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped
+        if target.partitioned() and spec:
+            apply = _on_each_device(c, spec, inward, outward, capacity, order)
+            return apply(x, experts, weights, *leaves)
+        return _on_one_device(capacity, x, experts, weights, *leaves)
 
 
-def _flat(x, experts, weights, *leaves, capacity=None):
-    """`routed_experts` of [B, T, width]."""
-    tokens = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
+def _on_one_device(capacity, x, experts, weights, *leaves):
+    """`routed_experts` of [B, T, width]; XLA splits it where there are more devices."""
+    given = x, experts, weights
+    if capacity is not None:  # position before row: a later token must not take an earlier's place
+        given = [jnp.swapaxes(a, 0, 1) for a in given]
+    tokens = (a.reshape(-1, a.shape[-1]) for a in given)
     y, counts, dropped = routed_experts(*tokens, *leaves, capacity=capacity)
-    return y.reshape(x.shape), counts, dropped
+    y = y.reshape(given[0].shape)
+    return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped
 
 
-def _on_each_device(spec: PartitionSpec, inward: tuple, outward: tuple):
-    """Every device sorts its own tokens and has all experts' weights, gathered for this layer.
+def _on_each_device(
+    config: MoE, spec: PartitionSpec, inward: tuple, outward: tuple, capacity: int | None, order
+):
+    """Every device sorts its own tokens; experts come to them, or they go to the experts.
 
     Left to itself, XLA would gather all tokens instead, or sum their products over the mesh. Where
     the tensor axis splits the experts' width, their parts of the result are added up.
     """
-    batch = (*spec[0], spec[1])
+    sizes = jax.sharding.get_abstract_mesh().shape
+    everyone = tuple(axis for axis, size in sizes.items() if size > 1)
+    rows, time = spec[0], spec[1] if sizes[spec[1]] > 1 else None
     inward, outward = (weight_spec(*one) for one in (inward, outward))
-    split = "tensor" in inward
+    home = inward[0] if inward else None  # the axis, or axes, of the experts
+    kind, num_experts = config.exchange.kind, config.num_experts
+    if kind != "none" and home is None and num_parts(sizes, ("slice", "expert")) > 1:
+        check_exchange(config, sizes)
+        kind = "none"
+    keep = {"tensor"} | ({home} if kind != "none" else set())
 
-    def of_one(x, experts, weights, *leaves):
-        whole = (
-            gathered(w, own, keep=("tensor",))
-            for w, own in zip(leaves, (inward, inward, outward), strict=True)
+    def of_one(x, experts, weights, *rest):
+        order, leaves = rest[: len(rest) - 3], rest[-3:]
+        dropped = jnp.int32(0)
+        if capacity is not None:
+            where = {"rows": rows, "order": order[0] if order else None, "time": time}
+            kept = routing.within_capacity(experts, capacity, num_experts, **where)
+            dropped = (~kept & (experts < num_experts)).sum(dtype=jnp.int32)
+            experts = jnp.where(kept, experts, num_experts)
+        counts = routing.expert_counts(experts, experts[..., 0] >= 0, num_experts).sum(0)
+        leaves = tuple(
+            gathered(w, own, keep) for w, own in zip(leaves, (inward, inward, outward), strict=True)
         )
-        y, counts, dropped = _flat(x, experts, weights, *whole)
-        if split:
+        given = [a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)]
+        if kind == "none":
+            y = _apply(*given, leaves, None)
+        else:
+            y = exchanged(config.exchange, num_experts, everyone, _apply, *given, leaves)
+        if "tensor" in inward:
             y = jax.lax.psum(y.astype(jnp.float32), "tensor").astype(x.dtype)
-        return y, jax.lax.psum(counts, batch), jax.lax.psum(dropped, batch)
+        counts, dropped = jax.lax.psum((counts, dropped), (*rows, spec[1]))
+        return y.reshape(x.shape), counts, dropped
 
-    specs = (spec, spec, spec, inward, inward, outward)
-    return per_device(of_one, specs, (spec, PartitionSpec(), PartitionSpec()))
+    orders = () if order is None else (PartitionSpec(spec[1]),)
+    specs = (spec, spec, spec, *orders, inward, inward, outward)
+    run = per_device(of_one, specs, (spec, PartitionSpec(), PartitionSpec()))
+    return lambda *given: run(*given[:3], *(() if order is None else (order,)), *given[3:])
+
+
+def _apply(x, experts, weights, leaves, load):
+    """Own experts' part of any tokens' results."""
+    return routed_experts(x, experts, weights, *leaves, expected=load and load.choices)[0]
 
 
 class MixtureOfExperts(nn.Module):
@@ -157,7 +202,10 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None
+        self,
+        x: Float[Array, "B T D"],
+        segments: Int[Array, "B T"] | None,
+        order: Int[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         c = self.config
         valid = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
@@ -165,7 +213,7 @@ class MixtureOfExperts(nn.Module):
         logits, routes = gate(x)
         experts = jnp.where(valid[..., None], routes.experts, c.num_experts)
         layer = Experts(c, self.embed_dim, self.dtypes, name="experts")
-        y, counts, dropped = layer(x, experts, routes.weights)
+        y, counts, dropped = layer(x, experts, routes.weights, order)
         if c.num_shared_experts:
             width = c.num_shared_experts * c.expert_dim
             y = y + SwiGLU(self.embed_dim, width, self.dtypes, name="shared")(x)

@@ -9,7 +9,7 @@ Gathers replace scatters in both directions.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core import target
 from deepseek_jax.core.extras import require
+from deepseek_jax.ops.dispatch import collected, in_rounds, make_plan, rank, spread
 from deepseek_jax.ops.matmul import dot, exact, rows, thickened, turned
 
 Implementation = Literal["reference", "ragged", "hopper", "tiles", "few", "turns"]
 TILE_SLACK = 1.125  # a fixed tile's rows over an expert's even share
 OVERFLOW_ROWS = 64  # rows of one overflow tile
 KERNEL_TILE = 128  # rows and columns of a Hopper kernel's block
-
-
-class Plan(NamedTuple):
-    """Assignments (token n's choice a is number n * A + a) sorted by expert."""
-
-    order: Int[Array, " M"]  # sorted place -> assignment
-    place: Int[Array, "N A"]  # assignment -> sorted place
-    start: Int[Array, " E"]  # the first sorted place of each expert
-    counts: Int[Array, " E"]
-
-
-def make_plan(experts: Int[Array, "N A"], num_experts: int) -> Plan:
-    """Sort assignments by expert, earlier tokens first; expert `num_experts` means none."""
-    flat = experts.reshape(-1)
-    total = flat.shape[0]
-    if (num_experts + 1) * total < 2**31:  # one sort of plain integers is five times faster
-        order = jnp.sort(flat * total + jnp.arange(total, dtype=jnp.int32)) % total
-    else:
-        order = jnp.argsort(flat, stable=True)
-    place = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32))
-    counts = (flat[:, None] == jnp.arange(num_experts)[None, :]).sum(0, dtype=jnp.int32)
-    return Plan(order, place.reshape(experts.shape), jnp.cumsum(counts) - counts, counts)
 
 
 def routed_experts(
@@ -56,28 +35,32 @@ def routed_experts(
     down: Float[Array, "E F D"],
     *,
     capacity: int | None = None,
+    expected: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "N D"], Int[Array, " E"], Int[Array, ""]]:
     """Each token's weighted sum over its experts' SwiGLU; tokens dispatched to each; drops.
 
     An expert id of E sends that choice nowhere (padding) and counts nowhere. With `capacity`,
     each expert takes that many of its assignments, first come first served, and drops the rest.
+    Where most choices are likely to go nowhere, `expected` says how many are not: buffers are made
+    for these, and the rest takes longer.
     """
     num_experts = gate.shape[0]
     plan = make_plan(experts, num_experts)
     dispatched = plan.counts if capacity is None else jnp.minimum(plan.counts, capacity)
     dropped = (plan.counts - dispatched).sum()
     if capacity is not None:
-        late = _rank(plan, experts) >= capacity
+        late = rank(plan, experts) >= capacity
         experts = jnp.where(late, num_experts, experts)
     weights = jnp.where(experts < num_experts, weights, 0.0)
     implementation = implementation or _choice(x, experts, gate)
+    expected = min(expected or experts.size, experts.size)
     if implementation == "tiles":  # it narrows weights itself, so that their slopes stay wide
-        even = int(experts.size / num_experts * TILE_SLACK)
+        even = int(expected / num_experts * TILE_SLACK)
         size = min(capacity or max(8, -(-even // 8) * 8), x.shape[0])
         y = _tiles(size, capacity is None, x, weights, gate, up, down, plan, experts)
     elif implementation in ("ragged", "hopper"):  # and so do these
-        y = _sorted(implementation, x, weights, gate, up, down, plan)
+        y = _sorted(implementation, expected, x, weights, gate, up, down, plan)
     else:
         form = FORMS[implementation]
         y = form(x, experts, weights, *(w.astype(x.dtype) for w in (gate, up, down)))
@@ -95,11 +78,6 @@ def _choice(x, experts, gate) -> Implementation:
     if fits and target.devices()[0].compute_capability.startswith("9."):
         return "hopper"
     return "tiles"
-
-
-def _rank(plan, experts):
-    """Which of its expert's assignments each one is; without meaning where there is no expert."""
-    return plan.place - jnp.pad(plan.start, (0, 1))[experts]
 
 
 def swiglu(gate: Float[Array, "*x F"], up: Float[Array, "*x F"]) -> Float[Array, "*x F"]:
@@ -149,34 +127,36 @@ def _turns(x, experts, weights, gate, up, down):
 FORMS = {"reference": _every_expert, "few": _few, "turns": _turns}
 
 
-def _sorted(product, x, weights, gate, up, down, plan):
-    tokens = _dispatch(x, plan.order, plan.place)
-    weight = _dispatch(weights.reshape(-1, 1), plan.order, plan.place.reshape(-1, 1))
-    h = swiglu(*(_grouped(product, tokens, w, plan.counts) for w in (gate, up)))
-    y = _grouped(product, (h * weight).astype(x.dtype), down, plan.counts)
-    return _gather_back(y, plan.order, plan.place)
+def _sorted(product, expected, x, weights, gate, up, down, plan):
+    size, indices = _whole_tiles(expected), (plan.order, plan.place, plan.start, plan.counts)
+    values = x, weights, gate, up, down
+    if size >= plan.order.size:
+        return _sorted_round(product, plan.order.size, 0, indices, *values)
+    rounds = jnp.maximum(1, -(-plan.counts.sum() // size))
+    return in_rounds(functools.partial(_sorted_round, product, size), rounds, indices, *values)
 
 
-@jax.custom_vjp
-def _dispatch(x, order, place):
-    """Rows in sorted order; and back, so that both directions gather."""
-    return x[order // place.shape[1]]
+def _whole_tiles(expected):
+    """Rows of a round: a little over what is expected, in whole tiles of a kernel."""
+    return -(-int(expected * TILE_SLACK) // KERNEL_TILE) * KERNEL_TILE
 
 
-@jax.custom_vjp
-def _gather_back(y, order, place):
-    """Each token's sum over its sorted rows."""
-    return y[place].sum(1, dtype=jnp.float32).astype(y.dtype)
-
-
-_dispatch.defvjp(
-    lambda x, *places: (_dispatch(x, *places), places),
-    lambda places, slope: (_gather_back(slope, *places), None, None),
-)
-_gather_back.defvjp(
-    lambda y, *places: (_gather_back(y, *places), places),
-    lambda places, slope: (_dispatch(slope, *places), None, None),
-)
+def _sorted_round(product, size, r, indices, x, weights, gate, up, down):
+    """The part of assignments r * size to (r + 1) * size, in sorted order."""
+    order, place, start, counts = indices
+    first, num_active = r * size, place.shape[1]
+    ends = jnp.clip(start + counts - first, 0, size)
+    counts = ends - jnp.clip(start - first, 0, size)
+    inside = jnp.arange(size)
+    assignment = jnp.where(
+        inside < ends.max(initial=0), order[jnp.minimum(first + inside, order.size - 1)], order.size
+    )
+    place = jnp.where((place >= first) & (place < first + size), place - first, size)
+    tokens = spread(x, assignment // num_active, place)
+    weight = spread(weights.reshape(-1, 1), assignment, place.reshape(-1, 1))
+    h = swiglu(*(_grouped(product, tokens, w, counts) for w in (gate, up)))
+    y = _grouped(product, (h * weight).astype(x.dtype), down, counts)
+    return collected(y, assignment // num_active, place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -265,9 +245,10 @@ def _slots(size, weights, plan, experts):
     """Token and weight of each slot [E, size]; each assignment's slot, and if it has one [N, A]."""
     inside, start = jnp.arange(size)[None, :], plan.start[:, None]
     assignment, weight, _ = _assigned(plan, weights, start, plan.counts[:, None], inside)
-    rank = _rank(plan, experts)
-    kept = (rank < size) & (experts < plan.counts.size)
-    return assignment // weights.shape[1], weight, jnp.where(kept, experts * size + rank, 0), kept
+    number = rank(plan, experts)
+    kept = (number < size) & (experts < plan.counts.size)
+    slot = jnp.where(kept, experts * size + number, 0)
+    return assignment // weights.shape[1], weight, slot, kept
 
 
 def _combine(values, slot, kept):

@@ -6,7 +6,7 @@ Sources: DeepSeekMoE (arXiv 2401.06066), V2 (2405.04434, section 2.1.2), V3 (241
 
 import dataclasses
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,47 @@ def expert_counts(
     """How many valid tokens of each row chose each expert."""
     chosen = experts[..., None] == jnp.arange(num_experts)[None, None, None, :]
     return (chosen & valid[:, :, None, None]).sum((1, 2), dtype=jnp.int32)
+
+
+def within_capacity(
+    experts: Int[Array, "B T A"],
+    capacity: int,
+    num_experts: int,
+    rows: tuple[str, ...] = (),
+    order: Int[Array, " T"] | None = None,
+    time: str | None = None,
+) -> Bool[Array, "B T A"]:
+    """Which choices are among their expert's first `capacity`: position before row.
+
+    Within a per-device function, `rows` are the mesh axes that the batch's rows lie on and `time`
+    that of positions, which `order` gives where they do not ascend over its devices.
+    """
+    chosen = (experts[..., None] == jnp.arange(num_experts)[None, None, None, :]).any(2)
+    here = chosen.sum(0, dtype=jnp.int32)  # [T, E]
+    total = jax.lax.psum(here, rows) if rows else here
+    before = _before(total, order, time)
+    # Only where an expert fills up do rows matter: at the one position that exceeds it.
+    fills = (before < capacity) & (before + total >= capacity)
+    earlier = jnp.zeros(num_experts, jnp.int32)
+    if rows:
+        everywhere = jax.lax.all_gather(jnp.where(fills, here, 0).sum(0), rows)
+        mine = jnp.arange(len(everywhere))[:, None] < jax.lax.axis_index(rows)
+        earlier = jnp.where(mine, everywhere, 0).sum(0)
+    above = jnp.cumsum(chosen, 0, dtype=jnp.int32) - chosen  # in earlier rows of this device
+    place = before[None] + jnp.where(fills, earlier[None, :], 0)[None] + above
+    found = jnp.take_along_axis(place, jnp.minimum(experts, num_experts - 1), -1)
+    return (found < capacity) & (experts < num_experts)
+
+
+def _before(total: Int[Array, "T E"], order: Any, time: str | None) -> Int[Array, "T E"]:
+    """How many choices of an expert stand at earlier positions."""
+    if time is None:
+        return jnp.cumsum(total, 0) - total
+    whole, length = jax.lax.all_gather(total, time, tiled=True), total.shape[0]
+    if order is None:
+        order = jax.lax.axis_index(time) * length + jnp.arange(length)
+    sorted_ = jnp.zeros_like(whole).at[jax.lax.all_gather(order, time, tiled=True)].set(whole)
+    return (jnp.cumsum(sorted_, 0) - sorted_)[order]
 
 
 def sequence_loss(

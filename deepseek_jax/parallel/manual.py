@@ -20,8 +20,8 @@ def per_device(
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def gathered(x: jax.Array, spec: PartitionSpec, keep: tuple[str, ...] = ()) -> jax.Array:
-    """Within a per-device function: x, given by `spec`, whole along all axes but those kept.
+def gathered(x: jax.Array, spec: PartitionSpec, keep: Any = ()) -> jax.Array:
+    """Within a per-device function: x, given by `spec`, whole along all entries but those kept.
 
     Backward, each device gets its own part of the sum over those axes: a reduce-scatter.
     """

@@ -1,5 +1,6 @@
 """Logical names to mesh axes: one table for weights, one for activations, and `constrain`."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.core.axes import BATCH_AXES, Spec
 from deepseek_jax.core.errors import InputError
 
-# The mesh axis that shards each logical axis of a weight.
-WEIGHTS = {
+# The mesh axis, or axes, that shard each logical axis of a weight.
+WEIGHTS: dict[str, str | tuple[str, ...]] = {
     "experts": "expert",
+    "experts_over_slices": ("slice", "expert"),
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "expert_mlp"), "tensor"),
     **dict.fromkeys(("embed", "q_rank", "kv_rank"), "fsdp"),
 }
@@ -31,14 +33,19 @@ def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
 def _weight_spec(
     sizes: Mapping[str, int], axes: tuple[str, ...], shape: tuple[int, ...]
 ) -> PartitionSpec:
-    entries: list[str | None] = []
+    entries: list[str | tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         axis = WEIGHTS.get(name)
-        parts = 1 if axis is None or axis in entries else sizes[axis]
+        parts = 1 if axis is None or axis in entries else num_parts(sizes, axis)
         entries.append(axis if parts > 1 and size % parts == 0 else None)
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
+
+
+def num_parts(sizes: Mapping[str, int], axes: str | tuple[str, ...]) -> int:
+    """Devices along a mesh axis, or along several together."""
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def tree_shardings(mesh: Mesh, specs: Any, shapes: Any) -> Any:
@@ -53,7 +60,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh) -> int:
     """How many parts a batch's rows split into."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return num_parts(mesh.shape, BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, sizes: Iterable[Any]) -> None:
@@ -81,7 +88,7 @@ def constrain(x: jax.Array) -> jax.Array:
     manual = mesh.manual_axes  # inside a manual region only the others may be named
     rows = tuple(axis for axis in BATCH_AXES if axis not in manual)
     time = "context" if "context" not in manual else None
-    if x.shape[0] % np.prod([mesh.shape[axis] for axis in rows]):
+    if x.shape[0] % num_parts(mesh.shape, rows):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time, None))
 
@@ -91,7 +98,7 @@ def tokens_spec(rows: int, length: int) -> PartitionSpec | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes or length % mesh.shape["context"]:
         return None
-    if rows % np.prod([mesh.shape[axis] for axis in BATCH_AXES]):
+    if rows % num_parts(mesh.shape, BATCH_AXES):
         return None
     return PartitionSpec(BATCH_AXES, "context", None)
 

@@ -14,7 +14,8 @@ import pytest
 import reference
 
 from deepseek_jax.core.target import compiling_for
-from deepseek_jax.ops.experts import _choice, feed_forward, make_plan, routed_experts
+from deepseek_jax.ops.dispatch import make_plan
+from deepseek_jax.ops.experts import _choice, feed_forward, routed_experts
 
 N, A, E, D, F = 300, 2, 8, 6, 5
 RNG = np.random.default_rng(0)
