@@ -5,18 +5,23 @@ multi-token prediction (MTP, section 2.2).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.core import target
 from deepseek_jax.layers.attention import GQA, Place, Selection
 from deepseek_jax.layers.block import Attention, Remat, stacked
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
 from deepseek_jax.layers.moe import MoE, Routing
 from deepseek_jax.ops.rope import rotation
-from deepseek_jax.parallel.sharding import constrain
+from deepseek_jax.parallel.manual import per_device
+from deepseek_jax.parallel.sharding import constrain, tokens_spec, weight_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,31 @@ class Table(nn.Module):
         self.weight = weight(self, "weight", self.shape, self.axes, reduced=(0,), outputs=(1,))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[tokens].astype(self.dtypes.compute)
+        spec = tokens_spec(*tokens.shape)
+        if spec is None or not target.partitioned():
+            return self.weight[tokens].astype(self.dtypes.compute)
+        table = weight_spec(self.axes, self.shape)
+        look_up = functools.partial(_own_rows, table, self.dtypes.compute)
+        return per_device(look_up, (PartitionSpec(*spec[:2]), table), spec)(tokens, self.weight)
+
+
+def _own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> Array:
+    """The rows of one device's tokens, from its part of the table.
+
+    XLA would gather the whole table, and hold its whole slope. Instead every device looks up its
+    columns for all tokens of its fsdp group, which then trade them.
+    """
+    rows, columns = (*spec, None, None)[:2]
+    if columns is not None:
+        tokens = jax.lax.all_gather(tokens, columns, tiled=True)
+    if rows is not None:
+        tokens = tokens - jax.lax.axis_index(rows) * table.shape[0]
+        mine = ((tokens >= 0) & (tokens < table.shape[0]))[..., None]
+        x = jnp.where(mine, table[jnp.where(mine[..., 0], tokens, 0)], 0).astype(dtype)
+        x = jax.lax.psum(x, rows)  # one of them is not 0
+    else:
+        x = table[tokens].astype(dtype)
+    return x if columns is None else jax.lax.all_to_all(x, columns, 0, 2, tiled=True)
 
 
 class LanguageDecoder(nn.Module):
