@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -12,9 +13,10 @@ from deepseek_jax.core import target
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
 from deepseek_jax.ops.attention import KERNELS, causal_attention, masked_attention, preferred
 from deepseek_jax.ops.matmul import put
+from deepseek_jax.ops.ring import ring_attention
 from deepseek_jax.ops.rope import Llama3, Yarn, rotate, softmax_factor
 from deepseek_jax.parallel.manual import per_device
-from deepseek_jax.parallel.sharding import heads_spec
+from deepseek_jax.parallel.sharding import heads_spec, tokens_spec
 
 
 class Place(NamedTuple):
@@ -24,6 +26,8 @@ class Place(NamedTuple):
     sine: Float[Array, "B T half"]
     segments: Int[Array, "B T"] | None = None
     positions: Int[Array, "B T"] | None = None
+    order: Int[Array, " T"] | None = None
+    """Where in its row each token stands, when rows lie zigzag over the context axis (ops/ring)."""
 
 
 class Selection(NamedTuple):
@@ -48,10 +52,16 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K Hv"],
-    segments: Int[Array, "B T"] | None,
+    place: Place,
     **options: Any,
 ) -> Float[Array, "B T N Hv"]:
-    """`causal_attention`; on a mesh its kernels run on each device's own rows and heads."""
+    """`causal_attention`; on a mesh its kernels run on each device's own rows and heads.
+
+    Rows that lie zigzag over the context axis take `ring_attention`.
+    """
+    segments = place.segments
+    if place.order is not None:
+        return _around_the_ring(q, k, v, segments, **options)
     if target.partitioned() and options.get("keep") is None and preferred(q) in KERNELS:
         spec = heads_spec(q.shape[0], q.shape[2], k.shape[2])
         if spec is not None:
@@ -63,6 +73,22 @@ def attend(
             specs = (spec, spec, spec, PartitionSpec(spec[0], None))[: len(given)]
             return per_device(of_one, specs, spec)(*given)
     return causal_attention(q, k, v, segments, **options)
+
+
+def _around_the_ring(q, k, v, segments, *, scale, window=None, keep=None):
+    if keep is not None:
+        raise ValueError("a sparse attention's rows cannot lie zigzag")
+    sizes = jax.sharding.get_abstract_mesh().shape
+    heads = "tensor" if k.shape[2] % sizes["tensor"] == 0 else None
+    tokens = tokens_spec(*q.shape[:2])
+    spec = PartitionSpec(*tokens[:2], heads, None)
+    given = (q, k, v) if segments is None else (q, k, v, segments)
+
+    def of_one(q, k, v, segments=None):
+        return ring_attention(q, k, v, segments, "context", scale, window)
+
+    specs = (spec, spec, spec, PartitionSpec(*tokens[:2]))[: len(given)]
+    return per_device(of_one, specs, spec)(*given)
 
 
 def grown(cache: dict[str, Any], new: dict[str, Array], place: Place) -> dict[str, Any]:
@@ -166,7 +192,7 @@ class GroupedQueryAttention(nn.Module):
         del x
         c = self.config
         if cache is None:
-            out = attend(q, k, v, place.segments, scale=scale, window=c.window)
+            out = attend(q, k, v, place, scale=scale, window=c.window)
             return out, None, None
         cache = grown(cache, {"k": k, "v": v}, place)
         mask = cache_mask(place.positions, cache["k"].shape[1], c.window)

@@ -53,7 +53,7 @@ class Block(nn.Module):
         y = RMSNorm(self.dtypes, eps=self.norm_eps, name="mlp_norm")(x)
         if isinstance(self.feed_forward, MoE):
             moe = MixtureOfExperts(self.feed_forward, self.embed_dim, self.dtypes, name="moe")
-            y, routing = moe(y, place.segments)
+            y, routing = moe(y, place.segments, place.order)
             return x + y, (cache, routing, selection)
         y = SwiGLU(self.embed_dim, self.feed_forward, self.dtypes, name="mlp")(y)
         return x + y, (cache, None, selection)

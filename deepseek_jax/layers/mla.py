@@ -117,7 +117,7 @@ class LatentAttention(nn.Module):
                 valid = True if place.segments is None else (place.segments > 0)[..., None]
                 selection = Selection((keep & valid).sum(dtype=jnp.float32), divergence)
             v = self.v_up(latent)
-            out = attend(q, k, v, place.segments, scale=scale, keep=keep)
+            out = attend(q, k, v, place, scale=scale, keep=keep)
             return self.o(out), None, selection
         new = {"latent": latent, "rope_key": rope_key[:, :, 0]}
         cache = grown(cache, new if index is None else new | {"index_key": index[1]}, place)

@@ -19,6 +19,7 @@ from deepseek_jax.layers.attention import GQA, Place, Selection
 from deepseek_jax.layers.block import Attention, Remat, stacked
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
 from deepseek_jax.layers.moe import MoE, Routing
+from deepseek_jax.ops.ring import zigzag, zigzag_order
 from deepseek_jax.ops.rope import rotation
 from deepseek_jax.parallel.manual import per_device
 from deepseek_jax.parallel.sharding import constrain, tokens_spec, weight_spec
@@ -189,6 +190,28 @@ def _own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> A
     return x if columns is None else jax.lax.all_to_all(x, columns, 0, 2, tiled=True)
 
 
+NATURAL = None, lambda x: x, lambda x: x
+
+
+def zigzag_rows(rows: int, length: int) -> tuple[Any, Any, Any]:
+    """Where tokens stand, and functions that turn [B, T, ...] to that order and back.
+
+    The order is natural (None) unless the context axis splits rows into even pairs of chunks.
+    """
+    spec, mesh = tokens_spec(rows, length), jax.sharding.get_abstract_mesh()
+    if spec is None or mesh.shape["context"] == 1 or length % (2 * mesh.shape["context"]):
+        return NATURAL
+    time = PartitionSpec("context")
+    local = length // mesh.shape["context"]
+    order = per_device(lambda: zigzag_order(local, "context"), (), time)()
+
+    def turn(x, back):
+        own = PartitionSpec(*spec[:2])
+        return per_device(lambda x: zigzag(x, "context", 1, back), (own,), own)(x)
+
+    return order, functools.partial(turn, back=False), functools.partial(turn, back=True)
+
+
 class LanguageDecoder(nn.Module):
     """The decoder as a module: hidden states for training, cached logits for decoding."""
 
@@ -219,7 +242,14 @@ class LanguageDecoder(nn.Module):
     ) -> Output:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        place = self._place(positions, segments)
+        dense = (
+            type(self.config.attention) is GQA
+            or getattr(self.config.attention, "indexer", True) is None
+        )
+        order, turned, back = zigzag_rows(*tokens.shape) if dense else NATURAL
+        tokens, positions = turned(tokens), turned(positions)
+        segments, next_tokens = (x if x is None else turned(x) for x in (segments, next_tokens))
+        place = self._place(positions, segments)._replace(order=order)
         x, reports = self.embedding(tokens), {}
         for segment in self.segments:
             x, _, reports[f"{segment.name}/block"] = segment(x, None, place)
@@ -234,7 +264,7 @@ class LanguageDecoder(nn.Module):
         routing, selection = (
             {path: found[kind] for path, found in reports.items() if found[kind]} for kind in (0, 1)
         )
-        return Output(hidden, tuple(predicted), routing, selection)
+        return Output(back(hidden), tuple(map(back, predicted)), routing, selection)
 
     def decode(
         self, tokens: Int[Array, "B T"], caches: tuple, positions: Int[Array, "B T"]
