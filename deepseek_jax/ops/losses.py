@@ -28,7 +28,7 @@ def token_losses(
     return _joined(jax.lax.map(of_chunk, _chunks(chunk, hidden, targets)), hidden.shape[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden: Float[Array, "N D"],
     head: Float[Array, "D V"],
@@ -36,14 +36,19 @@ def cross_entropy(
     weights: Float[Array, " N"],
     z_weight: float = 0.0,
     chunk: int = 512,
+    axis: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over tokens: nll + z_weight * lse^2, and its two parts apart.
 
     Only the first sum is differentiable (in hidden and head); the parts are for reading.
     z-loss: PaLM, arXiv 2204.02311, section 5.
+
+    In a per-device function whose devices along `axis` each have a part of the vocabulary, in
+    order, and the same tokens, all get the sums. Each then gets its part of the slope of hidden, to
+    be added up by whoever calls, given its part of the slope of the sums: as of a psum.
     """
     # Its slopes are dead code here, which XLA removes.
-    return _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk)[0]
+    return _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk, axis)[0]
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
@@ -69,18 +74,26 @@ def _joined(chunks: Array, size: int) -> Array:
     return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])[:size]
 
 
-def _negative_log_likelihood(logits, targets):
+def _negative_log_likelihood(logits, targets, axis=None):
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    lse = jnp.log(jnp.exp(logits - top).sum(-1)) + top[:, 0]
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    if axis is None:
+        lse = jnp.log(jnp.exp(logits - top).sum(-1)) + top[:, 0]
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return lse - chosen, lse
+    top, width = jax.lax.pmax(top, axis), logits.shape[-1]
+    mine = (targets >= 0) & (targets < width)
+    chosen = jnp.take_along_axis(logits, jnp.where(mine, targets, 0)[:, None], axis=-1)[:, 0]
+    parts = jnp.exp(logits - top).sum(-1), jnp.where(mine, chosen, 0.0)
+    total, chosen = jax.lax.psum(parts, axis)
+    lse = jnp.log(total) + top[:, 0]
     return lse - chosen, lse
 
 
-def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
+def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk, axis):
     def of_chunk(sums, inputs):
         chunk_hidden, chunk_targets, chunk_weights = inputs
         logits = dot("nd,dv->nv", chunk_hidden, narrow)
-        nll, lse = _negative_log_likelihood(logits, chunk_targets)
+        nll, lse = _negative_log_likelihood(logits, chunk_targets, axis)
         scale = chunk_weights * (1.0 + 2.0 * z_weight * lse)
         hot = jnp.arange(logits.shape[-1])[None, :] == chunk_targets[:, None]
         slope = jnp.exp(logits - lse[:, None]) * scale[:, None]
@@ -93,6 +106,8 @@ def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
         return sums, hidden_slope  # float32 until scaled: float16 would lose small slopes
 
     narrow, zero = head.astype(hidden.dtype), jnp.zeros((), jnp.float32)
+    if axis is not None:
+        targets = targets - jax.lax.axis_index(axis) * head.shape[1]
     chunks = _chunks(chunk, hidden, targets, weights)
     start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
     (nll, z, head_slope), hidden_slope = jax.lax.scan(of_chunk, start, chunks)
@@ -101,10 +116,11 @@ def _cross_entropy_forward(hidden, head, targets, weights, z_weight, chunk):
     return (nll + z_weight * z, nll, z), (hidden_slope, head_slope, hidden, head)
 
 
-def _cross_entropy_backward(z_weight, chunk, residuals, slopes):
+def _cross_entropy_backward(z_weight, chunk, axis, residuals, slopes):
     hidden_slope, head_slope, hidden, head = residuals
-    hidden_slope = (hidden_slope * slopes[0]).astype(hidden.dtype)
-    return hidden_slope, (head_slope * slopes[0]).astype(head.dtype), None, None
+    slope = slopes[0] if axis is None else jax.lax.psum(slopes[0], axis)
+    hidden_slope = (hidden_slope * slope).astype(hidden.dtype)
+    return hidden_slope, (head_slope * slope).astype(head.dtype), None, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

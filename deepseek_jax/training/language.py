@@ -138,23 +138,28 @@ def make_language(config: Language, model: Model) -> Objective:
 def _entropy(hidden, head, targets, weights, **options):
     """`cross_entropy` of [B, T, D]; on a mesh each device's own tokens, the head gathered once.
 
-    Left to itself, XLA would gather the head, and sum its slope, for every chunk of tokens. It does
-    split the vocabulary well, so where the tensor axis is in use it may.
+    Left to itself, XLA would gather the head, and sum its slope, for every chunk of tokens. Where
+    the tensor axis splits the vocabulary, a device has the logits of its own part of it.
     """
-
-    def of_tokens(hidden, head, targets, weights):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return cross_entropy(flat, head, targets.reshape(-1), weights.reshape(-1), **options)
-
-    spec, mesh = tokens_spec(*hidden.shape[:2]), jax.sharding.get_abstract_mesh()
-    if spec is None or not target.partitioned() or mesh.shape["tensor"] > 1:
-        return of_tokens(hidden, head, targets, weights)
+    spec = tokens_spec(*hidden.shape[:2])
+    if spec is None or not target.partitioned():
+        return of_tokens(hidden, head, targets, weights, **options)
     rows, whole = weight_spec(("embed", "vocab"), head.shape), PartitionSpec()
+    axis = "tensor" if "tensor" in rows else None
+    everywhere = (*spec[0], spec[1]) + (("tensor",) if axis else ())
+    share = jax.lax.axis_size if axis else lambda _: 1
 
     def of_one(hidden, head, targets, weights):
-        sums = of_tokens(hidden, gathered(head, rows), targets, weights)
-        return jax.lax.psum(sums, (*spec[0], spec[1]))
+        head = gathered(head, rows, keep=("tensor",))
+        sums = of_tokens(hidden, head, targets, weights, axis=axis, **options)
+        return [jax.lax.psum(x / share("tensor"), everywhere) for x in sums]
 
     tokens = PartitionSpec(*spec[:2])
-    apply = per_device(of_one, (spec, rows, tokens, tokens), (whole,) * 3)
+    apply = per_device(of_one, (spec, rows, tokens, tokens), [whole] * 3)
     return apply(hidden, head, targets, weights)
+
+
+def of_tokens(hidden, head, targets, weights, **options):
+    """`cross_entropy` of [B, T, D]."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return cross_entropy(flat, head, targets.reshape(-1), weights.reshape(-1), **options)

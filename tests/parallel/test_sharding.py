@@ -24,7 +24,9 @@ from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.step import make_gradients
 
 MODEL = build(
-    cases.decoder("mla_q_rank", "sigmoid_grouped", num_shared_experts=1, num_mtp_layers=1)
+    cases.decoder(
+        "mla_q_rank", "sigmoid_grouped", num_shared_experts=1, num_mtp_layers=1, vocab_size=64
+    )
 )
 SPARSE = [build(cases.decoder(name, "sigmoid")) for name in ("mla_indexer", "gqa_gate")]
 ROWS, LENGTH = 8, 12
