@@ -15,7 +15,7 @@ from deepseek_jax.ops.attention import KERNELS, causal_attention, masked_attenti
 from deepseek_jax.ops.matmul import put
 from deepseek_jax.ops.ring import ring_attention
 from deepseek_jax.ops.rope import Llama3, Yarn, rotate, softmax_factor
-from deepseek_jax.parallel.manual import per_device
+from deepseek_jax.parallel.manual import in_region, per_device
 from deepseek_jax.parallel.sharding import heads_spec, tokens_spec
 
 
@@ -78,6 +78,8 @@ def attend(
 def _around_the_ring(q, k, v, segments, *, scale, window=None, keep=None):
     if keep is not None:
         raise ValueError("a sparse attention's rows cannot lie zigzag")
+    if in_region():
+        return ring_attention(q, k, v, segments, "context", scale, window)
     sizes = jax.sharding.get_abstract_mesh().shape
     heads = "tensor" if k.shape[2] % sizes["tensor"] == 0 else None
     tokens = tokens_spec(*q.shape[:2])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -12,13 +11,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core import target
+from deepseek_jax.core.axes import BATCH_AXES
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.linear import Dtypes, SwiGLU, weight
 from deepseek_jax.layers.router import Balance, Gate, check_router
 from deepseek_jax.ops import routing
 from deepseek_jax.ops.exchange import Exchange, exchanged
 from deepseek_jax.ops.experts import routed_experts
-from deepseek_jax.parallel.manual import gathered, per_device
+from deepseek_jax.parallel.manual import gathered, in_region, manual_axes, per_device
 from deepseek_jax.parallel.sharding import num_parts, tokens_spec, weight_spec
 
 
@@ -67,17 +67,6 @@ class MoE:
         check_router(self.router, self.num_experts)
 
 
-def check_exchange(config: MoE, sizes: Mapping[str, int]) -> None:
-    """InputError unless the mesh can hold the experts as the exchange needs them."""
-    kind = config.exchange.kind
-    parts = num_parts(sizes, ("slice", "expert") if kind == "two_hop" else "expert")
-    if kind != "none" and config.num_experts % parts:
-        raise InputError(
-            f"model.moe.exchange.kind is {kind}: the mesh's {parts} groups of experts must divide "
-            f"num_experts ({config.num_experts}); change mesh.expert"
-        )
-
-
 class Routing(NamedTuple):
     """What one layer's router did with a microbatch; stacked layers add a leading dimension."""
 
@@ -114,20 +103,56 @@ class Experts(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Int[Array, " E"], Int[Array, ""]]:
         c, capacity = self.config, None
         if isinstance(c.dispatch, Capacity):
-            capacity = max(1, math.ceil(c.dispatch.factor * (experts.size / c.num_experts)))
+            choices = experts.size * math.prod(
+                jax.lax.axis_size(axis) for axis in manual_axes(*BATCH_AXES, "context")
+            )
+            capacity = max(1, math.ceil(c.dispatch.factor * (choices / c.num_experts)))
         e, d, f = c.num_experts, self.embed_dim, c.expert_dim
-        spread = "experts_over_slices" if c.exchange.kind == "two_hop" else "experts"
-        inward = (spread, "embed", "expert_mlp"), (e, d, f)
-        outward = (spread, "expert_mlp", "embed"), (e, f, d)
+        inward, outward = expert_axes(c)
+        home = experts_home(c, d)
+        held = e // num_parts(jax.sharding.get_abstract_mesh().shape, manual_axes(*home))
         leaves = [
             weight(self, name, shape, axes, reduced=(1,), outputs=(2,))
-            for name, (axes, shape) in {"gate": inward, "up": inward, "down": outward}.items()
+            for name, axes, shape in (
+                ("gate", inward, (held, d, f)),
+                ("up", inward, (held, d, f)),
+                ("down", outward, (held, f, d)),
+            )
         ]
+        given = x, experts, weights
+        if in_region():
+            rows, time = manual_axes(*BATCH_AXES), manual_axes("context")
+            where = {"rows": rows, "order": order, "time": time[0] if time else None}
+            return _of_this_device(c, home, capacity, where, *given, leaves)
         spec = tokens_spec(*x.shape[:2])
         if target.partitioned() and spec:
-            apply = _on_each_device(c, spec, inward, outward, capacity, order)
-            return apply(x, experts, weights, *leaves)
-        return _on_one_device(capacity, x, experts, weights, *leaves)
+            shapes = weight_spec(inward, (e, d, f)), weight_spec(outward, (e, f, d))
+            return _on_each_device(c, home, spec, shapes, capacity, order)(*given, *leaves)
+        return _on_one_device(capacity, *given, *leaves)
+
+
+def expert_axes(config: MoE) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Logical axes of the weights into the experts' hidden layer, and out of it."""
+    spread = "experts_over_slices" if config.exchange.kind == "two_hop" else "experts"
+    return (spread, "embed", "expert_mlp"), (spread, "expert_mlp", "embed")
+
+
+def experts_home(config: MoE, embed_dim: int) -> tuple[str, ...]:
+    """The axes of the current mesh along which devices keep their own experts; tokens travel.
+
+    Empty where experts come to the tokens. InputError when the mesh cannot split them evenly.
+    """
+    mesh, kind = jax.sharding.get_abstract_mesh(), config.exchange.kind
+    if mesh.empty or kind == "none":
+        return ()
+    wanted = ("slice", "expert") if kind == "two_hop" else ("expert",)
+    wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
+    if config.num_experts % num_parts(mesh.shape, wanted):
+        raise InputError(
+            f"model.moe.exchange.kind is {kind}, which needs num_experts ({config.num_experts}) to "
+            f"split evenly over mesh {' x '.join(wanted)}; change mesh.expert"
+        )
+    return wanted
 
 
 def _on_one_device(capacity, x, experts, weights, *leaves):
@@ -141,51 +166,53 @@ def _on_one_device(capacity, x, experts, weights, *leaves):
     return (y if capacity is None else jnp.swapaxes(y, 0, 1)), counts, dropped
 
 
-def _on_each_device(
-    config: MoE, spec: PartitionSpec, inward: tuple, outward: tuple, capacity: int | None, order
-):
+def _on_each_device(config: MoE, home, spec: PartitionSpec, leaf_specs, capacity, order):
     """Every device sorts its own tokens; experts come to them, or they go to the experts.
 
     Left to itself, XLA would gather all tokens instead, or sum their products over the mesh. Where
     the tensor axis splits the experts' width, their parts of the result are added up.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    everyone = tuple(axis for axis, size in sizes.items() if size > 1)
-    rows, time = spec[0], spec[1] if sizes[spec[1]] > 1 else None
-    inward, outward = (weight_spec(*one) for one in (inward, outward))
-    home = inward[0] if inward else None  # the axis, or axes, of the experts
-    kind, num_experts = config.exchange.kind, config.num_experts
-    if kind != "none" and home is None and num_parts(sizes, ("slice", "expert")) > 1:
-        check_exchange(config, sizes)
-        kind = "none"
-    keep = {"tensor"} | ({home} if kind != "none" else set())
+    inward, outward = leaf_specs
+    rows, time = spec[0], spec[1]
+    split = jax.sharding.get_abstract_mesh().shape[time] > 1
+    keep = ("tensor", home, *home)  # an entry of a spec is an axis or several
 
-    def of_one(x, experts, weights, *rest):
-        order, leaves = rest[: len(rest) - 3], rest[-3:]
-        dropped = jnp.int32(0)
-        if capacity is not None:
-            where = {"rows": rows, "order": order[0] if order else None, "time": time}
-            kept = routing.within_capacity(experts, capacity, num_experts, **where)
-            dropped = (~kept & (experts < num_experts)).sum(dtype=jnp.int32)
-            experts = jnp.where(kept, experts, num_experts)
-        counts = routing.expert_counts(experts, experts[..., 0] >= 0, num_experts).sum(0)
-        leaves = tuple(
+    def of_one(x, experts, weights, order, *leaves):
+        leaves = [
             gathered(w, own, keep) for w, own in zip(leaves, (inward, inward, outward), strict=True)
-        )
-        given = [a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)]
-        if kind == "none":
-            y = _apply(*given, leaves, None)
-        else:
-            y = exchanged(config.exchange, num_experts, everyone, _apply, *given, leaves)
+        ]
+        where = {"rows": rows, "order": order, "time": time if split else None}
+        found = _of_this_device(config, home, capacity, where, x, experts, weights, leaves)
+        y, counts, dropped = found
         if "tensor" in inward:
             y = jax.lax.psum(y.astype(jnp.float32), "tensor").astype(x.dtype)
-        counts, dropped = jax.lax.psum((counts, dropped), (*rows, spec[1]))
-        return y.reshape(x.shape), counts, dropped
+        return y, *jax.lax.psum((counts, dropped), (*rows, time))
 
-    orders = () if order is None else (PartitionSpec(spec[1]),)
-    specs = (spec, spec, spec, *orders, inward, inward, outward)
-    run = per_device(of_one, specs, (spec, PartitionSpec(), PartitionSpec()))
-    return lambda *given: run(*given[:3], *(() if order is None else (order,)), *given[3:])
+    def run(x, experts, weights, *leaves):
+        ordered = PartitionSpec(time) if order is not None else PartitionSpec()
+        specs = (spec, spec, spec, ordered, inward, inward, outward)
+        whole = PartitionSpec()
+        return per_device(of_one, specs, (spec, whole, whole))(x, experts, weights, order, *leaves)
+
+    return run
+
+
+def _of_this_device(config: MoE, home, capacity, where, x, experts, weights, leaves):
+    """Its tokens' results [B, T, D], what each expert got of them, and its drops."""
+    num_experts, dropped = config.num_experts, jnp.int32(0)
+    if capacity is not None:
+        kept = routing.within_capacity(experts, capacity, num_experts, **where)
+        dropped = (~kept & (experts < num_experts)).sum(dtype=jnp.int32)
+        experts = jnp.where(kept, experts, num_experts)
+    counts = routing.expert_counts(experts, experts[..., 0] >= 0, num_experts).sum(0)
+    given = [a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)]
+    if home:
+        sizes = jax.sharding.get_abstract_mesh().shape
+        everyone = manual_axes(*sizes)
+        y = exchanged(config.exchange, num_experts, everyone, _apply, *given, tuple(leaves))
+    else:
+        y = _apply(*given, leaves, None)
+    return y.reshape(x.shape), counts, dropped
 
 
 def _apply(x, experts, weights, leaves, load):
@@ -218,14 +245,15 @@ class MixtureOfExperts(nn.Module):
             width = c.num_shared_experts * c.expert_dim
             y = y + SwiGLU(self.embed_dim, width, self.dtypes, name="shared")(x)
         chosen = routing.expert_counts(routes.experts, valid, c.num_experts)
+        time, everywhere = manual_axes("context"), manual_axes(*BATCH_AXES, "context")
         return y, Routing(
             counts=counts,
             dropped=dropped,
             tokens=valid.sum(dtype=jnp.int32),
             entropy=routing.entropy(routes.probabilities, valid),
             sequence_loss=routing.sequence_loss(
-                chosen, routes.probabilities, valid, c.router.num_active_experts
+                chosen, routes.probabilities, valid, c.router.num_active_experts, time
             ),
-            uniform_loss=routing.uniform_loss(routes.probabilities, valid),
+            uniform_loss=routing.uniform_loss(routes.probabilities, valid, everywhere),
             z_loss=routing.z_loss(logits, valid),
         )

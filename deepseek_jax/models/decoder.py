@@ -178,8 +178,9 @@ def _own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> A
     columns for all tokens of its fsdp group, which then trade them.
     """
     rows, columns = (*spec, None, None)[:2]
-    if columns is not None:
-        tokens = jax.lax.all_gather(tokens, columns, tiled=True)
+    columns = (columns,) if isinstance(columns, str) else columns or ()
+    if "fsdp" in columns:
+        tokens = jax.lax.all_gather(tokens, "fsdp", tiled=True)
     if rows is not None:
         tokens = tokens - jax.lax.axis_index(rows) * table.shape[0]
         mine = ((tokens >= 0) & (tokens < table.shape[0]))[..., None]
@@ -187,7 +188,9 @@ def _own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> A
         x = jax.lax.psum(x, rows)  # one of them is not 0
     else:
         x = table[tokens].astype(dtype)
-    return x if columns is None else jax.lax.all_to_all(x, columns, 0, 2, tiled=True)
+    if "stage" in columns:  # all stages look up the same tokens
+        x = jax.lax.all_gather(x, "stage", axis=2, tiled=True)
+    return jax.lax.all_to_all(x, "fsdp", 0, 2, tiled=True) if "fsdp" in columns else x
 
 
 NATURAL = None, lambda x: x, lambda x: x

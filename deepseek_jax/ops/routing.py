@@ -166,27 +166,43 @@ def sequence_loss(
     probabilities: Float[Array, "B T E"],
     valid: Bool[Array, "B T"],
     num_active: int,
+    time: tuple[str, ...] = (),
 ) -> Float[Array, ""]:
     """V3's sequence-wise balance loss (equations 17 to 20), summed over rows, without its alpha.
 
     Equation 18 counts each token's top experts by score alone; `counts` are of the experts really
     chosen, bias and group limit included: the same while the bias is 0 and there is one group.
+    Within a per-device function rows lie over the axes `time`; each device returns its share.
     """
     num_experts = counts.shape[-1]
-    lengths = jnp.maximum(valid.sum(-1, keepdims=True), 1).astype(jnp.float32)
+    sums = (
+        valid.sum(-1, keepdims=True),
+        counts,
+        jnp.where(valid[..., None], probabilities, 0).sum(1),
+    )
+    length, counts, total = jax.lax.psum(sums, time) if time else sums
+    lengths = jnp.maximum(length, 1).astype(jnp.float32)
     load = counts * (num_experts / num_active) / lengths
-    mean = jnp.where(valid[..., None], probabilities, 0.0).sum(1) / lengths
-    return (load * mean).sum()
+    return (load * total / lengths).sum() / _devices(time)
+
+
+def _devices(axes: tuple[str, ...]) -> int:
+    return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
 def uniform_loss(
-    probabilities: Float[Array, "B T E"], valid: Bool[Array, "B T"]
+    probabilities: Float[Array, "B T E"], valid: Bool[Array, "B T"], axes: tuple[str, ...] = ()
 ) -> Float[Array, ""]:
-    """KL divergence from the mean routing distribution of this microbatch to the uniform one."""
+    """KL divergence from the mean routing distribution of this microbatch to the uniform one.
+
+    Within a per-device function tokens lie over `axes`; each device returns its share.
+    """
     num_experts = probabilities.shape[-1]
-    total = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
-    mean = jnp.where(valid[..., None], probabilities, 0.0).sum((0, 1)) / total
-    return (mean * jnp.log(jnp.maximum(mean * num_experts, 1e-20))).sum()
+    sums = valid.sum(), jnp.where(valid[..., None], probabilities, 0.0).sum((0, 1))
+    count, total = jax.lax.psum(sums, axes) if axes else sums
+    mean = total / jnp.maximum(count, 1).astype(jnp.float32)
+    divergence = (mean * jnp.log(jnp.maximum(mean * num_experts, 1e-20))).sum()
+    return divergence / _devices(axes)
 
 
 def z_loss(logits: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:

@@ -16,7 +16,8 @@ WEIGHTS: dict[str, str | tuple[str, ...]] = {
     "experts": "expert",
     "experts_over_slices": ("slice", "expert"),
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "expert_mlp"), "tensor"),
-    **dict.fromkeys(("embed", "q_rank", "kv_rank"), "fsdp"),
+    # A pipeline's stages each keep a part of every layer between steps, and embeddings and head.
+    **dict.fromkeys(("embed", "q_rank", "kv_rank"), ("fsdp", "stage")),
 }
 
 
@@ -34,10 +35,15 @@ def _weight_spec(
     sizes: Mapping[str, int], axes: tuple[str, ...], shape: tuple[int, ...]
 ) -> PartitionSpec:
     entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for name, size in zip(axes, shape, strict=True):
-        axis = WEIGHTS.get(name)
-        parts = 1 if axis is None or axis in entries else num_parts(sizes, axis)
-        entries.append(axis if parts > 1 and size % parts == 0 else None)
+        wanted = WEIGHTS.get(name, ())
+        split = (wanted,) if isinstance(wanted, str) else wanted
+        split = tuple(axis for axis in split if sizes[axis] > 1 and axis not in used)
+        while size % num_parts(sizes, split):
+            split = split[:-1]  # the inner axis first
+        used |= {*split}
+        entries.append(split if len(split) > 1 else split[0] if split else None)
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
