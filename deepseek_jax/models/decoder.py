@@ -18,6 +18,7 @@ from deepseek_jax.core import target
 from deepseek_jax.layers.attention import GQA, Place, Selection
 from deepseek_jax.layers.block import Attention, Remat, stacked
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
+from deepseek_jax.layers.mla import MLA
 from deepseek_jax.layers.moe import MoE, Routing
 from deepseek_jax.ops.ring import zigzag, zigzag_order
 from deepseek_jax.ops.rope import rotation
@@ -167,11 +168,11 @@ class Table(nn.Module):
         if spec is None or not target.partitioned():
             return self.weight[tokens].astype(self.dtypes.compute)
         table = weight_spec(self.axes, self.shape)
-        look_up = functools.partial(_own_rows, table, self.dtypes.compute)
+        look_up = functools.partial(own_rows, table, self.dtypes.compute)
         return per_device(look_up, (PartitionSpec(*spec[:2]), table), spec)(tokens, self.weight)
 
 
-def _own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> Array:
+def own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> Array:
     """The rows of one device's tokens, from its part of the table.
 
     XLA would gather the whole table, and hold its whole slope. Instead every device looks up its
@@ -191,6 +192,11 @@ def _own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> A
     if "stage" in columns:  # all stages look up the same tokens
         x = jax.lax.all_gather(x, "stage", axis=2, tiled=True)
     return jax.lax.all_to_all(x, "fsdp", 0, 2, tiled=True) if "fsdp" in columns else x
+
+
+def sees_all(attention: Attention) -> bool:
+    """Whether it leaves out nothing within its window; only then rows may lie zigzag."""
+    return type(attention) is GQA or (isinstance(attention, MLA) and attention.indexer is None)
 
 
 NATURAL = None, lambda x: x, lambda x: x
@@ -245,14 +251,12 @@ class LanguageDecoder(nn.Module):
     ) -> Output:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        dense = (
-            type(self.config.attention) is GQA
-            or getattr(self.config.attention, "indexer", True) is None
+        order, turned, back = (
+            zigzag_rows(*tokens.shape) if sees_all(self.config.attention) else NATURAL
         )
-        order, turned, back = zigzag_rows(*tokens.shape) if dense else NATURAL
         tokens, positions = turned(tokens), turned(positions)
         segments, next_tokens = (x if x is None else turned(x) for x in (segments, next_tokens))
-        place = self._place(positions, segments)._replace(order=order)
+        place = place_of(self.config, positions, segments, order)
         x, reports = self.embedding(tokens), {}
         for segment in self.segments:
             x, _, reports[f"{segment.name}/block"] = segment(x, None, place)
@@ -273,15 +277,17 @@ class LanguageDecoder(nn.Module):
         self, tokens: Int[Array, "B T"], caches: tuple, positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], tuple]:
         """Final hidden states of tokens at `positions` (-1 is padding), and the grown caches."""
-        place = self._place(positions, (positions >= 0).astype(jnp.int32))
+        place = place_of(self.config, positions, (positions >= 0).astype(jnp.int32))
         x, grown = self.embedding(tokens), []
         for segment, cache in zip(self.segments, caches, strict=True):
             x, cache, _ = segment(x, cache, place)
             grown.append(cache)
         return self.final_norm(x), tuple(grown)
 
-    def _place(self, positions, segments):
-        a = self.config.attention
-        dim = a.head_dim if isinstance(a, GQA) else a.rope_dim
-        cosine, sine = rotation(positions, dim, a.rope_theta, a.yarn)
-        return Place(cosine, sine, segments, positions)
+
+def place_of(config: Decoder, positions: Array, segments: Any, order: Any = None) -> Place:
+    """What all layers of a model know of where tokens stand."""
+    a = config.attention
+    dim = a.head_dim if isinstance(a, GQA) else a.rope_dim
+    cosine, sine = rotation(positions, dim, a.rope_theta, a.yarn)
+    return Place(cosine, sine, segments, positions, order)

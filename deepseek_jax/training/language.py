@@ -5,6 +5,7 @@ in equations 17 to 20 (per sequence, averaged over sequences, summed over layers
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -123,16 +124,27 @@ def make_language(config: Language, model: Model) -> Objective:
         total, nll, z = entropy(output.hidden, 0, config.z_weight)
         sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
         sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
-        for name in ("sequence_loss", "uniform_loss", "z_loss"):
-            parts = (getattr(block, name).sum() for block in output.routing.values())
-            sums[f"router/{name}"] = sum(parts)
-        for name, part in (("kept", "kept"), ("indexer_loss", "divergence")):
-            parts = (getattr(block, part).sum() for block in output.selection.values())
-            sums[f"attention/{name}"] = sum(parts)
+        sums |= block_terms(output.routing.values(), output.selection.values())
         terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
         return terms, output.routing
 
     return Objective(loss_fn, weights_fn, coefficients, bias_rates, trains)
+
+
+def block_terms(routing: Iterable[Any], selection: Iterable[Any]) -> dict[str, Any]:
+    """The terms that blocks contribute, summed over them."""
+    sums = {}
+    for group, blocks, names in (
+        (
+            "router",
+            [*routing],
+            {name: name for name in ("sequence_loss", "uniform_loss", "z_loss")},
+        ),
+        ("attention", [*selection], {"kept": "kept", "indexer_loss": "divergence"}),
+    ):
+        for name, field in names.items():
+            sums[f"{group}/{name}"] = sum(getattr(block, field).sum() for block in blocks)
+    return sums
 
 
 def _entropy(hidden, head, targets, weights, **options):

@@ -39,6 +39,11 @@ class Objective(NamedTuple):
 Gradients = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
 
 
+def microbatches(batch: Any, steps: int) -> Any:
+    """[B, ...] as [steps, B / steps, ...], each split over the devices as the batch was."""
+    return jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradients:
     """The gradient function that differentiates one microbatch after another."""
 
@@ -50,11 +55,8 @@ def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradien
 
     differentiate = jax.grad(scaled_loss, has_aux=True)
 
-    def microbatch(x):  # [steps, B / steps, ...], each split over the devices as the batch was
-        return x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
-
     def gradients(params, batch, key, scale):
-        parts = jax.tree.map(microbatch, batch)
+        parts = microbatches(batch, accumulation_steps)
         weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(objective.weights_fn)(parts))
         # A term without any token has sum 0 and mean 0.
         weights = jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), weights)
