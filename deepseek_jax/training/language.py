@@ -130,7 +130,7 @@ def make_language(config: Language, model: Model) -> Objective:
             parts = (getattr(block, part).sum() for block in output.selection.values())
             sums[f"attention/{name}"] = sum(parts)
         terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
-        return terms, output.routing
+        return terms, {path: found._replace(chosen=None) for path, found in output.routing.items()}
 
     return Objective(loss_fn, weights_fn, coefficients, bias_rates, trains)
 
