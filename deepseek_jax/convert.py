@@ -172,9 +172,12 @@ def place(
     source = resolve(source)
     lm = load(source)
     moe = lm.config.moe
-    if moe is None or lm.tokenizer is None:
-        lacks = "experts" if moe is None else "a tokenizer, to watch its experts on text"
-        raise InputError(f"{source}: has not {lacks}")
+    if moe is None:
+        raise InputError(f"{source}: has no experts to place")
+    if lm.tokenizer is None:
+        raise InputError(f"{source}: has no tokenizer, so no text can show what its experts do")
+    if tokens < 1:
+        raise InputError(f"--tokens is {tokens}; at least 1, please")
     devices.of_slots(moe.num_experts)
     dataset = open_task(lm.recorded, lm.tokenizer, data, max(1, lm.config.num_mtp_layers))
     seen, fresh = halves(held_out_routes(lm.model, lm.params, dataset, 8, tokens))
