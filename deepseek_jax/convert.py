@@ -1,12 +1,14 @@
-"""Command: translate checkpoints: Orbax, HF/PyTorch safetensors."""
+"""Command: translate checkpoints: Orbax, HF/PyTorch safetensors; place experts on devices."""
 
 import argparse
 import collections
 import math
 import pathlib
 import re
+from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.checkpoint import families, huggingface
 from deepseek_jax.checkpoint.integrity import MANIFEST, resolve
@@ -19,9 +21,20 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.progress import byte_progress
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import INFO, load_tokenizer
+from deepseek_jax.evaluation.placement import (
+    halves,
+    held_out_routes,
+    mean_traffic,
+    orders,
+    unmoved,
+)
+from deepseek_jax.evaluation.suite import open_task
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe
-from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.decoder import Decoder, layer_table
+from deepseek_jax.models.placement import AXES, taken
+from deepseek_jax.ops.placement import Devices
+from deepseek_jax.serving.language import load
 
 
 def main(argv: list[str]) -> None:
@@ -34,6 +47,13 @@ def main(argv: list[str]) -> None:
     outward = commands.add_parser("to-hf", help="a checkpoint of ours to a Hugging Face folder")
     look = commands.add_parser("inspect", help="say what a checkpoint of either kind holds")
     look.add_argument("path", metavar="PATH")
+    lay = commands.add_parser("place", help="put experts that fire together on the same devices")
+    lay.add_argument("source", metavar="SRC", help="a run or checkpoint of ours")
+    lay.add_argument("target", metavar="DST", help="the checkpoint to write, which must be new")
+    lay.add_argument("--devices", type=int, required=True, help="that share a layer's experts")
+    lay.add_argument("--nodes", type=int, default=1, help="of devices, joined by a slow network")
+    lay.add_argument("--data", help="text to watch them on; by default what training held out")
+    lay.add_argument("--tokens", type=int, default=100_000, help="how much of it")
     for command in (inward, outward):
         command.add_argument("source", metavar="SRC")
         command.add_argument("target", metavar="DST", help="the folder to write, which must be new")
@@ -54,6 +74,12 @@ def main(argv: list[str]) -> None:
         print(inspect(pathlib.Path(options.path)))
         return
     source, target = pathlib.Path(options.source), pathlib.Path(options.target).absolute()
+    if options.command == "place":
+        with reported(str(target)):
+            check_new(target)
+            devices = Devices(num_devices=options.devices, num_nodes=options.nodes)
+            print(place(source, target, devices, options.data, options.tokens))
+        return
     part = _part(options.part)
     with reported(str(target)):
         check_new(target)
@@ -133,6 +159,68 @@ def to_hf(
         origin=(source / MANIFEST).read_text(),
         progress=byte_progress(target.name, every=1),
     )
+
+
+def place(
+    source: pathlib.Path, target: pathlib.Path, devices: Devices, data: str | None, tokens: int
+) -> str:
+    """Write a checkpoint of ours with its experts in another order; what it says does not change.
+
+    The order comes from what half of `tokens` of text makes the experts do; a table of what the
+    other half costs before and after comes back.
+    """
+    source = resolve(source)
+    lm = load(source)
+    moe = lm.config.moe
+    if moe is None:
+        raise InputError(f"{source}: has no experts to place")
+    if lm.tokenizer is None:
+        raise InputError(f"{source}: has no tokenizer, so no text can show what its experts do")
+    if tokens < 1:
+        raise InputError(f"--tokens is {tokens}; at least 1, please")
+    devices.of_slots(moe.num_experts)
+    dataset = open_task(lm.recorded, lm.tokenizer, data, max(1, lm.config.num_mtp_layers))
+    seen, fresh = halves(held_out_routes(lm.model, lm.params, dataset, 8, tokens))
+    found, layers = orders(seen, moe, devices), layer_table(lm.config)
+    of_layer = {f"layer_{layers[path][0]}": own[0] for path, own in found.items()}
+    params = read_params(source)
+    for name, weight in params.items():
+        layer, _, rest = name.partition("/")
+        if layer in of_layer and rest in AXES:
+            index = taken(rest, of_layer[layer], moe.router.num_groups)
+            params[name] = weight._replace(read=_reordered(weight.read, AXES[rest], index))
+    beside = source / huggingface.BESIDE
+    kept = (path for path in beside.rglob("*") if path.is_file())
+    write_params(
+        target,
+        params,
+        (1, 1),
+        config=lm.recorded,
+        files=lm.tokenizer.files() | {str(p.relative_to(source)): p.read_bytes() for p in kept},
+        origin=[
+            (source / MANIFEST).read_text(),
+            {name: own.tolist() for name, own in of_layer.items()},
+        ],
+        progress=byte_progress(target.name, every=1),
+    )
+    rows = ["experts | devices a token | nodes a token | busiest device / mean"]
+    for name, slots in (("before", unmoved(fresh, moe.num_experts)), ("after", found)):
+        cost = mean_traffic(fresh, slots, devices)
+        rows.append(f"{name} | {cost.devices:.3f} | {cost.nodes:.3f} | {cost.imbalance:.3f}")
+    return "\n".join([*rows, f"{target}: written"])
+
+
+def _reordered(
+    read: Callable[[tuple], np.ndarray], axis: int, index: np.ndarray
+) -> Callable[[tuple], np.ndarray]:
+    """What reads a weight that takes `index` along `axis`; of experts, one at a time too."""
+
+    def part(where: tuple) -> np.ndarray:
+        if where and axis == 0:
+            return read((int(index[where[0]]), *where[1:]))
+        return read(()).take(index, axis)[where]
+
+    return part
 
 
 def inspect(path: pathlib.Path) -> str:

@@ -25,7 +25,9 @@ from deepseek_jax.models.build import Model
 from deepseek_jax.ops.losses import token_losses
 
 
-def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) -> Dataset:
+def open_task(
+    config: dict[str, Any], tokenizer: Tokenizer, name: str | None, num_targets: int = 1
+) -> Dataset:
     """The documents to score: those held out from the data that a checkpoint was trained on last.
 
     `config` and `tokenizer` are the checkpoint's. A `name` chooses other data: `stdlib` for what is
@@ -57,7 +59,7 @@ def open_task(config: dict[str, Any], tokenizer: Tokenizer, name: str | None) ->
     return open_data(
         data,
         sequence_length=last.get("sequence_length", config["sequence_length"]),
-        num_targets=1,
+        num_targets=num_targets,
         seed=0,
         tokenizer=tokenizer,
         whole=name not in (None, "stdlib") and not isinstance(data.source, sources.Records),

@@ -84,6 +84,8 @@ class Routing(NamedTuple):
     """KL from the mean routing distribution to the uniform one, of this microbatch."""
     z_loss: Float[Array, "*R"]
     """Squared log-sum-exp of the router's logits, summed over tokens."""
+    chosen: Int[Array, "*R B T A"] | None = None
+    """The experts that each token chose, before drops; E is padding. Training leaves it out."""
 
 
 class Experts(nn.Module):
@@ -256,4 +258,5 @@ class MixtureOfExperts(nn.Module):
             ),
             uniform_loss=routing.uniform_loss(routes.probabilities, valid, everywhere),
             z_loss=routing.z_loss(logits, valid),
+            chosen=experts,
         )

@@ -215,3 +215,10 @@ def entropy(probabilities: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> 
     num_experts = probabilities.shape[-1]
     per_token = -(probabilities * jnp.log(jnp.maximum(probabilities, 1e-20))).sum(-1)
     return jnp.where(valid, per_token, 0.0).sum() / max(math.log(num_experts), 1e-20)
+
+
+def coactivation(experts: Int[Array, "*T A"], num_experts: int) -> Int[Array, "E E"]:
+    """How many tokens chose both of two experts; on the diagonal, each one. Ids of E are none."""
+    flat = experts.reshape(-1, experts.shape[-1])
+    hot = (flat[..., None] == jnp.arange(num_experts)[None, None, :]).any(1).astype(jnp.int8)
+    return jnp.einsum("te,tf->ef", hot, hot, preferred_element_type=jnp.int32)

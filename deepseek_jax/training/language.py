@@ -126,7 +126,7 @@ def make_language(config: Language, model: Model) -> Objective:
         sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
         sums |= block_terms(output.routing.values(), output.selection.values())
         terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
-        return terms, output.routing
+        return terms, {path: found._replace(chosen=None) for path, found in output.routing.items()}
 
     return Objective(loss_fn, weights_fn, coefficients, bias_rates, trains)
 
