@@ -1,13 +1,19 @@
 """The device mesh from its axis sizes, multi-host start, and this process's share of a batch."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import sys
+import traceback
+from collections.abc import Iterator
 
 import jax
 
 from deepseek_jax.core.axes import MESH_AXES
-from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.errors import InputError, exit_code
+
+FINISHING = 3600  # seconds that processes which are done wait for one that still writes the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,42 @@ def start_processes() -> None:
     if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
         given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
         count, rank = (None, None) if None in given else map(int, given)
-        jax.distributed.initialize(num_processes=count, process_id=rank)
+        jax.distributed.initialize(
+            num_processes=count, process_id=rank, shutdown_timeout_seconds=FINISHING
+        )
+
+
+@contextlib.contextmanager
+def failing_at_once() -> Iterator[None]:
+    """Within it an error ends this process, if it is one of several, without JAX's way of leaving.
+
+    That waits until all processes leave, and the others wait for this one in the next step.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, SystemExit):
+            raise
+        if (code := exit_code(error)) is None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        os._exit(1 if code is None else code)
+
+
+def rows_share(sharding: jax.sharding.Sharding, rows: int) -> tuple[int, int]:
+    """Which part of a batch's rows this process reads, of how many parts: (index, count).
+
+    Processes that hold the same rows (their devices differ in `tensor`, say) read the same part.
+    Raises InputError when a process's devices do not hold one block of rows.
+    """
+    parts = [part[0] for part in sharding.addressable_devices_indices_map((rows,)).values()]
+    spans = sorted({(part.start or 0, rows if part.stop is None else part.stop) for part in parts})
+    size = sum(stop - start for start, stop in spans)
+    first = spans[0][0]
+    if spans[-1][1] - first != size or rows % size or first % size:
+        where = f"process {jax.process_index()} would hold rows {spans} of {rows}"
+        raise InputError(f"mesh: {where}, not one block; order the axes so that each has a block")
+    return first // size, rows // size
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
