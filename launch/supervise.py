@@ -35,10 +35,11 @@ HUNG = 75
 SILENT = 300.0  # seconds until the first heartbeat
 SLACK = 5.0  # seconds that a heartbeat may be late: the machine is busy
 LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of Linux
 
 
 def say(text: str) -> None:
+    """Print a line of the launcher's own."""
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
@@ -52,7 +53,8 @@ class Process:
         parent = os.getpid()
 
         def bind() -> None:  # a launcher that is killed takes its processes along
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if sys.platform == "linux":
+                LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
 
@@ -67,10 +69,11 @@ class Process:
 
     @property
     def code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
         return self._popen.poll()
 
     def look(self, seconds: float) -> bool:
-        """Read the heartbeat, `seconds` after the last look; whether it has been silent too long."""
+        """Read the heartbeat, `seconds` after the last look; whether it is missing for too long."""
         self.silent += seconds
         with contextlib.suppress(OSError, ValueError, KeyError):
             text = self._file.read_text()
@@ -78,9 +81,10 @@ class Process:
                 beat = json.loads(text)
                 self.step, self._limit = beat["step"], beat["watchdog_seconds"]
                 self._beat, self.silent = text, 0.0
-        return 0 < self._limit < self.silent - SLACK
+        return self.code is None and 0 < self._limit < self.silent - SLACK
 
     def send(self, number: int) -> None:
+        """Pass a signal on."""
         if self.code is None:
             self._popen.send_signal(number)
 
@@ -91,6 +95,7 @@ class Process:
         self._popen.wait()
 
     def fate(self) -> str:
+        """What became of it, in words."""
         if (code := self.code) is None:
             state = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
             what = "stopped, and " if state in "Tt" else ""
@@ -104,6 +109,7 @@ class Process:
 
 
 def command(arguments: list[str]) -> list[str]:
+    """What a process runs."""
     return [sys.executable, "-m", "deepseek_jax.train", *arguments]
 
 
@@ -121,6 +127,7 @@ def environments(count: int, port: int, folder: pathlib.Path) -> list[dict[str, 
 
 
 def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
@@ -134,7 +141,7 @@ def settle(processes: list[Process], seconds: float) -> None:
 
 
 def watch(processes: list[Process], asked: list[int]) -> int | None:
-    """Wait for an attempt's end, passing signals on; the run's exit code, or None to start again."""
+    """Wait for an attempt's end, passing signals on: the run's exit code; None: start again."""
     last, passed = time.monotonic(), 0
     while True:
         time.sleep(0.1)
@@ -143,33 +150,36 @@ def watch(processes: list[Process], asked: list[int]) -> int | None:
                 each.send(number)
         passed = len(asked)
         now = time.monotonic()
-        quiet = [each for each in processes if each.look(min(now - last, 1.0)) and each.code is None]
-        last = now
-        codes = [each.code for each in processes]
-        if not any(codes):
-            if None not in codes and not quiet:
-                return 0
-            if not quiet:
-                continue
+        # At most a second: when this launcher was stopped itself, nobody was silent.
+        quiet = [each for each in processes if each.look(min(now - last, 1.0))]
+        last, codes = now, [each.code for each in processes]
         if 2 in codes:
-            settle(processes, 3)
+            settle(processes, 3)  # the others may say what is wrong as well
             return 2
+        failed = [code for code in codes if code not in (None, 0, *STOPS)]
         stopped = [code for code in codes if code in STOPS]
         if asked or stopped:
-            number = asked[0] if asked else abs(stopped[0]) % 128
-            if quiet or None not in codes or stopped:
-                settle(processes, 0 if quiet or stopped[0] < 0 else 600)
-                return 128 + number
-            continue
-        if HUNG in codes:  # those that wait for the guilty one may tell first
-            settle(processes, 3)
-            for each in processes:
-                each.look(3)
-        guilty = quiet or [each for each in processes if each.code]
-        silent = [each for each in processes if each.code is None and each.silent > 3]
-        for each in silent or guilty:
-            say(each.fate())
-        return None
+            if not any(codes) and None not in codes:
+                return 0  # it was complete before the signal came
+            lost = quiet or failed or min(stopped, default=0) < 0  # the others cannot save
+            if lost or None not in codes:
+                return 128 + (asked[0] if asked else abs(stopped[0]) % 128)
+        elif quiet or failed:
+            explain(processes, quiet, hung=HUNG in codes)
+            return None
+        elif None not in codes:
+            return 0
+
+
+def explain(processes: list[Process], quiet: list[Process], *, hung: bool) -> None:
+    """Say whose fault a restart is."""
+    if hung and not quiet:  # that was the first of those that wait for the guilty one
+        settle(processes, 3)
+        for each in processes:
+            each.look(3)
+        quiet = [each for each in processes if each.code is None and each.silent > 3]
+    for each in quiet or [each for each in processes if each.code]:
+        say(each.fate())
 
 
 def run(count: int, arguments: list[str], folder: pathlib.Path, asked: list[int]) -> int:
@@ -201,6 +211,7 @@ def run(count: int, arguments: list[str], folder: pathlib.Path, asked: list[int]
 
 
 def main(argv: list[str]) -> int:
+    """The exit code of `N arguments...`."""
     if not argv or not argv[0].isdecimal() or int(argv[0]) < 1:
         print("error: give a number of processes: launch/local.sh N --config ...", file=sys.stderr)
         return 2
