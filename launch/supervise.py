@@ -192,7 +192,7 @@ def run(count: int, arguments: list[str], folder: pathlib.Path, asked: list[int]
             for environment in environments(count, free_port(), folder):
                 processes.append(Process(len(processes), environment, arguments))
             code = watch(processes, asked)
-            crashed = max((each.code or 0 for each in processes), default=0)
+            crashed = max(0, *(each.code or 0 for each in processes))
             killed = any((each.code or 0) < 0 for each in processes)
         finally:
             for each in processes:

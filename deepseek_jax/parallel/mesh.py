@@ -40,15 +40,22 @@ class MeshShape:
 def start_processes() -> None:
     """Join the other processes when the environment names a coordinator; else nothing.
 
-    JAX_COORDINATOR_ADDRESS alone is enough where JAX knows the cluster (TPU, Slurm, GKE, MPI);
-    elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say the rest.
+    JAX_COORDINATOR_ADDRESS=auto is enough where JAX knows the cluster (Cloud TPU, GKE's TPUs,
+    Slurm, Open MPI); elsewhere it is host:port of process 0, and JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say the rest.
     """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
-        given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-        count, rank = (None, None) if None in given else map(int, given)
-        jax.distributed.initialize(
-            num_processes=count, process_id=rank, shutdown_timeout_seconds=FINISHING
-        )
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address or jax.distributed.is_initialized():
+        return
+    if address == "auto":  # JAX would take the word for a host's name
+        del os.environ["JAX_COORDINATOR_ADDRESS"]
+    given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    count, rank = (None, None) if None in given else map(int, given)
+    # It would swallow a SIGTERM that comes before the loop listens; the loop agrees by itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        num_processes=count, process_id=rank, shutdown_timeout_seconds=FINISHING
+    )
 
 
 @contextlib.contextmanager
