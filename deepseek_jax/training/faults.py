@@ -72,7 +72,7 @@ class Heartbeat:
         self._watched = False
 
     def close(self) -> None:
-        """End the thread; the file stays as it was last."""
+        """End the thread; the file stays and promises no more."""
         self._over.set()
         self._thread.join()
 
@@ -88,6 +88,7 @@ class Heartbeat:
             self._write()
             if self._watched and 0 < self._seconds < self._waited:
                 self._end()
+        self._seconds = 0.0  # no further sign of life is to be expected
         self._write()
 
     def _write(self) -> None:

@@ -14,16 +14,11 @@ import cases
 import jax
 import numpy as np
 import pytest
+from launched import Runs
 
-from deepseek_jax.core.config import to_dict
-from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.loader import Data
-from deepseek_jax.data.sources import TextFiles
-from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training import faults
 from deepseek_jax.training.faults import HUNG, Faults, Heartbeat, Peers
-from deepseek_jax.training.recipe import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = dataclasses.replace(cases.decoder("gqa", "sigmoid"), vocab_size=260, init_scale=0.05)
@@ -80,7 +75,9 @@ def test_the_watchdog_rests_before_the_first_step_and_while_busy(tmp_path, ended
         time.sleep(0.05)
     heartbeat.busy()
     time.sleep(0.6)
-    heartbeat.close()
+    assert json.loads((tmp_path / "0.json").read_text())["watchdog_seconds"] == 0.2
+    heartbeat.close()  # and a launcher does not wait for another sign of life
+    assert json.loads((tmp_path / "0.json").read_text())["watchdog_seconds"] == 0
     assert ended[0] == []
 
 
@@ -168,92 +165,12 @@ def test_time_in_which_the_process_did_not_run_is_its_own(tmp_path):
     assert float(said) > 1
 
 
-CONFIG = """
-import json, os, time
-from deepseek_jax.core.config import from_dict
-from deepseek_jax.training import loop
-from deepseek_jax.training.recipe import TrainConfig
-
-if (slow := float(os.environ.get("SLOW", 0))) and os.environ["JAX_PROCESS_ID"] == "1":
-    given = loop.batches
-    def batches(*arguments, **names):
-        for batch in given(*arguments, **names):
-            time.sleep(slow)
-            yield batch
-    loop.batches = batches
-
-def get_config():
-    return from_dict(TrainConfig, json.loads({text!r}))
-"""
-
-
-class Runs:
-    """Runs of a small config by the launcher, with what they wrote."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        text = folder / "text"
-        text.mkdir()
-        for i in range(12):
-            lines = (f"line {i * j} of file {i} says {(i + j) ** 3}\n" for j in range(40))
-            (text / f"{i}.txt").write_text("".join(lines))
-        source = TextFiles(paths=(str(text / "*.txt"),))
-        cache = str(folder / "cache")
-        data = Data(source=source, tokenizer=Bytes(), held_out=0.2, cache_dir=cache)
-        self.config = TrainConfig(
-            model=MODEL, data=data, steps=60, batch_size=8, sequence_length=16, log_every=1,
-            save_every=10, precision=Precision(compute="float32"),
-        )  # fmt: skip
-        (folder / "config.py").write_text(CONFIG.format(text=json.dumps(to_dict(self.config))))
-        self.count = 0
-
-    def start(self, name: str, *flags: str, processes: int = 2, **environment: str):
-        self.count += 1
-        self.said = self.folder / f"said-{self.count}.txt"
-        own = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
-        own |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
-        own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        own |= {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
-        command = [str(ROOT / "launch" / "local.sh"), str(processes)]
-        command += ["--config", str(self.folder / "config.py")]
-        with self.said.open("w") as said:
-            return subprocess.Popen(
-                [*command, "--run-dir", str(self.folder / name), *flags],
-                env=os.environ | own | environment, stdout=said, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def wait_for(self, launcher, name: str, step: int):
-        """Return when the run has logged `step`."""
-        end = time.monotonic() + 300
-        while max([0, *(row["step"] for row in self.rows(name))]) < step:
-            assert launcher.poll() is None and time.monotonic() < end, self.said.read_text()
-            time.sleep(0.02)
-
-    def rows(self, name: str, file: str = "metrics.jsonl"):
-        path = self.folder / name / file
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        timed = ("tokens_per_second", "mfu")
-        return [{key: row[key] for key in row if key not in timed} for row in rows]
-
-    def process(self, launcher, rank: int) -> int:
-        """The id of the launcher's process of this rank, the newest attempt's."""
-        for path in pathlib.Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (path / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if parent == launcher.pid and b"JAX_PROCESS_ID=%d" % rank in words:
-                return int(path.name)
-        raise AssertionError(f"no process {rank}: {self.said.read_text()}")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    own = Runs(tmp_path_factory.mktemp("runs"))
+    folder = tmp_path_factory.mktemp("runs")
+    own = Runs(folder, model=MODEL, steps=60, sequence_length=16, save_every=10)
     launcher = own.start("whole")
-    assert launcher.wait() == 0, own.said.read_text()
+    assert launcher.wait() == 0, own.output()
     assert [row["step"] for row in own.rows("whole")] == list(range(1, 61))
     return own
 
@@ -269,8 +186,8 @@ def test_kill_9_of_any_process_restarts_all_and_leaves_no_trace(runs):
     for step, rank in ((5, 1), (14, 0), (22, 1)):
         runs.wait_for(launcher, "killed", step)
         os.kill(runs.process(launcher, rank), signal.SIGKILL)
-    assert launcher.wait() == 0, runs.said.read_text()
-    said = runs.said.read_text()
+    assert launcher.wait() == 0, runs.output()
+    said = runs.output()
     assert said.count("starting all 2 processes again") == 3
     assert "was killed by SIGKILL after step" in said and "resuming in" in said
     same(runs, "killed")
@@ -281,8 +198,8 @@ def test_a_stopped_process_is_noticed_named_and_restarted(runs):
     launcher = runs.start("hung", "--faults.watchdog-seconds", "4")
     runs.wait_for(launcher, "hung", 12)
     os.kill(runs.process(launcher, 1), signal.SIGSTOP)
-    assert launcher.wait() == 0, runs.said.read_text()
-    said = runs.said.read_text()
+    assert launcher.wait() == 0, runs.output()
+    said = runs.output()
     assert "process 1 (pid" in said and "is stopped, and silent" in said
     assert said.count("starting all 2 processes again") == 1
     same(runs, "hung")
@@ -293,8 +210,8 @@ def test_sigterm_to_one_process_stops_all_after_one_step(runs):
     launcher = runs.start("stopped")
     runs.wait_for(launcher, "stopped", 12)
     os.kill(runs.process(launcher, 1), signal.SIGTERM)
-    assert launcher.wait() == 143, runs.said.read_text()
-    said = runs.said.read_text()
+    assert launcher.wait() == 143, runs.output()
+    said = runs.output()
     assert "stopped by SIGTERM after step" in said and "again" not in said.replace("again to", "")
     step = max(int(path.name) for path in (runs.folder / "stopped/checkpoints").iterdir())
     assert step == runs.rows("stopped")[-1]["step"] < 60
@@ -311,16 +228,16 @@ def test_bad_input_in_one_process_ends_all_at_once(runs):
     second = runs.start("taken")
     assert second.wait() == 2
     assert time.monotonic() - began < 100
-    assert "is training in" in runs.said.read_text()
+    assert "is training in" in runs.output()
     first.terminate()
     assert first.wait() == 143
 
 
 @pytest.mark.slow
 def test_a_slow_process_is_named(runs):
-    launcher = runs.start("slow", "--steps", "20", SLOW="0.3")
-    assert launcher.wait() == 0, runs.said.read_text()
-    assert "process 1 is a straggler" in runs.said.read_text()
+    launcher = runs.start("slow", "--steps", "20", ODD="1", SLOW="0.3")
+    assert launcher.wait() == 0, runs.output()
+    assert "process 1 is a straggler" in runs.output()
     named = [row["straggler"] for row in runs.rows("slow", "processes.jsonl")]
     assert named[-1] == 1 and 0 not in named
     assert [row["straggler"] for row in runs.rows("whole", "processes.jsonl")].count(None) > 50
