@@ -14,7 +14,7 @@ from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe, num_params
-from deepseek_jax.parallel.mesh import make_mesh, start_processes
+from deepseek_jax.parallel.mesh import failing_at_once, make_mesh, start_processes
 from deepseek_jax.serving.language import LanguageModel
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import make_optimizer
@@ -56,7 +56,9 @@ def main(argv: list[str]) -> None:
     if own.dry_run:
         print(dry_run(config))
         return
-    if code := train(config, Lent(held_out, closing), trace):
+    with failing_at_once():
+        code = train(config, Lent(held_out, closing), trace)
+    if code:
         raise SystemExit(code)
 
 

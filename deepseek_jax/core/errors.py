@@ -19,16 +19,23 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     leave_absent_tpus()
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (InputError, KeyboardInterrupt, OSError) as error:
+        if (code := exit_code(error)) is None:
             raise
+        raise SystemExit(code) from None
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Say in a line on stderr what the user did; the exit code. None where it was nobody's wish."""
+    if isinstance(error, InputError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return 141
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: {error}; make room, then run the same command again", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return None

@@ -12,16 +12,22 @@ TUNABLES = "glibc.malloc.hugetlb=1"  # advise the kernel to back large blocks wi
 PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def huge_pages() -> dict[str, str]:
+    """What a new process needs in its environment; nothing where the kernel has no such pages.
+
+    Nor where the variable is set already, which is also the way to switch this off: GLIBC_TUNABLES=
+    """
+    if "GLIBC_TUNABLES" in os.environ or not PAGES.exists() or "[never]" in PAGES.read_text():
+        return {}
+    return {"GLIBC_TUNABLES": TUNABLES}
+
+
 def restart_with_huge_pages(command: str) -> None:
     """Start this process anew with glibc's huge pages on, if it is `python -m command`.
 
-    It keeps its id, arguments and files. Nothing happens where the variable GLIBC_TUNABLES is set
-    already (also the way to switch this off: GLIBC_TUNABLES=) or the kernel offers no such pages.
-    Call it before threads or devices are started.
+    It keeps its id, arguments and files. Call it before threads or devices are started.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or spec.name != command or "GLIBC_TUNABLES" in os.environ:
+    if spec is None or spec.name != command or not (wanted := huge_pages()):
         return
-    if PAGES.exists() and "[never]" not in PAGES.read_text():
-        environment = os.environ | {"GLIBC_TUNABLES": TUNABLES}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)

@@ -17,7 +17,7 @@ import tensorboardX
 
 from deepseek_jax.core.errors import InputError
 
-FILES = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl")
+FILES = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl", "processes.jsonl")
 
 
 class RunLog:
@@ -41,6 +41,10 @@ class RunLog:
         """Tokens that each expert got: {path of a block: counts [R, E]} of one step."""
         load = {path: np.asarray(value).tolist() for path, value in counts.items()}
         self._write("expert_load.jsonl", {"step": int(step), "load": load})
+
+    def processes(self, step: int, values: Mapping[str, Any]) -> None:
+        """What a run of several processes measured of each: apart, as it depends on the clock."""
+        self._write("processes.jsonl", {"step": int(step)} | dict(values))
 
     def cut_back(self, step: int) -> None:
         """Forget what follows `step` (-1: everything) and a torn last line; call on resuming."""

@@ -1,13 +1,19 @@
 """The device mesh from its axis sizes, multi-host start, and this process's share of a batch."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import sys
+import traceback
+from collections.abc import Iterator
 
 import jax
 
 from deepseek_jax.core.axes import MESH_AXES
-from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.errors import InputError, exit_code
+
+FINISHING = 3600  # seconds that processes which are done wait for one that still writes the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +40,55 @@ class MeshShape:
 def start_processes() -> None:
     """Join the other processes when the environment names a coordinator; else nothing.
 
-    JAX_COORDINATOR_ADDRESS alone is enough where JAX knows the cluster (TPU, Slurm, GKE, MPI);
-    elsewhere JAX_NUM_PROCESSES and JAX_PROCESS_ID say the rest.
+    JAX_COORDINATOR_ADDRESS=auto is enough where JAX knows the cluster (Cloud TPU, GKE's TPUs,
+    Slurm, Open MPI); elsewhere it is host:port of process 0, and JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say the rest.
     """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
-        given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-        count, rank = (None, None) if None in given else map(int, given)
-        jax.distributed.initialize(num_processes=count, process_id=rank)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address or jax.distributed.is_initialized():
+        return
+    if address == "auto":  # JAX would take the word for a host's name
+        del os.environ["JAX_COORDINATOR_ADDRESS"]
+    given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    count, rank = (None, None) if None in given else map(int, given)
+    # It would swallow a SIGTERM that comes before the loop listens; the loop agrees by itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        num_processes=count, process_id=rank, shutdown_timeout_seconds=FINISHING
+    )
+
+
+@contextlib.contextmanager
+def failing_at_once() -> Iterator[None]:
+    """Within it an error ends this process, if it is one of several, without JAX's way of leaving.
+
+    That waits until all processes leave, and the others wait for this one in the next step.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, SystemExit):
+            raise
+        if (code := exit_code(error)) is None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        os._exit(1 if code is None else code)
+
+
+def rows_share(sharding: jax.sharding.Sharding, rows: int) -> tuple[int, int]:
+    """Which part of a batch's rows this process reads, of how many parts: (index, count).
+
+    Processes that hold the same rows (their devices differ in `tensor`, say) read the same part.
+    Raises InputError when a process's devices do not hold one block of rows.
+    """
+    parts = [part[0] for part in sharding.addressable_devices_indices_map((rows,)).values()]
+    spans = sorted({(part.start or 0, rows if part.stop is None else part.stop) for part in parts})
+    size = sum(stop - start for start, stop in spans)
+    first = spans[0][0]
+    if spans[-1][1] - first != size or rows % size or first % size:
+        where = f"process {jax.process_index()} would hold rows {spans} of {rows}"
+        raise InputError(f"mesh: {where}, not one block; order the axes so that each has a block")
+    return first // size, rows // size
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -6,7 +6,8 @@ written before its checkpoint, and a restart cuts the files back to the restored
 killed at any moment continues as if nothing had happened: same rows, same losses, each step once.
 
 Exit codes: 0 the run is complete; 128 + signal (SIGINT 130, SIGTERM 143) it was stopped, everything
-is saved, and the same command resumes. A second signal kills at once.
+is saved, and the same command resumes; 75 a step hung (training/faults.py). A signal to one process
+of several stops all of them after the same step. A second signal kills at once.
 """
 
 import dataclasses
@@ -20,9 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import huggingface, integrity
 from deepseek_jax.checkpoint.manager import Manager, load_params, read_config
@@ -38,8 +37,10 @@ from deepseek_jax.monitoring.metrics import RunLog, read_lines
 from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
 from deepseek_jax.monitoring.progress import Progress
 from deepseek_jax.monitoring.report import write_report
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.sharding import check_batch, place_batch
+from deepseek_jax.parallel.mesh import make_mesh, rows_share
+from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
+from deepseek_jax.parallel.stored import stored
+from deepseek_jax.training.faults import Heartbeat, Peers
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
@@ -111,14 +112,18 @@ class _Run:
         stream = None if jax.process_index() == 0 else io.StringIO()  # only one speaks
         self.progress = Progress(self.total, log_every=config.log_every, stream=stream)
         self.profiler = Profiler(self.run_dir, *trace) if trace else None
+        faults = config.faults
+        self.heartbeat = Heartbeat(faults.folder(self.run_dir), faults.watchdog_seconds)
+        self.peers = Peers(mesh, self.heartbeat)
         self.peak = matmul_peak().flops
-        self.tokens, self.seconds, self.since = 0, 0.0, 0.0  # done since the last logged step
+        self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
+        self.since = 0.0
         self.dataset: Dataset | None = None
 
     def go(self) -> int:
-        state, position = self._restore()
-        step, end, previous = int(state.step), 0, None
         with _caught_signals() as caught:
+            state, position = self._restore()
+            step, end, previous = int(state.step), 0, None
             for before, stage in zip((None, *self.stages), self.stages, strict=False):
                 first, end = end, end + stage.steps
                 if step >= end and stage is not self.stages[-1]:
@@ -130,21 +135,27 @@ class _Run:
                     if changed := size != stage.batch_at(step - first):
                         size = stage.batch_at(step - first)
                         rows = self._rows(stage, size, position)
+                        self.heartbeat.busy()
                         run_step = self._compiled(stage, size, first, state)
                     if self.profiler:
                         self.profiler.before(step + 1)
-                    state, metrics = run_step(state, place_batch(self.mesh, next(rows)))
+                    began, words = time.perf_counter(), self.peers.words(caught)
+                    state, metrics = run_step(state, place_batch(self.mesh, next(rows)), *words)
                     if changed:  # compiling is over
-                        self.since = time.perf_counter()
+                        self.since = began = time.perf_counter()
+                    self.peers.spent(time.perf_counter() - began)
                     self._log(previous)
+                    if changed:  # others may still compile
+                        self.heartbeat.busy()
                     step, position = step + 1, position + size.batch_size
                     previous = step, metrics, size.batch_size * stage.sequence_length, stage
-                    last, stop = step == self.total, self._agreed(caught, step)
+                    last, stop = step == self.total, self.peers.stop(caught)
                     evaluate = last or _due(self.config.eval_every, step)
                     save = last or stop or _due(self.config.save_every, step)
                     if evaluate or save or self.profiler:
                         self._log(previous)
                         previous = None
+                        self.heartbeat.busy()
                     if self.profiler and (table := self.profiler.after(step)):
                         self.progress.say(table)
                     if evaluate:
@@ -153,6 +164,7 @@ class _Run:
                         self._save(state, step, position)
                     if evaluate or save:
                         self.since = time.perf_counter()
+                        self.heartbeat.step(step)
                     if stop:
                         self.manager.wait()
                         self.progress.say(
@@ -160,6 +172,7 @@ class _Run:
                             f"is saved in {self.run_dir}: run the same command again to resume"
                         )
                         return 128 + stop
+        self.heartbeat.busy()
         self.manager.wait()
         if jax.process_index() == 0:
             self._finish(state, step)
@@ -169,6 +182,7 @@ class _Run:
         """Release what a run holds open, whatever happened."""
         if self.profiler and (table := self.profiler.close()):
             self.progress.say(table)
+        self.heartbeat.close()
         self.progress.close()
         self.log.close()
         self.manager.close()
@@ -268,12 +282,13 @@ class _Run:
         return new
 
     def _rows(self, stage: Stage, size: BatchStep, position: int) -> Iterator[Any]:
+        index, count = rows_share(batch_sharding(self.mesh), size.batch_size)
         return batches(
             self.dataset,
             start=position,
             batch_size=size.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
             num_workers=stage.data.num_workers,
         )
 
@@ -281,35 +296,35 @@ class _Run:
         """The train step as one program that overwrites the state it is given."""
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step = stage_step(self.config, self.model, stage, size, first)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-    def _agreed(self, caught: list[int], step: int) -> int:
-        """The signal to stop for, or 0; several processes ask each other at every logged step."""
-        number = max(caught, default=0)
-        if jax.process_count() > 1:
-            ask = _due(self.config.log_every, step)
-            number = int(multihost_utils.process_allgather(np.int32(number)).max()) if ask else 0
-        return number
+        step = self.peers.telling(step)
+        return stored(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))
 
     def _log(self, done: tuple[int, dict, int, Stage] | None) -> None:
         """Wait for a dispatched step and write what it measured."""
         if done is None:
             return
         step, metrics, tokens, stage = done
+        self.peers.hear(metrics)
         skipped, load = int(metrics["skipped"]), metrics.pop("expert_load")
+        self.heartbeat.step(step)
         now = time.perf_counter()
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self.since
-        self.since = now
+        self.since, self.steps = now, self.steps + 1
         if step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
             flops = train_flops_per_token(self.model, stage.sequence_length)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
-            self.tokens, self.seconds = 0, 0.0
+            pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0
             self.log.metrics(step, values)
             if load:
                 self.log.expert_load(step, jax.device_get(load))
             self.progress.step(step, values)
+            times, named = self.peers.straggler(pace, self.config.faults.straggler_factor)
+            if times:
+                self.log.processes(step, times)
+            if named:
+                self.progress.say(f"step {step}: {named}")
         if skipped >= stage.optimizer.max_skipped:
             raise InputError(
                 f"step {step}: loss or gradient were not finite {skipped} steps running, all of "

@@ -11,6 +11,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.parallel.mesh import MeshShape
+from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
@@ -82,6 +83,7 @@ class TrainConfig:
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     stages: tuple[Stage, ...] = (Stage(),)
 
     def __post_init__(self):
