@@ -40,7 +40,8 @@ class Decoder:
     init_scale: float = 0.006
     """Standard deviation of the initial weights (V3's; small models take about embed_dim**-0.5)."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
+    """What the backward pass recomputes: nothing, all but matmuls, whole blocks, or these from
+    inputs that wait in the host's memory."""
     unroll: int = 1
     """Layers that one iteration of the scan over layers holds."""
     scan: bool = True
