@@ -53,12 +53,12 @@ def table(found: dict[str, Any]) -> str:
             for row in found["collectives"]
         ]
         times = ", ".join(
-            f"{name.replace('_', ' ')} {1e3 * t:,.1f}" for name, t in found["bound_seconds"].items()
+            f"{_said(name)} {1e3 * t:,.1f}" for name, t in found["bound_seconds"].items()
         )
         rows += [
             f"bounds, ms      {times}",
             f"at best         {1e3 * found['step_seconds']:,.1f} ms a step, bound by "
-            f"{found['bound'].replace('_', ' ')}: {found['tokens'] / found['step_seconds']:,.0f} "
+            f"{_said(found['bound'])}: {found['tokens'] / found['step_seconds']:,.0f} "
             f"tokens/s, MFU {found['mfu']:.1%}",
         ]
     rows += [f"warning         {remark}" for remark in found["remarks"]]
@@ -68,6 +68,10 @@ def table(found: dict[str, Any]) -> str:
 def mesh_text(mesh: dict[str, int]) -> str:
     """`fsdp 16 x expert 32`."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device"
+
+
+def _said(bound: str) -> str:
+    return bound.replace("_", " ")
 
 
 def ranking(found: list[dict[str, Any]]) -> str:
@@ -82,7 +86,7 @@ def ranking(found: list[dict[str, Any]]) -> str:
             f"{mesh_text(one['mesh']):32} {one['remat']:8} {one['batch_size']:7,} "
             f"{one['memory']['total'] / 1e9:7.2f} {one['memory_limit'] / 1e9:6.1f} "
             f"{1e3 * seconds:10,.1f} {one['mfu']:6.1%} {1e9 * seconds / one['tokens']:11.3f}  "
-            f"{one['bound'].replace('_', ' ')}"
+            f"{_said(one['bound'])}"
         )
     refused = sum(not one["fits"] for one in found)
     return "\n".join(rows + [f"{refused} more were compiled and do not fit"] * bool(refused))
@@ -147,10 +151,12 @@ def _bounds(axes: Any, found: dict[str, Any]) -> None:
         axes.text(0.5, 0.5, "there is no program", ha="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
         return
-    times = {name.replace("_", " "): 1e3 * t for name, t in found["bound_seconds"].items()}
+    times = {_said(name): 1e3 * t for name, t in found["bound_seconds"].items()}
     colors = ["#2f6fde" if t == max(times.values()) else "#b9c1cc" for t in times.values()]
     bars = axes.barh(list(times), list(times.values()), color=colors)
-    axes.bar_label(bars, [f"{t:,.0f}" for t in times.values()], padding=3)
+    axes.bar_label(
+        bars, [f"{t:,.3g}" if t < 10 else f"{t:,.0f}" for t in times.values()], padding=3
+    )
     axes.invert_yaxis()
     axes.set(xlabel="ms", xlim=(0, 1.25 * max(times.values())))
 
@@ -168,10 +174,7 @@ def _roofline(axes: Any, found: dict[str, Any]) -> None:
                   textcoords="offset points")  # fmt: skip
     if "step_seconds" in found:
         axes.plot(intensity, flops / found["step_seconds"], "o", color="#e8833a", markersize=9)
-        axes.annotate(
-            f"at best {found['mfu']:.0%} of the peak,\nbound by {found['bound'].replace('_', ' ')}",
-            (intensity, flops / found["step_seconds"]), (-8, -14), ha="right", va="top",
-            textcoords="offset points",
-        )  # fmt: skip
+        said = f"at best {found['mfu']:.0%} of the peak,\nbound by {_said(found['bound'])}"
+        axes.text(0.98, 0.05, said, ha="right", transform=axes.transAxes)
     axes.set(xlabel="model FLOPs a byte of HBM moved", ylabel="TFLOP/s")
     axes.grid(True, alpha=0.6)
