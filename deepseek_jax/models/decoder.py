@@ -8,19 +8,15 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.core import target
 from deepseek_jax.layers.attention import GQA, Place, Selection
 from deepseek_jax.layers.block import Attention, Remat, stacked
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
 from deepseek_jax.layers.moe import MoE, Routing
 from deepseek_jax.ops.rope import rotation
-from deepseek_jax.parallel.manual import gathered, per_device
-from deepseek_jax.parallel.sharding import constrain, tokens_spec, weight_spec
+from deepseek_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,25 +158,7 @@ class Table(nn.Module):
         self.weight = weight(self, "weight", self.shape, self.axes, reduced=(0,), outputs=(1,))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeddings of tokens; on a mesh each device looks up its own in the gathered table.
-
-        Left to itself, XLA would look up everybody's tokens in the columns that a device has. It
-        does split the vocabulary well, so where the tensor axis is in use it may.
-        """
-
-        def found(table, tokens):
-            return table[tokens].astype(self.dtypes.compute)
-
-        spec, mesh = tokens_spec(*tokens.shape), jax.sharding.get_abstract_mesh()
-        if spec is None or not target.partitioned() or mesh.shape["tensor"] > 1:
-            return found(self.weight, tokens)
-        own = weight_spec(self.axes, self.shape)
-        apply = per_device(
-            lambda table, tokens: found(gathered(table, own), tokens),
-            (own, PartitionSpec(*spec[:2])),
-            spec,
-        )
-        return apply(self.weight, tokens)
+        return self.weight[tokens].astype(self.dtypes.compute)
 
 
 class LanguageDecoder(nn.Module):
