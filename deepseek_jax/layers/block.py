@@ -74,15 +74,17 @@ def stacked(repeats: int, remat: Remat, unroll: int) -> Any:
 
     Called as module(x, cache, place) -> (x, (cache, routing, selection)), these stacked too.
     """
-    block = Block
+    block, at_once = Block, min(unroll, repeats)
     if remat != "none":
-        block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=False)
+        # XLA opens a loop of one turn, and would then merge what is computed twice: no remat at all.
+        single = at_once == repeats
+        block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=single)
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=repeats,
-        unroll=min(unroll, repeats),
+        unroll=at_once,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
