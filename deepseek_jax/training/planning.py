@@ -165,7 +165,8 @@ def compile_step(
 ) -> tuple[Program, dict[str, int]]:
     """A filled stage's first train step on a mesh, from shapes alone, and `kinds_of_bytes`."""
     size = stage.batch_at(0)
-    state = abstract_state(model, make_optimizer(stage.optimizer, model.specs), mesh)
+    optimizer = make_optimizer(stage.optimizer, model.specs)
+    state = abstract_state(model, optimizer, mesh, stage.optimizer.memory)
     step = stage_step(config, model, stage, size, first=0)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

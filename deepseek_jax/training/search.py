@@ -185,7 +185,8 @@ def given_bytes(model: Model, stage: Stage, mesh: dict[str, int]) -> int:
     abstract = AbstractMesh(
         tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
     )
-    return held(abstract_state(model, make_optimizer(stage.optimizer, model.specs), abstract))
+    optimizer = make_optimizer(stage.optimizer, model.specs)
+    return held(abstract_state(model, optimizer, abstract, stage.optimizer.memory))
 
 
 def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
