@@ -76,7 +76,7 @@ def stacked(repeats: int, remat: Remat, unroll: int) -> Any:
     """
     block, at_once = Block, min(unroll, repeats)
     if remat != "none":
-        # XLA opens a loop of one turn, and would then merge what is computed twice: no remat at all.
+        # XLA opens a loop of one turn, and would then merge what is computed twice: no remat.
         single = at_once == repeats
         block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=single)
     return nn.scan(

@@ -5,9 +5,11 @@ multi-token prediction (MTP, section 2.2).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -199,7 +201,8 @@ class LanguageDecoder(nn.Module):
         previous, predicted = hidden, []
         for depth, layer in enumerate(self.mtp if next_tokens is not None else ()):
             embedded = self.embedding(next_tokens[..., depth])
-            previous, reports[f"{layer.name}/block"] = layer(previous, embedded, place)
+            found = _in_order(layer, previous, embedded, place)
+            previous, reports[f"{layer.name}/block"] = found
             predicted.append(previous)
         if self.is_initializing() and not self.config.tie_embeddings:
             _ = self.head.weight  # declares it; losses and samplers read it themselves
@@ -224,3 +227,20 @@ class LanguageDecoder(nn.Module):
         dim = a.head_dim if isinstance(a, GQA) else a.rope_dim
         cosine, sine = rotation(positions, dim, a.rope_theta, a.yarn)
         return Place(cosine, sine, segments, positions)
+
+
+def _in_order(layer: nn.Module, *given: Any) -> Any:
+    """layer(*given); backward, its weights' slopes are made before its inputs' go on.
+
+    Else a scheduler may leave them for last, and hold what they need through all other layers.
+    """
+    if layer.is_initializing():
+        return layer(*given)
+
+    def run(layer, *given):
+        return layer(*given)
+
+    def backward(back, slopes):
+        return jax.lax.optimization_barrier(back(slopes))
+
+    return nn.custom_vjp(run, functools.partial(nn.vjp, run), backward)(layer, *given)
