@@ -47,6 +47,21 @@ class Language:
             )
 
 
+@jax.custom_vjp
+def _in_order(hidden, head):
+    """Both as they are; backward, the head's slope is summed over devices before the rest goes on.
+
+    Else a scheduler may hold all of it, unsharded, through the backward pass of every layer.
+    """
+    return hidden, head
+
+
+_in_order.defvjp(
+    lambda hidden, head: ((hidden, head), None),
+    lambda _, slopes: jax.lax.optimization_barrier(slopes),
+)
+
+
 def make_language(config: Language, model: Model) -> Objective:
     """The objective of a decoder on the batches of data/loader.
 
@@ -117,7 +132,7 @@ def make_language(config: Language, model: Model) -> Objective:
         head = model.head(params)
 
         def entropy(hidden, depth, z_weight=0.0):
-            given = hidden, head, targets[..., depth], weights[..., depth]
+            given = *_in_order(hidden, head), targets[..., depth], weights[..., depth]
             return _entropy(*given, z_weight=z_weight, chunk=config.chunk)
 
         total, nll, z = entropy(output.hidden, 0, config.z_weight)
@@ -157,16 +172,4 @@ def _entropy(hidden, head, targets, weights, **options):
 
     tokens = PartitionSpec(*spec[:2])
     apply = per_device(of_one, (spec, rows, tokens, tokens), (whole,) * 3)
-    return apply(*_finished(hidden, head), targets, weights)
-
-
-@jax.custom_vjp
-def _finished(hidden, head):
-    """Both as they are; backward, the head's slope is summed up before the hidden one goes on."""
-    return hidden, head
-
-
-_finished.defvjp(
-    lambda hidden, head: ((hidden, head), None),
-    lambda _, slopes: jax.lax.optimization_barrier(slopes),
-)
+    return apply(hidden, head, targets, weights)
