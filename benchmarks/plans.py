@@ -28,7 +28,7 @@ ROWS = (  # config, topology, flags
     ("deepseek_r1_0528_qwen3_8b", "v6e:4x8", "--mesh.fsdp=32 --batch-size=32"),
     ("deepseek_r1_distill_qwen_14b", "v6e:8x8", "--mesh.fsdp=64 --batch-size=64"),
     ("deepseek_r1_distill_qwen_32b", "v5p:4x4x4", "--mesh.fsdp=64 --batch-size=128"),
-    ("deepseek_r1_distill_llama_70b", "v5p:4x4x8", "--mesh.fsdp=128 --batch-size=256"),
+    ("deepseek_r1_distill_llama_70b", "v5p:4x4x8", "--mesh.fsdp=128 --batch-size=256 --model.remat=full"),
     ("deepseek_moe_16b", "v5p:2x4x4", "--mesh.fsdp=32 --batch-size=128 --model.remat=full"),
     ("deepseek_v2_lite", "v5p:2x4x4", f"{LITE}=full"),
     ("deepseek_v2_lite", "v5p:2x4x4", f"{LITE}=offload"),
