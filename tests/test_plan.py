@@ -14,9 +14,10 @@ import pytest
 from deepseek_jax.core.config import load_config, override
 from deepseek_jax.data.loader import batches, open_data
 from deepseek_jax.models.build import build
+from deepseek_jax.monitoring.plans import table
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.plan import abstract_batch, table
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.state import abstract_state
 

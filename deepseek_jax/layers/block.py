@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from deepseek_jax.layers.attention import GQA, GroupedQueryAttention, Place, Selection
@@ -12,7 +13,7 @@ from deepseek_jax.layers.mla import MLA, LatentAttention
 from deepseek_jax.layers.moe import MixtureOfExperts, MoE, Routing
 from deepseek_jax.layers.sparse_attention import GatedAttention, GatedGQA
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 
 ATTENTIONS: dict[type, type[nn.Module]] = {
     GQA: GroupedQueryAttention,
@@ -21,10 +22,18 @@ ATTENTIONS: dict[type, type[nn.Module]] = {
 }
 Attention: TypeAlias = GQA | GatedGQA | MLA
 
+LAYER_INPUT = "layer_input"  # the name of what `offload` moves
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+RECOMPUTED = {"none": 0.0, "dots": 0.0, "full": 1.0, "offload": 1.0}  # forward passes added
 
 
 class Block(nn.Module):
@@ -47,6 +56,7 @@ class Block(nn.Module):
         attend = ATTENTIONS[type(self.attention)](
             self.attention, self.embed_dim, self.dtypes, name="attention"
         )
+        x = checkpoint_name(x, LAYER_INPUT)  # all that a block needs to run again
         norm = RMSNorm(self.dtypes, eps=self.norm_eps, name="attention_norm")
         y, cache, selection = attend(norm(x), place, cache)
         x = x + y
@@ -64,15 +74,17 @@ def stacked(repeats: int, remat: Remat, unroll: int) -> Any:
 
     Called as module(x, cache, place) -> (x, (cache, routing, selection)), these stacked too.
     """
-    block = Block
+    block, at_once = Block, min(unroll, repeats)
     if remat != "none":
-        block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=False)
+        # XLA opens a loop of one turn, and would then merge what is computed twice: no remat.
+        single = at_once == repeats
+        block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=single)
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=repeats,
-        unroll=min(unroll, repeats),
+        unroll=at_once,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -47,7 +47,8 @@ class Decoder:
     init_scale: float = 0.006
     """Standard deviation of the initial weights (V3's; small models take about embed_dim**-0.5)."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
+    """What the backward pass recomputes: nothing, all but matmuls, whole blocks, or these from
+    inputs that wait in the host's memory."""
     unroll: int = 1
     """Layers that one iteration of the scan over layers holds."""
     scan: bool = True
@@ -264,7 +265,8 @@ class LanguageDecoder(nn.Module):
         previous, predicted = hidden, []
         for depth, layer in enumerate(self.mtp if next_tokens is not None else ()):
             embedded = self.embedding(next_tokens[..., depth])
-            previous, reports[f"{layer.name}/block"] = layer(previous, embedded, place)
+            found = _in_order(layer, previous, embedded, place)
+            previous, reports[f"{layer.name}/block"] = found
             predicted.append(previous)
         if self.is_initializing() and not self.config.tie_embeddings:
             _ = self.head.weight  # declares it; losses and samplers read it themselves
@@ -291,3 +293,20 @@ def place_of(config: Decoder, positions: Array, segments: Any, order: Any = None
     dim = a.head_dim if isinstance(a, GQA) else a.rope_dim
     cosine, sine = rotation(positions, dim, a.rope_theta, a.yarn)
     return Place(cosine, sine, segments, positions, order)
+
+
+def _in_order(layer: nn.Module, *given: Any) -> Any:
+    """layer(*given); backward, its weights' slopes are made before its inputs' go on.
+
+    Else a scheduler may leave them for last, and hold what they need through all other layers.
+    """
+    if layer.is_initializing():
+        return layer(*given)
+
+    def run(layer, *given):
+        return layer(*given)
+
+    def backward(back, slopes):
+        return jax.lax.optimization_barrier(back(slopes))
+
+    return nn.custom_vjp(run, functools.partial(nn.vjp, run), backward)(layer, *given)

@@ -187,7 +187,7 @@ def _real(y, counts):
 
 def _ragged(x, w, counts, turn):
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if turn else 1,)), ((), ())), [0], [0])
-    return _ragged_product(x, w, counts, numbers).astype(x.dtype)
+    return _ragged_product(x, w, counts, numbers, x.dtype)
 
 
 def _ragged_slope(x, slope, counts):
@@ -195,8 +195,8 @@ def _ragged_slope(x, slope, counts):
     return _ragged_product(x, slope, counts, numbers)
 
 
-def _ragged_product(x, y, counts, numbers):
-    options = {"preferred_element_type": jnp.float32, "precision": exact(x, y)}
+def _ragged_product(x, y, counts, numbers, dtype=jnp.float32):
+    options = {"preferred_element_type": dtype, "precision": exact(x, y)}
     return jax.lax.ragged_dot_general(x, y, counts, numbers, **options)
 
 

@@ -14,37 +14,16 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
-
-from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.extras import require
-
-
-class Chip(NamedTuple):
-    """Published figures of one JAX device, beside its FLOPs (core/target)."""
-
-    memory: float
-    """Bytes of HBM."""
-    bandwidth: float
-    """Of HBM, bytes a second."""
-    links: float
-    """Between chips of a slice, all links of a chip together, bytes a second."""
-
-
-# cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x. A tpu7x chip is two devices.
-CHIPS = {
-    "TPU v5 lite": Chip(16 * 2**30, 819e9, 200e9),
-    "TPU v5": Chip(95 * 2**30, 2765e9, 600e9),
-    "TPU v6 lite": Chip(32 * 2**30, 1640e9, 448e9),
-    "TPU7x": Chip(96 * 2**30, 3690e9, 600e9),
-}
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -64,76 +43,143 @@ class Collective(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a compiler made; memory in bytes a device, without a program where it did not fit."""
+    """What a compiler made, or refused to make for lack of memory; bytes a device."""
 
     seconds: float
     memory: dict[str, int]
-    """arguments, outputs, aliased (outputs in place of arguments), temporaries, code, total."""
+    """arguments, outputs, aliased (outputs in place of arguments), temporaries, code, total; on the
+    host, all together: host."""
     collectives: tuple[Collective, ...]
     refusal: str
     """Why the compiler gave up for lack of memory, in its words; else empty."""
+    needed: int
+    """Bytes that the refused program needs of a device's memory, as it says; else 0."""
     remarks: tuple[str, ...]
     """Warnings about shardings that it could not follow."""
 
 
-def described(name: str) -> list[jax.Device]:
-    """The devices of a TPU topology, v5p:8x8x8 for instance; InputError when there is none."""
-    require("libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched, so several may plan
-    try:
-        with _noise():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # whatever libtpu says of a name that it does not know
-        raise InputError(
-            f"--topology {name!r}: the TPU compiler refuses it; write its version and shape, e.g. "
-            f"v5e:4x4, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4 ({str(error)[:200]})"
-        ) from None
-    return list(found)
+def compile_program(lowered: jax.stages.Lowered, mesh: Mesh, quick: bool = False) -> Program:
+    """Compile for the mesh's devices. What does not fit gives a Program with a `refusal`.
 
+    `quick` does not wait for machine code, three quarters of the time, and leaves its bytes 0: the
+    compiler goes on in a thread, so the process should end soon, by os._exit.
+    """
+    start, outcome = time.perf_counter(), Future()
+    options = {"xla_dump_hlo_as_text": True}
+    if mesh.devices.flat[0].platform == "cpu":  # nobody runs this code: no effort for it
+        options["xla_backend_optimization_level"] = 0
 
-def chip(device: jax.Device) -> Chip:
-    """The figures of a device's kind."""
-    for kind, figures in CHIPS.items():
-        if device.device_kind.startswith(kind):
-            return figures
-    raise InputError(f"no figures are known of {device.device_kind}; add them to parallel/compile")
-
-
-def compile_program(lowered: jax.stages.Lowered, mesh: Mesh) -> Program:
-    """Compile for the mesh's devices. What does not fit gives a Program with a `refusal`."""
-    start, refusal, compiled = time.perf_counter(), "", None
-    with tempfile.TemporaryDirectory() as folder, _noise() as said:
-        # JAX cannot always print what a newer libtpu made; it prints that itself.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    def work(folder: str) -> None:
         try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refusal = str(error)
-        texts = pathlib.Path(folder).glob("*after_optimizations.txt")
-        text = max((path.read_text() for path in texts), key=len, default="")
+            outcome.set_result(lowered.compile(compiler_options=options | {"xla_dump_to": folder}))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # JAX cannot always print what a newer libtpu made; it prints that itself.
+    folder = tempfile.mkdtemp()
+    try:
+        with quiet() as said:
+            if quick:
+                threading.Thread(target=work, args=(folder,), daemon=True).start()
+                _wait(pathlib.Path(folder), outcome)
+            else:
+                work(folder)
+        compiled, refusal = None, ""
+        if outcome.done():
+            try:
+                compiled = outcome.result()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                refusal = str(error)
+        text, buffers = _dumped(folder, PROGRAM), _dumped(folder, BUFFERS)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - start
-    remarks = [line for line in said if "rematerialization" in line]
-    memory = _memory(compiled.memory_analysis()) if compiled else {}
-    found = collectives(text, mesh) if compiled else ()
-    return Program(seconds, memory, found, refusal, tuple(dict.fromkeys(remarks)))
+    memory = _memory(compiled.memory_analysis()) if compiled else memory_of(buffers)
+    found = () if refusal else collectives(text, mesh)
+    remarks = tuple(dict.fromkeys(line for line in said if "rematerialization" in line))
+    return Program(seconds, memory, found, refusal, needed_bytes(refusal), remarks)
+
+
+PROGRAM, BUFFERS = "*after_optimizations.txt", "*after_optimizations-buffer-assignment.txt"
+SETTLED = 3.0  # seconds in which a refusal follows the buffers' assignment
+
+
+def _wait(folder: pathlib.Path, outcome: Future) -> None:
+    """Until the compiler is done, or has written program and buffers and goes on past them."""
+    since, before = time.perf_counter(), None
+    while not outcome.done() and time.perf_counter() - since < SETTLED:
+        time.sleep(0.2)
+        sizes = {p: p.stat().st_size for name in (PROGRAM, BUFFERS) for p in folder.glob(name)}
+        if len(sizes) < 2 or sizes != before:
+            since, before = time.perf_counter(), sizes
+
+
+def _dumped(folder: str, pattern: str) -> str:
+    texts = (path.read_text() for path in pathlib.Path(folder).glob(pattern))
+    return max(texts, key=len, default="")
 
 
 def _memory(found: Any) -> dict[str, int]:
-    sizes = {
-        "arguments": found.argument_size_in_bytes,
-        "outputs": found.output_size_in_bytes,
-        "aliased": found.alias_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "code": found.generated_code_size_in_bytes,
-    }
-    return sizes | {"total": sum(sizes.values()) - 2 * sizes["aliased"]}
+    def both(name: str) -> tuple[int, int]:
+        return tuple(getattr(found, f"{host}{name}_size_in_bytes", 0) for host in ("", "host_"))
+
+    arguments, host_arguments = both("argument")
+    outputs, host_outputs = both("output")
+    aliased, host_aliased = both("alias")
+    temporaries, host_temporaries = both("temp")
+    code, host_code = both("generated_code")
+    host = host_arguments + host_outputs - host_aliased + host_temporaries + host_code
+    return _sizes(arguments, outputs, aliased, temporaries, code, host)
+
+
+def _sizes(arguments, outputs, aliased, temporaries, code, host) -> dict[str, int]:
+    total = arguments + outputs - aliased + temporaries + code
+    return {
+        "arguments": arguments, "outputs": outputs, "aliased": aliased,
+        "temporaries": temporaries, "code": code, "total": total, "host": host,
+    }  # fmt: skip
+
+
+ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(.*):$", re.MULTILINE)
+HOST = "color 5"  # XLA's number of the host's memory
+
+
+def memory_of(buffers: str) -> dict[str, int]:
+    """The same bytes from the text of a buffer assignment; empty of an empty one."""
+    if not buffers:
+        return {}
+    found = collections.Counter()
+    for size, marks in ALLOCATION.findall(buffers):
+        on_host = HOST in marks
+        if ("color" in marks and not on_host) or "thread-local" in marks or "constant" in marks:
+            continue  # registers and caches of the chip; what lies within temporaries
+        parameter, result = "parameter" in marks, "live-out" in marks
+        kind = "arguments" if parameter else "outputs" if result else "temporaries"
+        found["host" if on_host else kind] += int(size)
+        found["aliased"] += int(size) * (parameter and result and not on_host)
+    kept = found["aliased"]
+    return _sizes(
+        found["arguments"], found["outputs"] + kept, kept, found["temporaries"], 0, found["host"]
+    )
+
+
+SIZE = r"\(?([\d.]+)([KMGT]?)\)?"
+NEEDED = re.compile(rf"{SIZE} (?:exceeds available HBM|of [\d.]+[KMGT]? hbm)")
+
+
+def needed_bytes(refusal: str) -> int:
+    """What a refused program needs of the memory, in the compiler's own words; 0: it does not say.
+
+    Of "HLO temporaries (189.75G) exceeds available HBM (95.73G)" and "Used 117.9G of 95.74G hbm".
+    """
+    found = NEEDED.search(refusal)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
 
 
 @contextlib.contextmanager
-def _noise() -> Iterator[list[str]]:
+def quiet() -> Iterator[list[str]]:
     """Collects the lines that C++ writes to file descriptor 2, past Python."""
     lines: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as file:

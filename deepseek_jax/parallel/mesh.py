@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 
 from deepseek_jax.core.axes import MESH_AXES
 from deepseek_jax.core.errors import InputError, exit_code
@@ -102,4 +104,20 @@ def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> jax.
         table = ", ".join(f"mesh.{a} = {s}" for a, s in zip(MESH_AXES, given, strict=True))
         raise InputError(f"the mesh needs {needed}, and there are {len(devices)}: {table}")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
+    return jax.sharding.Mesh(_laid_out(sizes, devices), MESH_AXES, axis_types=auto)
+
+
+def _laid_out(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices as an array of these sizes, neighbors on the torus near each other.
+
+    An axis of the mesh may take a part of the torus's axis: 16 x 32 of 8 x 8 x 8. InputError when
+    the devices lie in slices, several, and the `slice` axis is not as long.
+    """
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, **options)
+    if sizes[0] != slices:
+        raise InputError(f"the devices lie in {slices} slices: mesh.slice must be {slices}")
+    outer = (slices, *(1 for _ in sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), outer, **options)

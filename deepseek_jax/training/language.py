@@ -48,6 +48,21 @@ class Language:
             )
 
 
+@jax.custom_vjp
+def _in_order(hidden, head):
+    """Both as they are; backward, the head's slope is summed over devices before the rest goes on.
+
+    Else a scheduler may hold all of it, unsharded, through the backward pass of every layer.
+    """
+    return hidden, head
+
+
+_in_order.defvjp(
+    lambda hidden, head: ((hidden, head), None),
+    lambda _, slopes: jax.lax.optimization_barrier(slopes),
+)
+
+
 def make_language(config: Language, model: Model) -> Objective:
     """The objective of a decoder on the batches of data/loader.
 
@@ -118,7 +133,7 @@ def make_language(config: Language, model: Model) -> Objective:
         head = model.head(params)
 
         def entropy(hidden, depth, z_weight=0.0):
-            given = hidden, head, targets[..., depth], weights[..., depth]
+            given = *_in_order(hidden, head), targets[..., depth], weights[..., depth]
             return _entropy(*given, z_weight=z_weight, chunk=config.chunk)
 
         total, nll, z = entropy(output.hidden, 0, config.z_weight)

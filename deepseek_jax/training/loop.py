@@ -44,7 +44,7 @@ from deepseek_jax.training.faults import Heartbeat, Peers
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
-from deepseek_jax.training.state import TrainState, abstract_state, initial_state
+from deepseek_jax.training.state import TrainState, abstract_state, initial_state, on_device
 from deepseek_jax.training.step import make_gradients, make_train_step
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
@@ -92,7 +92,7 @@ def stage_step(
 
     def run_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        return train_step(state, batch, key)
+        return train_step(on_device(state), batch, key)
 
     return run_step
 
@@ -193,7 +193,8 @@ class _Run:
         if integrity.steps(self.manager.directory) and recorded.exists():
             _check_model(recorded, self.config)
         optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
-        abstract = abstract_state(self.model, optimizer, self.mesh)
+        memory = self.stages[0].optimizer.memory
+        abstract = abstract_state(self.model, optimizer, self.mesh, memory)
         restored = self.manager.restore(abstract)
         if restored is None:
             state, position = self._fresh(abstract, optimizer), 0

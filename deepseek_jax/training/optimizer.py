@@ -15,7 +15,7 @@ optax's own have no dtype for second moments; this is an optax transformation al
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,8 @@ class AdamW:
     """Stored first moments and Muon's momentum."""
     variance_dtype: Dtype = "float32"
     """Stored second moments."""
+    memory: Literal["device", "pinned_host"] = "device"
+    """Where moments lie between updates; a host's memory is far larger, and far away."""
     max_skipped: int = 20
     """Consecutive steps skipped for non-finite gradients after which the run stops."""
 

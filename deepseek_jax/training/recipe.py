@@ -98,11 +98,11 @@ class TrainConfig:
         for index, stage in enumerate(filled):
             _check_stage(stage, f"stages[{index}]: " if len(filled) > 1 else "")
         chosen = [stage.optimizer for stage in filled]
-        memories = {(type(o), o.momentum_dtype, o.variance_dtype) for o in chosen}
+        memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
         if len(memories) > 1:
             raise ValueError(
-                "the stages' optimizers must be of one kind with one choice of dtypes, or they "
-                "cannot take up each other's memory; another run can start from this one's."
+                "the stages' optimizers must be of one kind with one choice of dtypes and memory, "
+                "or they cannot take up each other's; another run can start from this one's."
             )
 
     def filled_stages(self) -> tuple[Stage, ...]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -37,17 +37,38 @@ def initial_state(
     return TrainState(step, params, optimizer.init(params), None, scale, good_steps, skipped)
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state's shapes and shardings; the optimizer's trees lie like the parameters'."""
+def abstract_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    memory: Literal["device", "pinned_host"] = "device",
+) -> TrainState:
+    """The state's shapes and shardings; the optimizer's trees lie like the parameters'.
+
+    With `memory` pinned_host they lie so in the hosts' memory; see `on_device`.
+    """
     state = jax.eval_shape(lambda params: initial_state(params, optimizer, 1.0), model.shapes)
     like_params = tree.flatten(tree_shardings(mesh, model.specs, model.shapes))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         parameter = re.sub("^(params|opt_state/[a-z]+)/", "", path)
-        return leaf.update(sharding=like_params.get(parameter, everywhere))
+        sharding = like_params.get(parameter, everywhere)
+        if memory == "pinned_host" and parameter in like_params and not path.startswith("params/"):
+            sharding = sharding.with_memory_kind(memory)
+        return leaf.update(sharding=sharding)
 
     return tree.map_with_path(placed, state)
+
+
+def on_device(state: TrainState) -> TrainState:
+    """Within a step: the state with every array in the devices' memory, whence it came or not."""
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        far = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+        return jax.device_put(leaf, jax.memory.Space.Device) if far else leaf
+
+    return jax.tree.map(moved, state)
 
 
 def memory_table(state: TrainState) -> str:

@@ -1,0 +1,193 @@
+"""What a training step takes on chips that are not here: bytes, collectives, seconds at best.
+
+A step cannot be faster than the slowest of its bounds, from published figures: products with the
+recomputed ones, HBM read and written once, and what a device sends. These are bounds, no forecast.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from deepseek_jax.core.precision import compute_dtype
+from deepseek_jax.core.target import compiling_for
+from deepseek_jax.layers.block import RECOMPUTED
+from deepseek_jax.models.build import Model, build
+from deepseek_jax.models.counts import num_params, train_flops_per_token
+from deepseek_jax.parallel.chips import Chip, Place, described
+from deepseek_jax.parallel.compile import Collective, Program, compile_program
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.sharding import batch_sharding, check_batch
+from deepseek_jax.training.loop import stage_step
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.recipe import Stage, TrainConfig
+from deepseek_jax.training.state import abstract_state
+
+
+def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, Any]:
+    """The first stage's step, compiled for every device of the topology, as JSON-ready data.
+
+    Bytes are a device's, FLOPs the whole step's; without a program (it does not fit) bounds, step
+    and MFU are missing. `quick` leaves machine code out (see `compile_program`). Raises InputError
+    for a topology that there is not, and a mesh or batch that does not fit it.
+    """
+    place = described(topology)
+    stage = config.filled_stages()[0]
+    if place.estimate and config.precision.compute == "auto":  # not what this CPU would take
+        precision = dataclasses.replace(config.precision, compute="bfloat16")
+        config = dataclasses.replace(config, precision=precision)
+    mesh = make_mesh(config.mesh, place.devices)
+    check_batch(mesh, stage.sizes())
+    with compiling_for(place.devices):
+        model = build(config.model, config.precision)
+        program, kept = compile_step(config, model, stage, mesh, quick)
+        dtype = compute_dtype(config.precision)[0].name
+    found = facts(config, model, place, mesh) | {
+        "topology": topology,
+        "compute": dtype,
+        "fits": not program.refusal and program.memory["total"] <= place.chip.memory,
+        "memory": program.memory | kept,
+        "refusal": program.refusal.split("\n\n")[0],
+        "refused_bytes": program.needed,
+        "collectives": [row._asdict() for row in program.collectives],
+        "remarks": list(program.remarks),
+        "compile_seconds": program.seconds,
+        "quick": quick,
+    }
+    if not program.refusal:
+        memory = program.memory
+        moved = memory["arguments"] + memory["outputs"] + 2 * memory["temporaries"]
+        found |= forecast(
+            found, place, moved, network_seconds(program.collectives, mesh, place.chip)
+        )
+    return found
+
+
+def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[str, Any]:
+    """What is known of a plan before anything is compiled."""
+    stage = config.filled_stages()[0]
+    rows, tokens = stage.batch_size, stage.batch_size * stage.sequence_length
+    total, active = num_params(model)
+    optimizer = stage.optimizer
+    return {
+        "device": place.kind,
+        "devices": len(place.devices),
+        "estimate": place.estimate,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "params": total,
+        "active_params": active,
+        "remat": config.model.remat,
+        "params_dtype": config.precision.params,
+        "moments": [optimizer.momentum_dtype, optimizer.variance_dtype],
+        "batch_size": rows,
+        "accumulation_steps": stage.accumulation_steps,
+        "sequence_length": stage.sequence_length,
+        "tokens": tokens,
+        "memory_limit": int(place.chip.memory),
+        "host_limit": int(place.chip.host),
+        "model_flops": train_flops_per_token(model, stage.sequence_length) * tokens,
+        "peak_flops": place.peak,
+        "bandwidth": place.chip.bandwidth,
+    }
+
+
+def forecast(
+    known: dict[str, Any], place: Place, moved: float, network: dict[str, float]
+) -> dict[str, Any]:
+    """Bounds in seconds, which of them binds, the step at best, and its MFU."""
+    flops, whole = known["model_flops"], known["devices"] * place.peak
+    bounds = {
+        "compute": flops * (1 + RECOMPUTED[known["remat"]] / 3) / whole,
+        "memory": moved / place.chip.bandwidth,
+        **network,
+    }
+    seconds = max(bounds.values())
+    return {
+        "bytes_moved": moved,
+        "bound_seconds": bounds,
+        "bound": max(bounds, key=bounds.get),
+        "step_seconds": seconds,
+        "mfu": flops / seconds / whole,
+    }
+
+
+def network_seconds(
+    collectives: tuple[Collective, ...], mesh: Mesh, chip: Chip
+) -> dict[str, float]:
+    """Seconds of sending over the fast links, and between slices or NVLink domains."""
+    fast = slow = 0.0
+    for row in collectives:
+        inside, across = _spread(row.axes, dict(mesh.shape), chip.domain)
+        outward = row.bytes * (across - 1) / across
+        if row.kind not in ("all-to-all", "ragged-all-to-all", "collective-permute"):
+            outward /= inside  # first among neighbors; then each sends its own part
+        slow += outward
+        fast += row.bytes - outward if inside > 1 else 0.0
+    return {"network": fast / chip.links, "slow_network": slow / chip.network}
+
+
+def _spread(axes: tuple[str, ...], sizes: dict[str, int], domain: int) -> tuple[int, int]:
+    """Of the devices that these mesh axes join, how many share a domain, and in how many."""
+    total = math.prod(sizes.values())
+    domain = domain or total // sizes["slice"]
+    joined = sizes if axes == ("?",) else {axis: sizes[axis] for axis in axes}
+    inside = 1
+    for axis in joined:
+        names = list(sizes)
+        stride = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
+        inside *= min(sizes[axis], max(1, domain // stride))
+    return inside, max(1, math.prod(joined.values()) // inside)
+
+
+def kinds_of_bytes(state: Any, batch: Any) -> dict[str, int]:
+    """A device's bytes of parameters, optimizer and everything else that a step is given."""
+    return {
+        "parameters": held(state.params),
+        "optimizer": held(state.opt_state),
+        "batch": held(batch),
+    }
+
+
+def held(tree: Any) -> int:
+    """Bytes that a device holds of abstract arrays with shardings, its host's left out."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != "pinned_host"
+    )
+
+
+def compile_step(
+    config: TrainConfig, model: Model, stage: Stage, mesh: Mesh, quick: bool = False
+) -> tuple[Program, dict[str, int]]:
+    """A filled stage's first train step on a mesh, from shapes alone, and `kinds_of_bytes`."""
+    size = stage.batch_at(0)
+    optimizer = make_optimizer(stage.optimizer, model.specs)
+    state = abstract_state(model, optimizer, mesh, stage.optimizer.memory)
+    step = stage_step(config, model, stage, size, first=0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    batch = abstract_batch(mesh, size.batch_size, stage.sequence_length, config)
+    with jax.set_mesh(mesh):
+        program = compile_program(compiled.lower(state, batch), mesh, quick)
+    return program, kinds_of_bytes(state, batch)
+
+
+def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> dict:
+    """A batch's shapes, as the loader makes them, on the mesh."""
+    targets = 1 + config.model.num_mtp_layers
+    shapes = {
+        "tokens": ((rows, length), jnp.int32),
+        "targets": ((rows, length, targets), jnp.int32),
+        "weights": ((rows, length, targets), jnp.float32),
+        "segments": ((rows, length), jnp.int32),
+        "positions": ((rows, length), jnp.int32),
+    }
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }

@@ -1,0 +1,227 @@
+"""Meshes, remat policies and batch sizes of a config, the best that fit first.
+
+Compiling is what costs. So every candidate is first weighed by what needs no compiler: the exact
+bytes of what a step is given, the least that it must keep beside them, and bounds in seconds by
+formula. What cannot fit falls out; of the rest the most promising are compiled, each in a process
+of its own that stops before machine code. Where one does not fit, nothing that needs more is tried.
+"""
+
+import datetime
+import json
+import math
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+from jax.sharding import AbstractMesh, AxisType
+
+from deepseek_jax.core import tree
+from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.layers.block import RECOMPUTED
+from deepseek_jax.models.build import Model, build
+from deepseek_jax.models.counts import train_flops_per_token
+from deepseek_jax.parallel.chips import Place, described
+from deepseek_jax.parallel.sharding import weight_sharding
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.planning import held
+from deepseek_jax.training.recipe import Stage, TrainConfig
+from deepseek_jax.training.state import abstract_state
+
+ROWS = (1, 2, 4, 8, 16, 32)  # of a batch shard
+POLICIES = ("none", "dots", "full", "offload")
+SEARCHED = ("fsdp", "expert", "tensor")  # mesh axes; slice, stage and context stay as they are
+
+
+class Candidate(NamedTuple):
+    """A choice, and what is known of it before it is compiled."""
+
+    mesh: dict[str, int]
+    remat: str
+    rows: int
+    """Of a batch shard."""
+    batch_size: int
+    least: float
+    """Bytes that a device needs at the very least."""
+    seconds: float
+    """Of a step, at best, by formula."""
+
+    def flags(self) -> list[str]:
+        """The candidate as a command line."""
+        axes = [f"--mesh.{axis}={self.mesh[axis]}" for axis in MESH_AXES]
+        return [*axes, f"--model.remat={self.remat}", f"--batch-size={self.batch_size}"]
+
+
+def search(config: TrainConfig, topology: str, compiles: int, command: list[str]) -> dict[str, Any]:
+    """The plans of the most promising candidates, best first by step time a token.
+
+    `command` plans the config in a process of its own; flags are added to it. Also told: how many
+    candidates there were and how many formulas ruled out. Progress goes to stderr. Raises
+    InputError when no mesh suits the devices, or a compilation fails for another reason than
+    memory.
+    """
+    place = described(topology)
+    everything = candidates(config, place)
+    if not everything:
+        raise InputError(
+            f"no mesh of {len(place.devices)} devices suits the config: its mesh.slice, stage and "
+            "context must divide them"
+        )
+    waiting = [one for one in everything if one.least <= place.chip.memory]
+    print(
+        f"{len(everything):,} candidates, {len(waiting):,} may fit; compiling up to {compiles}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    tokens = config.filled_stages()[0].sequence_length
+    waiting.sort(key=lambda one: (one.seconds / one.batch_size / tokens, one.least))
+    plans, start = [], time.perf_counter()
+    while waiting and len(plans) < compiles:
+        one = waiting.pop(0)
+        found = _planned([*command, "--topology", topology, "--quick", "--json", *one.flags()])
+        plans.append(found)
+        if not found["fits"]:
+            waiting = [other for other in waiting if not _needs_more(other, one)]
+        elif waiting:
+            waiting = _promising(waiting, plans, tokens)
+        left = min(compiles - len(plans), len(waiting))
+        eta = datetime.timedelta(seconds=round(left * (time.perf_counter() - start) / len(plans)))
+        print(f"{len(plans)}/{len(plans) + left}  {_said(one, found)}  ETA {eta}",
+              file=sys.stderr, flush=True)  # fmt: skip
+    plans.sort(
+        key=lambda found: (not found["fits"], found.get("step_seconds", 0) / found["tokens"])
+    )
+    return {
+        "topology": topology,
+        "estimate": place.estimate,
+        "fits": any(found["fits"] for found in plans),
+        "candidates": len(everything),
+        "compiled": len(plans),
+        "plans": plans,
+    }
+
+
+def _planned(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise InputError(
+            f"`{' '.join(command[1:])}` failed: {done.stderr.strip()[-500:]}"
+        ) from None
+
+
+def _said(one: Candidate, found: dict[str, Any]) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    outcome = f"MFU {found['mfu']:.1%}" if found["fits"] else "does not fit"
+    return f"{axes}, remat {one.remat}, batch {one.batch_size}: {outcome}"
+
+
+def _needs_more(other: Candidate, refused: Candidate) -> bool:
+    """Whether one that is surely no smaller was refused: more rows, or more kept of each."""
+    order = ("offload", "full", "dots", "none")
+    return (
+        other.mesh == refused.mesh
+        and other.rows >= refused.rows
+        and order.index(other.remat) >= order.index(refused.remat)
+    )
+
+
+def _promising(
+    waiting: list[Candidate], plans: list[dict[str, Any]], tokens: int
+) -> list[Candidate]:
+    """Those whose formula still promises more than the best plan found."""
+    best = min(found["step_seconds"] / found["tokens"] for found in plans if found["fits"])
+    return [one for one in waiting if one.seconds / one.batch_size / tokens < best]
+
+
+def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
+    """Every mesh that suits the devices and the model, with every policy and batch size."""
+    stage = config.filled_stages()[0]
+    model = build(config.model, config.precision)
+    flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
+    found = []
+    for mesh in meshes(config, len(place.devices)):
+        given = given_bytes(model, stage, mesh)
+        gathered, largest = weight_bytes(model, mesh)
+        shards = math.prod(mesh[axis] for axis in BATCH_AXES)
+        for rows in ROWS:
+            batch = rows * shards * stage.accumulation_steps
+            for remat in POLICIES:
+                tokens = rows * stage.sequence_length / mesh["context"] / mesh["tensor"]
+                least = given + largest + kept_bytes(config, remat) * tokens
+                work = flops * batch * (1 + RECOMPUTED[remat] / 3)
+                bounds = (
+                    work / len(place.devices) / place.peak,
+                    gathered * (2 + RECOMPUTED[remat]) / place.chip.links,
+                    sent_by_tensor(config, mesh, rows * stage.sequence_length) / place.chip.links,
+                )
+                found.append(Candidate(mesh, remat, rows, batch, least, max(bounds)))
+    return found
+
+
+def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
+    """Mesh sizes whose product is `count`: fsdp x expert x tensor, the rest as configured."""
+    fixed = {axis: max(1, getattr(config.mesh, axis)) for axis in ("slice", "stage", "context")}
+    rest, experts = count / math.prod(fixed.values()), config.model.moe
+    if rest != int(rest):
+        return []
+    heads = math.gcd(config.model.attention.num_heads, config.model.mlp_dim)
+    found = []
+    for tensor in (1, 2, 4, 8):
+        for expert in [2**n for n in range(10)]:
+            if heads % tensor or rest % (tensor * expert):
+                continue
+            if expert > 1 and (experts is None or experts.num_experts % expert):
+                continue
+            fsdp = int(rest) // tensor // expert
+            sizes = fixed | {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+            found.append({axis: sizes[axis] for axis in MESH_AXES})
+    return found
+
+
+def given_bytes(model: Model, stage: Stage, mesh: dict[str, int]) -> int:
+    """A device's bytes of the train state, exactly but for padding."""
+    abstract = AbstractMesh(
+        tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
+    )
+    optimizer = make_optimizer(stage.optimizer, model.specs)
+    return held(abstract_state(model, optimizer, abstract, stage.optimizer.memory))
+
+
+def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
+    """Bytes that a device gathers of all weights for one pass, and the gradients that it keeps.
+
+    Weights are gathered narrow over all axes but tensor.
+    """
+    abstract = AbstractMesh(
+        tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
+    )
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    gathered = gradients = 0.0
+    for path, leaf in tree.flatten(model.shapes).items():
+        spec = weight_sharding(abstract, specs[path], leaf.shape)
+        own = math.prod(spec.shard_shape(leaf.shape))
+        gradients += own * leaf.dtype.itemsize
+        if "/experts/" not in path or mesh["expert"] == 1:
+            split = mesh["tensor"] if "tensor" in spec.spec else 1
+            gathered += (leaf.size / split - own) * model.dtypes.compute.itemsize
+    return gathered, gradients
+
+
+def kept_bytes(config: TrainConfig, remat: str) -> float:
+    """Of one token, what the forward pass must keep for the backward one, at the least."""
+    model, layers = config.model, config.model.num_layers + config.model.num_mtp_layers
+    inputs = model.embed_dim * layers
+    active = model.moe.router.num_active_experts if model.moe else 0
+    width = active * model.moe.expert_dim if model.moe else model.mlp_dim
+    products = layers * (4 * model.embed_dim + 2 * width)
+    return 2 * {"offload": 0, "full": inputs, "dots": inputs + products / 2}.get(
+        remat, inputs + products
+    )
+
+
+def sent_by_tensor(config: TrainConfig, mesh: dict[str, int], tokens: float) -> float:
+    """Bytes of activations that a device's tensor axis adds up: four sums a layer and pass."""
+    part = (mesh["tensor"] - 1) / mesh["tensor"]
+    return 2 * 2 * part * 3 * 2 * config.model.embed_dim * tokens * config.model.num_layers
