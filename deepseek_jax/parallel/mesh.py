@@ -25,18 +25,24 @@ class MeshShape:
     slice: int = 1
     """Groups of devices that a slow network joins."""
     stage: int = 1
+    """Devices among which layers are dealt: a pipeline."""
     data: int = -1
     fsdp: int = 1
     """Data parallel, with parameters and optimizer state sharded too."""
     context: int = 1
     expert: int = 1
     tensor: int = 1
+    stage_chunks: int = 1
+    """Separate runs of layers that each stage holds; more shorten the wait for the first and last
+    microbatch (interleaved 1F1B), and send more. Microbatches are the accumulation steps."""
 
     def __post_init__(self):
-        sizes = list(vars(self).values())
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             rule = "mesh sizes must be at least 1, one of them may be -1"
             raise ValueError(f"{rule}; they are {vars(self)}.")
+        if self.stage_chunks < 1:
+            raise ValueError(f"mesh.stage_chunks is {self.stage_chunks}; it must be at least 1.")
 
 
 def start_processes() -> None:

@@ -43,9 +43,10 @@ from deepseek_jax.parallel.stored import stored
 from deepseek_jax.training.faults import Heartbeat, Peers
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
+from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.state import TrainState, abstract_state, initial_state, on_device
-from deepseek_jax.training.step import make_gradients, make_train_step
+from deepseek_jax.training.step import make_train_step
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
@@ -82,7 +83,9 @@ def stage_step(
     schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
     scaled = model.dtypes.compute == jnp.float16
     train_step = make_train_step(
-        make_gradients(objective, size.accumulation_steps),
+        make_mesh_gradients(
+            stage.objective, model, objective, size.accumulation_steps, config.mesh.stage_chunks
+        ),
         objective,
         make_optimizer(chosen, model.specs),
         lambda step: chosen.learning_rate * schedule(step - first),

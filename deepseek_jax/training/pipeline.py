@@ -29,7 +29,13 @@ from deepseek_jax.parallel.manual import gathered, manual_axes, per_device
 from deepseek_jax.parallel.pipeline import AXIS, Parts, Pipeline, deal, one_forward_one_backward
 from deepseek_jax.parallel.sharding import weight_spec
 from deepseek_jax.training.language import Language, block_terms, of_tokens
-from deepseek_jax.training.step import Gradients, Objective, microbatches
+from deepseek_jax.training.step import (
+    Gradients,
+    Objective,
+    make_gradients,
+    microbatches,
+    total_weights,
+)
 
 SKIPPED = -1
 
@@ -69,13 +75,13 @@ def check_pipeline(model: Model, config: Language, pipeline: Pipeline) -> None:
         raise InputError("mesh.stage is above 1: set model.scan, which keeps like layers together")
     if c.num_layers < pipeline.stages * pipeline.chunks:
         raise InputError(
-            f"mesh.stage x pipeline_chunks is {pipeline.stages * pipeline.chunks}, and the model "
+            f"mesh.stage x stage_chunks is {pipeline.stages * pipeline.chunks}, and the model "
             f"has {c.num_layers} layers: fewer stages, please"
         )
     if pipeline.chunks > 1 and pipeline.microbatches % pipeline.stages:
         raise InputError(
-            f"with pipeline_chunks above 1, accumulation_steps ({pipeline.microbatches}) must be a "
-            f"multiple of mesh.stage ({pipeline.stages})"
+            f"with mesh.stage_chunks above 1, accumulation_steps ({pipeline.microbatches}) must "
+            f"be a multiple of mesh.stage ({pipeline.stages})"
         )
     if c.vocab_size % pipeline.stages:
         raise InputError(
@@ -86,30 +92,34 @@ def check_pipeline(model: Model, config: Language, pipeline: Pipeline) -> None:
         raise InputError("a sparse attention cannot have both stage and context axes in a mesh")
 
 
-def make_pipeline_gradients(
-    config: Language, model: Model, objective: Objective, pipeline: Pipeline
+def make_mesh_gradients(
+    config: Language, model: Model, objective: Objective, steps: int, chunks: int = 1
 ) -> Gradients:
-    """The gradient function of the current mesh's pipeline; microbatches are accumulation steps.
+    """The gradient function of whatever mesh it is called on: a pipeline if that has stages.
 
-    Raises InputError when the model cannot be dealt to the stages.
+    A pipeline's microbatches are the accumulation steps. Raises InputError, when it is called, if
+    the model cannot be dealt to the stages.
     """
-    check_pipeline(model, config, pipeline)
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = ("tensor",) if mesh.shape["tensor"] > 1 else ()
-    specs = {p: s.axes for p, s in tree.flatten(model.specs).items()}
-    shapes = {p: s.shape for p, s in tree.flatten(model.shapes).items()}
-    lies = {p: _without(weight_spec(specs[p], shapes[p]), automatic) for p in specs}
+    plain = make_gradients(objective, steps)
 
     def gradients(params, batch, key, scale):
-        del key  # nothing in this model is random
-        parts = microbatches(batch, pipeline.microbatches)
-        weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(objective.weights_fn)(parts))
-        weights = jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), weights)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.shape[AXIS] == 1:
+            return plain(params, batch, key, scale)
+        pipeline = Pipeline(mesh.shape[AXIS], chunks, steps)
+        check_pipeline(model, config, pipeline)
+        automatic = ("tensor",) if mesh.shape["tensor"] > 1 else ()
+        shapes = tree.flatten(model.shapes)
+        lies = {
+            path: _without(weight_spec(spec.axes, shapes[path].shape), automatic)
+            for path, spec in tree.flatten(model.specs).items()
+        }
+        parts = microbatches(batch, steps)
+        weights = total_weights(objective, parts)
         run = functools.partial(_of_this_device, config, model, objective, pipeline, lies)
         time = "context" if mesh.shape["context"] > 1 else None
         rows, whole = PartitionSpec(None, BATCH_AXES, time), PartitionSpec()
-        out = lies, whole, whole
-        apply = per_device(run, (lies, rows, whole, whole), out, automatic)
+        apply = per_device(run, (lies, rows, whole, whole), (lies, whole, whole), automatic)
         grads, sums, routing = apply(tree.flatten(params), parts, weights, scale)
         means = {term: sums[term] / weight for term, weight in weights.items()}
         return unflatten_dict(grads, sep="/"), means, routing

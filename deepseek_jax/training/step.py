@@ -44,6 +44,12 @@ def microbatches(batch: Any, steps: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
+def total_weights(objective: Objective, parts: Any) -> dict[str, jax.Array]:
+    """Every term's weight over all microbatches; 1 for a term without any token: its sum is 0."""
+    weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(objective.weights_fn)(parts))
+    return jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), weights)
+
+
 def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradients:
     """The gradient function that differentiates one microbatch after another."""
 
@@ -57,9 +63,7 @@ def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradien
 
     def gradients(params, batch, key, scale):
         parts = microbatches(batch, accumulation_steps)
-        weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(objective.weights_fn)(parts))
-        # A term without any token has sum 0 and mean 0.
-        weights = jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), weights)
+        weights = total_weights(objective, parts)
 
         def of_part(part):
             grads, rest = differentiate(params, part, key, weights, scale)
