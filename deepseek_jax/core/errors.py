@@ -1,4 +1,4 @@
-"""Bad input: one exception, and the one place that turns it into `error: ...` and exit code 2."""
+"""What ends a command: bad input (exit code 2) or a broken run (3), printed as `error: ...`."""
 
 import errno
 import sys
@@ -11,17 +11,21 @@ class InputError(Exception):
     """What the user gave cannot be used. The message says what, where, and the likely fix."""
 
 
+class BrokenRun(Exception):
+    """What cannot be is: a program or a device is at fault, not the input."""
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `main(argv)`; bad input or a full disk prints one line on stderr and exits with code 2.
 
-    Ctrl-C exits with code 130, a reader that went away (`... | head`) with 141.
+    A broken run exits with code 3, Ctrl-C with 130, a vanished reader (`... | head`) with 141.
     """
     leave_absent_tpus()
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
+    except (InputError, BrokenRun) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(3 if isinstance(error, BrokenRun) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
