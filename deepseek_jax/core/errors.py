@@ -1,4 +1,4 @@
-"""Bad input: one exception, and the one place that turns it into `error: ...` and exit code 2."""
+"""What ends a command: bad input (exit code 2) or a broken run (3), printed as `error: ...`."""
 
 import errno
 import sys
@@ -11,15 +11,19 @@ class InputError(Exception):
     """What the user gave cannot be used. The message says what, where, and the likely fix."""
 
 
+class BrokenRun(Exception):
+    """What cannot be is: a program or a device is at fault, not the input."""
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `main(argv)`; bad input or a full disk prints one line on stderr and exits with code 2.
 
-    Ctrl-C exits with code 130, a reader that went away (`... | head`) with 141.
+    A broken run exits with code 3, Ctrl-C with 130, a vanished reader (`... | head`) with 141.
     """
     leave_absent_tpus()
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except (InputError, KeyboardInterrupt, OSError) as error:
+    except (InputError, BrokenRun, KeyboardInterrupt, OSError) as error:
         if (code := exit_code(error)) is None:
             raise
         raise SystemExit(code) from None
@@ -27,9 +31,9 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
 
 def exit_code(error: BaseException) -> int | None:
     """Say in a line on stderr what the user did; the exit code. None where it was nobody's wish."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | BrokenRun):
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 3 if isinstance(error, BrokenRun) else 2
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):

@@ -1,9 +1,10 @@
 """The one loop, dull on purpose.
 
 Restore; then for every step: fetch and place its rows, dispatch step n, log step n-1 (so that the
-device never waits for the host), evaluate if due, save if due, stop on a signal. A step's line is
-written before its checkpoint, and a restart cuts the files back to the restored step, so that a run
-killed at any moment continues as if nothing had happened: same rows, same losses, each step once.
+device never waits for the host), check if due, evaluate if due, save if due, stop on a signal. A
+step's line is written before its checkpoint, and a restart cuts the files back to the restored
+step, so that a run killed at any moment continues as if nothing had happened: same rows, same
+losses, each step once.
 
 Exit codes: 0 the run is complete; 128 + signal (SIGINT 130, SIGTERM 143) it was stopped, everything
 is saved, and the same command resumes; 75 a step hung (training/faults.py). A signal to one process
@@ -40,6 +41,7 @@ from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh, rows_share
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
+from deepseek_jax.training import invariants
 from deepseek_jax.training.faults import Heartbeat, Peers
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
@@ -64,7 +66,8 @@ class Lent(NamedTuple):
 def train(config: TrainConfig, lent: Lent, trace: tuple[int, int] | None = None) -> int:
     """Run or resume `config`, tracing steps `trace` (first, last); the process's exit code.
 
-    Raises InputError for what cannot be run, and when too many steps in a row were skipped.
+    Raises InputError for what cannot be run, and when too many steps in a row were skipped;
+    BrokenRun when what must hold does not (see training/invariants).
     """
     mesh = make_mesh(config.mesh)
     for stage in config.filled_stages():
@@ -153,19 +156,23 @@ class _Run:
                     step, position = step + 1, position + size.batch_size
                     previous = step, metrics, size.batch_size * stage.sequence_length, stage
                     last, stop = step == self.total, self.peers.stop(caught)
+                    checked, every = metrics.pop("checked"), self.config.check_every
+                    check = every and (step == 1 or _due(every, step))
                     evaluate = last or _due(self.config.eval_every, step)
                     save = last or stop or _due(self.config.save_every, step)
-                    if evaluate or save or self.profiler:
+                    if check or evaluate or save or self.profiler:
                         self._log(previous)
                         previous = None
                         self.heartbeat.busy()
+                    if check or (save and every):
+                        invariants.check(step, state.params, checked, self.model, whole=check)
                     if self.profiler and (table := self.profiler.after(step)):
                         self.progress.say(table)
                     if evaluate:
                         self._evaluate(state, step, size)
                     if save:
                         self._save(state, step, position)
-                    if evaluate or save:
+                    if check or evaluate or save:
                         self.since = time.perf_counter()
                         self.heartbeat.step(step)
                     if stop:

@@ -76,6 +76,9 @@ class TrainConfig:
     """Steps between evaluations on the held-out data; 0: only at the end."""
     save_every: int = 0
     """Steps between checkpoints; 0: only at the end or when stopped."""
+    check_every: int = 100
+    """Steps between checks of what must hold (training/invariants), the first step and every save
+    included; a run that fails one stops. 0: none."""
     run_dir: str = ""
     """Where everything is written; empty: runs/<name of the config file>."""
     init_from: str | None = None
@@ -87,10 +90,11 @@ class TrainConfig:
     stages: tuple[Stage, ...] = (Stage(),)
 
     def __post_init__(self):
-        if self.log_every < 1 or min(self.eval_every, self.save_every) < 0:
+        if self.log_every < 1 or min(self.eval_every, self.save_every, self.check_every) < 0:
             raise ValueError(
-                f"log_every ({self.log_every}) must be at least 1, eval_every ({self.eval_every}) "
-                f"and save_every ({self.save_every}) at least 0 (0 switches them off)."
+                f"log_every ({self.log_every}) must be at least 1, eval_every ({self.eval_every}), "
+                f"save_every ({self.save_every}) and check_every ({self.check_every}) at least 0 "
+                "(0 switches them off)."
             )
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")

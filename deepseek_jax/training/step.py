@@ -15,6 +15,7 @@ import optax
 
 from deepseek_jax.core import tree
 from deepseek_jax.monitoring.routing import router_metrics
+from deepseek_jax.training.invariants import observed, squares
 from deepseek_jax.training.optimizer import is_router_bias
 from deepseek_jax.training.state import TrainState
 
@@ -96,9 +97,9 @@ def make_train_step(
 
     metrics are float32 scalars: every term's mean, total_loss, learning_rate, grad_norm (before
     clipping), skipped (consecutive skips so far), the routers' and, with dynamic loss scaling,
-    loss_scale; beside them "expert_load", {path of a block: the whole batch's counts [R, E]}. A
-    step whose loss or gradient is not finite changes nothing but the counters (and halves the
-    loss scale).
+    loss_scale; beside them "expert_load", {path of a block: the whole batch's counts [R, E]}, and
+    "checked", which training/invariants judges. A step whose loss or gradient is not finite changes
+    nothing but the counters (and halves the loss scale).
 
     `learning_rate` is a function of state.step, the steps done before this one. After
     `loss_scale_growth` finite steps the loss scale doubles; None: no scaling.
@@ -108,7 +109,8 @@ def make_train_step(
         scale = state.loss_scale if loss_scale_growth else jnp.float32(1)
         grads, means, routing = gradients(state.params, batch, key, scale)
         total_loss = sum(c * means[term] for term, c in objective.coefficients.items())
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / scale
+        lengths = squares(grads)
+        norm = jnp.sqrt(sum(lengths.values())) / scale
         finite = jnp.isfinite(norm) & jnp.isfinite(total_loss)
         factor = 1 / scale
         if clip_norm is not None:
@@ -131,6 +133,10 @@ def make_train_step(
         metrics |= {"learning_rate": rate, "grad_norm": norm}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         metrics["expert_load"] = {path: block.counts for path, block in routing.items()}
+        trained = {term: means[term] for term, c in objective.coefficients.items() if c}
+        # A loss scale is found by gradients that overflow.
+        lengths = {} if loss_scale_growth else lengths
+        metrics["checked"] = observed(lengths, trained, objective.weights_fn(batch), routing)
         state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped
         )

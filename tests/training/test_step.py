@@ -115,6 +115,25 @@ def test_metrics_say_what_was_done():
     assert "loss_scale" not in metrics
 
 
+def test_what_is_checked_is_measured_in_the_step():
+    batch = make_batch()
+    _, metrics = make_step(2)(make_state(), batch, KEY)
+    seen = metrics["checked"]
+    assert seen["gradients"].keys() == {"", "block/moe/router"}  # of modules: w stands in none
+    assert float(seen["gradients"][""]) == pytest.approx(float(metrics["grad_norm"]) ** 2)
+    assert float(seen["gradients"]["block/moe/router"]) == 0
+    assert {term: float(weight) for term, (_, weight) in seen["terms"].items()} == {
+        "error": batch["weight"].sum(),
+        "rows": 1,
+    }
+    assert float(seen["terms"]["error"][0]) == float(metrics["error"])
+    np.testing.assert_array_equal(
+        seen["blocks"]["block"]["counts"], metrics["expert_load"]["block"]
+    )
+    _, metrics = make_step(loss_scale_growth=2)(make_state(), batch, KEY)
+    assert metrics["checked"]["gradients"] == {}  # overflows are how a loss scale is found
+
+
 def test_clipping_bounds_the_whole_gradient_and_reports_it_unclipped():
     """AdamW hides lengths, so its first moment is read: 0.1 of the clipped gradient."""
     state, metrics = make_step(clip_norm=0.25)(make_state(), make_batch(), KEY)
