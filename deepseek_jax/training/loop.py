@@ -16,14 +16,16 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import huggingface, integrity
+from deepseek_jax.checkpoint.local import LocalCheckpoints, run_name
 from deepseek_jax.checkpoint.manager import Manager, load_params, read_config
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core import config as core_config
@@ -40,15 +42,14 @@ from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh, rows_share
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
-from deepseek_jax.training.faults import Heartbeat, Peers
+from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
-from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
+from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
 from deepseek_jax.training.state import TrainState, abstract_state, initial_state
 from deepseek_jax.training.step import make_gradients, make_train_step
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
-FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
 class Lent(NamedTuple):
@@ -108,6 +109,7 @@ class _Run:
         self.model = build(config.model, config.precision)
         self.layers = layer_table(config.model)
         self.manager = Manager(self.run_dir / "checkpoints", config.checkpoint, self.layers)
+        self.local: LocalCheckpoints | None = None
         self.log = RunLog(self.run_dir)
         stream = None if jax.process_index() == 0 else io.StringIO()  # only one speaks
         self.progress = Progress(self.total, log_every=config.log_every, stream=stream)
@@ -119,9 +121,10 @@ class _Run:
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
         self.dataset: Dataset | None = None
+        self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
-        with _caught_signals() as caught:
+        with caught_signals() as caught:
             state, position = self._restore()
             step, end, previous = int(state.step), 0, None
             for before, stage in zip((None, *self.stages), self.stages, strict=False):
@@ -152,7 +155,8 @@ class _Run:
                     last, stop = step == self.total, self.peers.stop(caught)
                     evaluate = last or _due(self.config.eval_every, step)
                     save = last or stop or _due(self.config.save_every, step)
-                    if evaluate or save or self.profiler:
+                    near = not save and _due(self.config.faults.local_save_every, step)
+                    if evaluate or save or near or self.profiler:
                         self._log(previous)
                         previous = None
                         self.heartbeat.busy()
@@ -162,18 +166,20 @@ class _Run:
                         self._evaluate(state, step, size)
                     if save:
                         self._save(state, step, position)
-                    if evaluate or save:
+                    if near:
+                        about = {"position": position, "data": self.dataset.fingerprint}
+                        self.local.save(step, state, about)
+                    if evaluate or save or near:
                         self.since = time.perf_counter()
                         self.heartbeat.step(step)
                     if stop:
-                        self.manager.wait()
+                        self._settle()
                         self.progress.say(
                             f"stopped by {signal.Signals(stop).name} after step {step}; everything "
                             f"is saved in {self.run_dir}: run the same command again to resume"
                         )
                         return 128 + stop
-        self.heartbeat.busy()
-        self.manager.wait()
+        self._settle()
         if jax.process_index() == 0:
             self._finish(state, step)
         return 0
@@ -186,20 +192,34 @@ class _Run:
         self.progress.close()
         self.log.close()
         self.manager.close()
+        if self.local:
+            self.local.wait()
 
     def _restore(self) -> tuple[TrainState, int]:
         """The newest good checkpoint's state and data position, or a fresh start."""
         recorded = self.run_dir / "config.json"
-        if integrity.steps(self.manager.directory) and recorded.exists():
-            _check_model(recorded, self.config)
         optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
         abstract = abstract_state(self.model, optimizer, self.mesh)
-        restored = self.manager.restore(abstract)
-        if restored is None:
-            state, position = self._fresh(abstract, optimizer), 0
-        else:
+        newest = self.manager.newest()
+        if (faults := self.config.faults).local_save_every:
+            self.local = LocalCheckpoints(faults.local_dir, run_name(self.run_dir))
+        local = self.local.newest(abstract) if self.local else -1
+        if recorded.exists() and (newest is not None or local >= 0):
+            check_model(recorded, self.config)
+        if local > (newest or 0):
+            state, about = self.local.restore(local, abstract)
+            position, self.fingerprint = about["position"], about["data"]
+            self.progress.say(
+                f"resuming in {self.run_dir} after step {local}, from {faults.local_dir}"
+            )
+        elif newest is not None:
+            restored = self.manager.restore(abstract, newest)
             state, position = restored.state, restored.position
-            self.progress.say(f"resuming in {self.run_dir} after step {restored.step}")
+            if (saved := self.manager.directory / str(newest) / FINGERPRINT).exists():
+                self.fingerprint = saved.read_text()
+            self.progress.say(f"resuming in {self.run_dir} after step {newest}")
+        else:
+            state, position = self._fresh(abstract, optimizer), 0
         self.log.cut_back(int(state.step))
         if jax.process_index() == 0:
             temporary = recorded.with_suffix(".tmp")
@@ -273,10 +293,11 @@ class _Run:
                 why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
                 raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         new = changed and step == first
-        saved = self.manager.directory / str(step) / FINGERPRINT
-        if not new and saved.exists() and saved.read_text() != self.dataset.fingerprint:
+        known, self.fingerprint = self.fingerprint, None
+        if not new and known not in (None, self.dataset.fingerprint):
+            saved = self.manager.directory / str(step)
             raise InputError(
-                f"the training data or their order changed since {saved.parent}: put the old files "
+                f"the training data or their order changed since {saved}: put the old files "
                 "and settings back, or start another run from its parameters with --init-from"
             )
         return new
@@ -342,6 +363,14 @@ class _Run:
         files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
         self.manager.save(step, state, position=position, config=config, files=files)
 
+    def _settle(self) -> None:
+        """Wait until everything is in a durable checkpoint; then the local ones have no use."""
+        self.heartbeat.busy()
+        self.manager.wait()
+        if self.local:
+            multihost_utils.sync_global_devices("everything is saved")
+            self.local.remove()
+
     def _finish(self, state: TrainState, step: int) -> None:
         self.progress.close()
         for last in read_lines(self.run_dir / "eval.jsonl")[-1:]:
@@ -351,42 +380,5 @@ class _Run:
         print(f"report: {write_report(self.run_dir)}")
 
 
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """A list that gets the first SIGTERM or SIGINT; after it signals act as by default."""
-    caught: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGINT)
-
-    def note(number, _):
-        caught.append(number)
-        for each in watched:
-            signal.signal(each, signal.SIG_DFL)
-
-    usual = [signal.signal(each, note) for each in watched]
-    try:
-        yield caught
-    finally:
-        for each, handler in zip(watched, usual, strict=True):
-            signal.signal(each, handler)
-
-
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_model(recorded: pathlib.Path, config: TrainConfig) -> None:
-    """InputError when the run directory belongs to another model; says what differs."""
-    old, new = (
-        tree.flatten({"model": model}, is_leaf=lambda value: value is None)
-        for model in (core_config.read_json(recorded)["model"], core_config.to_dict(config.model))
-    )
-    different = [
-        f"{path.replace('/', '.')} was {old.get(path)}, is {new.get(path)}"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and path not in FREE
-    ]
-    if different:
-        raise InputError(
-            f"{recorded.parent} holds a run of another model: {'; '.join(different[:5])}; choose "
-            "another --run-dir, or start from its parameters with --init-from"
-        )

@@ -4,9 +4,13 @@ The top-level fields are the defaults of the stages, of which there is one by de
 """
 
 import dataclasses
+import pathlib
 from typing import TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
+from deepseek_jax.core import config as core_config
+from deepseek_jax.core import tree
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
 from deepseek_jax.models.decoder import Decoder
@@ -16,6 +20,7 @@ from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
+FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,3 +137,21 @@ def _check_stage(stage: Stage, where: str) -> None:
                 f"{where}batch_size ({rows}) and accumulation_steps ({parts}) must be at least 1, "
                 "and the first a multiple of the second."
             )
+
+
+def check_model(recorded: pathlib.Path, config: TrainConfig) -> None:
+    """InputError when the run directory belongs to another model; says what differs."""
+    old, new = (
+        tree.flatten({"model": model}, is_leaf=lambda value: value is None)
+        for model in (core_config.read_json(recorded)["model"], core_config.to_dict(config.model))
+    )
+    different = [
+        f"{path.replace('/', '.')} was {old.get(path)}, is {new.get(path)}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and path not in FREE
+    ]
+    if different:
+        raise InputError(
+            f"{recorded.parent} holds a run of another model: {'; '.join(different[:5])}; choose "
+            "another --run-dir, or start from its parameters with --init-from"
+        )
