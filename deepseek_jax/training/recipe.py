@@ -20,6 +20,10 @@ from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
+NO_OBJECTS = (
+    "object storage can be neither appended to, locked nor renamed in, and runs do all three; give "
+    "a directory that every process sees (NFS, Filestore, Lustre) and copy the checkpoints from it"
+)
 FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
@@ -97,6 +101,9 @@ class TrainConfig:
                 f"log_every ({self.log_every}) must be at least 1, eval_every ({self.eval_every}) "
                 f"and save_every ({self.save_every}) at least 0 (0 switches them off)."
             )
+        for name, path in {"run_dir": self.run_dir, "init_from": self.init_from}.items():
+            if "://" in (path or ""):
+                raise ValueError(f"{name} is {path}: {NO_OBJECTS}.")
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         filled = self.filled_stages()
