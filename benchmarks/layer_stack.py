@@ -31,9 +31,9 @@ from deepseek_jax.models import counts
 from deepseek_jax.models.build import build
 from deepseek_jax.ops.experts import routed_experts
 from deepseek_jax.training.language import Language
-from deepseek_jax.training.loop import stage_step
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.stages import stage_step
 from deepseek_jax.training.state import initial_state
 
 V2_LITE = pathlib.Path(__file__).parents[1] / "configs/deepseek_v2_lite.py"

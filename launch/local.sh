@@ -3,4 +3,5 @@
 #   launch/local.sh N --config configs/quickstart.py ...
 # DRY_RUN=1 prints what each process would run. Exit codes: see supervise.py.
 set -euo pipefail
-exec python "$(dirname "$0")/supervise.py" "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec python "$root/launch/supervise.py" "$@"

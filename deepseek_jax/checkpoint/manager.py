@@ -139,10 +139,10 @@ class Manager:
 
     close = wait  # before the process ends
 
-    def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest good checkpoint with `abstract_state`'s shapes and shardings; None if none.
+    def newest(self) -> int | None:
+        """The newest good step, the same for all processes; None if there are no checkpoints.
 
-        Warns about damaged newer ones; InputError if all are damaged or it is of another model.
+        Warns about damaged newer ones; InputError if all are damaged.
         """
         self.wait()
         step, fault = None, InputError(f"{self.directory}: damaged, as process 0 says")
@@ -154,7 +154,15 @@ class Manager:
         step = multihost_utils.broadcast_one_to_all(np.int32(-2 if step is None else step)).item()
         if step == -1:
             raise fault
-        if step == -2:
+        return None if step == -2 else step
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+        """The checkpoint that `newest` gave, by default asked again; None if there is none.
+
+        Its state has the shapes and shardings of `abstract_state`; InputError if it is of another
+        model.
+        """
+        if step is None and (step := self.newest()) is None:
             return None
         self._last = step
         self._bad.update(s for s in integrity.steps(self.directory) if s > step)

@@ -164,6 +164,11 @@ def matched_files(patterns: tuple[str, ...]) -> list[File]:
     """The files that names and globs match, sorted, each once; InputError where none is."""
     found: dict[pathlib.Path, str] = {}
     for pattern in patterns or ("",):
+        if "://" in pattern:
+            hint = "mount it (gcsfuse) or copy it, and give the folder"
+            raise InputError(
+                f"{pattern}: data are read from files, not from object storage; {hint}"
+            )
         full = os.path.expanduser(pattern)
         if os.path.isdir(full):
             raise InputError(f"{pattern}: a folder; give its files, such as {pattern}/**/*.txt")

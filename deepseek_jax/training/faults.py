@@ -9,12 +9,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -37,7 +39,18 @@ class Faults:
     heartbeat_dir: str = ""
     """Where processes write <index>.json; empty: $HEARTBEAT_DIR, or heartbeats in the run_dir."""
 
+    local_save_every: int = 0
+    """Steps between emergency checkpoints in local_dir, besides the durable ones; 0: none."""
+    local_dir: str = ""
+    """A folder on each host's own disk. After a fault the newest checkpoint counts, local or not; a
+    local one only if every process of the same mesh finds its part whole."""
+
     def __post_init__(self):
+        if self.local_save_every < 0 or (self.local_save_every and not self.local_dir):
+            raise ValueError(
+                f"faults.local_save_every ({self.local_save_every}) must be at least 0, and needs "
+                f"a folder on the host's own disk in local_dir ({self.local_dir!r})."
+            )
         if self.watchdog_seconds < 0 or self.straggler_factor <= 1:
             raise ValueError(
                 f"faults.watchdog_seconds ({self.watchdog_seconds}) must be at least 0, and "
@@ -183,3 +196,22 @@ class Peers:
             return record, ""
         said = f"process {slowest} is a straggler: {own[slowest]:.3f} s of a step's {seconds:.3f} s"
         return record | {"straggler": slowest}, f"{said} are its own, {others:.3f} s of the others'"
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that gets the first SIGTERM or SIGINT; after it signals act as by default."""
+    caught: list[int] = []
+    watched = (signal.SIGTERM, signal.SIGINT)
+
+    def note(number, _):
+        caught.append(number)
+        for each in watched:
+            signal.signal(each, signal.SIG_DFL)
+
+    usual = [signal.signal(each, note) for each in watched]
+    try:
+        yield caught
+    finally:
+        for each, handler in zip(watched, usual, strict=True):
+            signal.signal(each, handler)

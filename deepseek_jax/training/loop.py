@@ -17,14 +17,15 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import huggingface, integrity
+from deepseek_jax.checkpoint.local import LocalCheckpoints, run_name
 from deepseek_jax.checkpoint.manager import Manager, load_params, read_config
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core import config as core_config
@@ -42,16 +43,13 @@ from deepseek_jax.parallel.mesh import make_mesh, rows_share
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
 from deepseek_jax.training import invariants
-from deepseek_jax.training.faults import Heartbeat, Peers
-from deepseek_jax.training.language import make_language
-from deepseek_jax.training.optimizer import is_indexer, make_optimizer, make_schedule
-from deepseek_jax.training.pipeline import make_mesh_gradients
-from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
-from deepseek_jax.training.state import TrainState, abstract_state, initial_state, on_device
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
+from deepseek_jax.training.optimizer import is_indexer, make_optimizer
+from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
+from deepseek_jax.training.stages import stage_step
+from deepseek_jax.training.state import TrainState, abstract_state, initial_state
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
-FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
 class Lent(NamedTuple):
@@ -77,32 +75,6 @@ def train(config: TrainConfig, lent: Lent, trace: tuple[int, int] | None = None)
         return run.go()
 
 
-def stage_step(
-    config: TrainConfig, model: Model, stage: Stage, size: BatchStep, first: int
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
-    """(state, batch) -> (state, metrics): a step of a filled stage that began at step `first`."""
-    chosen = stage.optimizer
-    objective = make_language(stage.objective, model)
-    schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
-    scaled = model.dtypes.compute == jnp.float16
-    train_step = make_train_step(
-        make_mesh_gradients(
-            stage.objective, model, objective, size.accumulation_steps, config.mesh.stage_chunks
-        ),
-        objective,
-        make_optimizer(chosen, model.specs),
-        lambda step: chosen.learning_rate * schedule(step - first),
-        clip_norm=chosen.clip_norm,
-        loss_scale_growth=config.precision.loss_scale_growth if scaled else None,
-    )
-
-    def run_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        return train_step(on_device(state), batch, key)
-
-    return run_step
-
-
 class _Run:
     """One process's part of a run."""
 
@@ -114,6 +86,7 @@ class _Run:
         self.model = build(config.model, config.precision)
         self.layers = layer_table(config.model)
         self.manager = Manager(self.run_dir / "checkpoints", config.checkpoint, self.layers)
+        self.local: LocalCheckpoints | None = None
         self.log = RunLog(self.run_dir)
         stream = None if jax.process_index() == 0 else io.StringIO()  # only one speaks
         self.progress = Progress(self.total, log_every=config.log_every, stream=stream)
@@ -125,9 +98,10 @@ class _Run:
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
         self.dataset: Dataset | None = None
+        self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
-        with _caught_signals() as caught:
+        with caught_signals() as caught:
             state, position = self._restore()
             step, end, previous = int(state.step), 0, None
             for before, stage in zip((None, *self.stages), self.stages, strict=False):
@@ -160,11 +134,12 @@ class _Run:
                     check = every and (step == 1 or _due(every, step))
                     evaluate = last or _due(self.config.eval_every, step)
                     save = last or stop or _due(self.config.save_every, step)
-                    if check or evaluate or save or self.profiler:
+                    near = not save and _due(self.config.faults.local_save_every, step)
+                    if check or evaluate or save or near or self.profiler:
                         self._log(previous)
                         previous = None
                         self.heartbeat.busy()
-                    if check or (save and every):
+                    if check or ((save or near) and every):
                         invariants.check(step, state.params, checked, self.model, whole=check)
                     if self.profiler and (table := self.profiler.after(step)):
                         self.progress.say(table)
@@ -172,18 +147,20 @@ class _Run:
                         self._evaluate(state, step, size)
                     if save:
                         self._save(state, step, position)
-                    if check or evaluate or save:
+                    if near:
+                        about = {"position": position, "data": self.dataset.fingerprint}
+                        self.local.save(step, state, about)
+                    if check or evaluate or save or near:
                         self.since = time.perf_counter()
                         self.heartbeat.step(step)
                     if stop:
-                        self.manager.wait()
+                        self._settle()
                         self.progress.say(
                             f"stopped by {signal.Signals(stop).name} after step {step}; everything "
                             f"is saved in {self.run_dir}: run the same command again to resume"
                         )
                         return 128 + stop
-        self.heartbeat.busy()
-        self.manager.wait()
+        self._settle()
         if jax.process_index() == 0:
             self._finish(state, step)
         return 0
@@ -196,21 +173,35 @@ class _Run:
         self.progress.close()
         self.log.close()
         self.manager.close()
+        if self.local:
+            self.local.wait()
 
     def _restore(self) -> tuple[TrainState, int]:
         """The newest good checkpoint's state and data position, or a fresh start."""
         recorded = self.run_dir / "config.json"
-        if integrity.steps(self.manager.directory) and recorded.exists():
-            _check_model(recorded, self.config)
         optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
         memory = self.stages[0].optimizer.memory
         abstract = abstract_state(self.model, optimizer, self.mesh, memory)
-        restored = self.manager.restore(abstract)
-        if restored is None:
-            state, position = self._fresh(abstract, optimizer), 0
-        else:
+        newest = self.manager.newest()
+        if (faults := self.config.faults).local_save_every:
+            self.local = LocalCheckpoints(faults.local_dir, run_name(self.run_dir))
+        local = self.local.newest(abstract) if self.local else -1
+        if recorded.exists() and (newest is not None or local >= 0):
+            check_model(recorded, self.config)
+        if local > (newest or 0):
+            state, about = self.local.restore(local, abstract)
+            position, self.fingerprint = about["position"], about["data"]
+            self.progress.say(
+                f"resuming in {self.run_dir} after step {local}, from {faults.local_dir}"
+            )
+        elif newest is not None:
+            restored = self.manager.restore(abstract, newest)
             state, position = restored.state, restored.position
-            self.progress.say(f"resuming in {self.run_dir} after step {restored.step}")
+            if (saved := self.manager.directory / str(newest) / FINGERPRINT).exists():
+                self.fingerprint = saved.read_text()
+            self.progress.say(f"resuming in {self.run_dir} after step {newest}")
+        else:
+            state, position = self._fresh(abstract, optimizer), 0
         self.log.cut_back(int(state.step))
         if jax.process_index() == 0:
             temporary = recorded.with_suffix(".tmp")
@@ -284,10 +275,11 @@ class _Run:
                 why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
                 raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         new = changed and step == first
-        saved = self.manager.directory / str(step) / FINGERPRINT
-        if not new and saved.exists() and saved.read_text() != self.dataset.fingerprint:
+        known, self.fingerprint = self.fingerprint, None
+        if not new and known not in (None, self.dataset.fingerprint):
+            saved = self.manager.directory / str(step)
             raise InputError(
-                f"the training data or their order changed since {saved.parent}: put the old files "
+                f"the training data or their order changed since {saved}: put the old files "
                 "and settings back, or start another run from its parameters with --init-from"
             )
         return new
@@ -353,6 +345,14 @@ class _Run:
         files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
         self.manager.save(step, state, position=position, config=config, files=files)
 
+    def _settle(self) -> None:
+        """Wait until everything is in a durable checkpoint; then the local ones have no use."""
+        self.heartbeat.busy()
+        self.manager.wait()
+        if self.local:
+            multihost_utils.sync_global_devices("everything is saved")
+            self.local.remove()
+
     def _finish(self, state: TrainState, step: int) -> None:
         self.progress.close()
         for last in read_lines(self.run_dir / "eval.jsonl")[-1:]:
@@ -362,42 +362,5 @@ class _Run:
         print(f"report: {write_report(self.run_dir)}")
 
 
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """A list that gets the first SIGTERM or SIGINT; after it signals act as by default."""
-    caught: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGINT)
-
-    def note(number, _):
-        caught.append(number)
-        for each in watched:
-            signal.signal(each, signal.SIG_DFL)
-
-    usual = [signal.signal(each, note) for each in watched]
-    try:
-        yield caught
-    finally:
-        for each, handler in zip(watched, usual, strict=True):
-            signal.signal(each, handler)
-
-
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_model(recorded: pathlib.Path, config: TrainConfig) -> None:
-    """InputError when the run directory belongs to another model; says what differs."""
-    old, new = (
-        tree.flatten({"model": model}, is_leaf=lambda value: value is None)
-        for model in (core_config.read_json(recorded)["model"], core_config.to_dict(config.model))
-    )
-    different = [
-        f"{path.replace('/', '.')} was {old.get(path)}, is {new.get(path)}"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and path not in FREE
-    ]
-    if different:
-        raise InputError(
-            f"{recorded.parent} holds a run of another model: {'; '.join(different[:5])}; choose "
-            "another --run-dir, or start from its parameters with --init-from"
-        )

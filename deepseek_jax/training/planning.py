@@ -21,9 +21,9 @@ from deepseek_jax.parallel.chips import Chip, Place, described
 from deepseek_jax.parallel.compile import Collective, Program, compile_program
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch
-from deepseek_jax.training.loop import stage_step
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import Stage, TrainConfig
+from deepseek_jax.training.stages import stage_step
 from deepseek_jax.training.state import abstract_state
 
 

@@ -4,9 +4,13 @@ The top-level fields are the defaults of the stages, of which there is one by de
 """
 
 import dataclasses
+import pathlib
 from typing import TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
+from deepseek_jax.core import config as core_config
+from deepseek_jax.core import tree
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
 from deepseek_jax.models.decoder import Decoder
@@ -16,6 +20,11 @@ from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
+NO_OBJECTS = (
+    "object storage can be neither appended to, locked nor renamed in, and runs do all three; give "
+    "a directory that every process sees (NFS, Filestore, Lustre) and copy the checkpoints from it"
+)
+FREE = ("model/remat", "model/unroll", "model/scan")  # of the model, what a resumed run may change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +105,9 @@ class TrainConfig:
                 f"save_every ({self.save_every}) and check_every ({self.check_every}) at least 0 "
                 "(0 switches them off)."
             )
+        for name, path in {"run_dir": self.run_dir, "init_from": self.init_from}.items():
+            if "://" in (path or ""):
+                raise ValueError(f"{name} is {path}: {NO_OBJECTS}.")
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         filled = self.filled_stages()
@@ -136,3 +148,21 @@ def _check_stage(stage: Stage, where: str) -> None:
                 f"{where}batch_size ({rows}) and accumulation_steps ({parts}) must be at least 1, "
                 "and the first a multiple of the second."
             )
+
+
+def check_model(recorded: pathlib.Path, config: TrainConfig) -> None:
+    """InputError when the run directory belongs to another model; says what differs."""
+    old, new = (
+        tree.flatten({"model": model}, is_leaf=lambda value: value is None)
+        for model in (core_config.read_json(recorded)["model"], core_config.to_dict(config.model))
+    )
+    different = [
+        f"{path.replace('/', '.')} was {old.get(path)}, is {new.get(path)}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and path not in FREE
+    ]
+    if different:
+        raise InputError(
+            f"{recorded.parent} holds a run of another model: {'; '.join(different[:5])}; choose "
+            "another --run-dir, or start from its parameters with --init-from"
+        )

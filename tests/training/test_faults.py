@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import cases
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from launched import Runs
 
+from deepseek_jax.checkpoint import integrity
+from deepseek_jax.checkpoint.local import LocalCheckpoints
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training import faults
 from deepseek_jax.training.faults import HUNG, Faults, Heartbeat, Peers
@@ -27,6 +31,8 @@ MODEL = dataclasses.replace(cases.decoder("gqa", "sigmoid"), vocab_size=260, ini
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="watchdog_seconds \\(-1\\) must be at least 0"):
         Faults(watchdog_seconds=-1)
+    with pytest.raises(ValueError, match="local_save_every \\(5\\) .* needs a folder"):
+        Faults(local_save_every=5)
     with pytest.raises(ValueError, match="straggler_factor \\(1\\) above 1"):
         Faults(straggler_factor=1)
 
@@ -241,3 +247,94 @@ def test_a_slow_process_is_named(runs):
     named = [row["straggler"] for row in runs.rows("slow", "processes.jsonl")]
     assert named[-1] == 1 and 0 not in named
     assert [row["straggler"] for row in runs.rows("whole", "processes.jsonl")].count(None) > 50
+
+
+def place(mesh, array, *spec):
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.fixture
+def state():
+    mesh = make_mesh(MeshShape(data=2, tensor=4))
+    numbers = np.arange(64, dtype=np.float32).reshape(8, 8)
+    return {
+        "step": place(mesh, np.int32(3)),
+        "params": {
+            "w": place(mesh, numbers / 7, "data", "tensor"),
+            "b": place(mesh, jax.numpy.asarray(numbers[0], jax.numpy.bfloat16), "tensor"),
+        },
+    }
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def test_a_local_checkpoint_comes_back_bit_for_bit(state, tmp_path):
+    local = LocalCheckpoints(tmp_path, "a run")
+    assert local.newest(abstract(state)) == -1
+    for step in (3, 5, 7):
+        local.save(step, state, {"position": step})
+    local.wait()
+    assert integrity.steps(local._folder) == [5, 7]
+    again = LocalCheckpoints(tmp_path, "a run")
+    assert again.newest(abstract(state)) == 7
+    restored, about = again.restore(7, abstract(state))
+    assert about == {"position": 7}
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert ours.dtype == theirs.dtype and ours.sharding == theirs.sharding
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    size = (local._folder / "7" / "state.bin").stat().st_size
+    assert size == 4 + 64 * 4 + 8 * 2  # replicas are written once
+
+
+def test_a_local_checkpoint_is_passed_over_unless_it_serves(state, tmp_path):
+    local = LocalCheckpoints(tmp_path, "a run")
+    for step in (5, 7):
+        local.save(step, state, {})
+    local.wait()
+    assert LocalCheckpoints(tmp_path, "another").newest(abstract(state)) == -1
+    mesh = make_mesh(MeshShape(data=4, tensor=2))
+    moved = jax.tree.map(lambda x: place(mesh, np.asarray(x), *x.sharding.spec), state)
+    assert local.newest(abstract(moved)) == -1
+    data = bytearray((local._folder / "7" / "state.bin").read_bytes())
+    data[11] ^= 1
+    (local._folder / "7" / "state.bin").write_bytes(data)
+    assert local.newest(abstract(state)) == 5
+
+
+def test_processes_agree_on_the_newest_step_that_all_have(state, tmp_path, monkeypatch):
+    local = LocalCheckpoints(tmp_path, "a run")
+    for step in (5, 7):
+        local.save(step, state, {})
+    local.wait()
+    other = [-1] * 6 + [3, 5]
+    gather = "deepseek_jax.checkpoint.local.multihost_utils.process_allgather"
+    monkeypatch.setattr(gather, lambda mine: np.stack([mine, np.int32(other)]))
+    assert local.newest(abstract(state)) == 5
+    other = [-1] * 7 + [3]
+    assert local.newest(abstract(state)) == -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True])
+def test_after_a_kill_the_newest_checkpoint_counts(runs, lost, tmp_path):
+    """Every 3 steps on the own disk, every 50 durably; `lost`: one host comes back without."""
+    name = f"local-{lost}"
+    flags = ["--faults.local-save-every", "3", "--faults.local-dir", str(tmp_path)]
+    flags += ["--save-every", "20"]
+    launcher = runs.start(name, *flags)
+    runs.wait_for(launcher, name, 29)
+    pid = runs.process(launcher, 1)
+    if lost:
+        os.kill(pid, signal.SIGSTOP)
+        for folder in tmp_path.glob("*/process_1_of_2"):
+            shutil.rmtree(folder)
+    os.kill(pid, signal.SIGKILL)
+    assert launcher.wait() == 0, runs.output()
+    [resumed] = [line for line in runs.output().splitlines() if "resuming in" in line]
+    assert ("after step 20" in resumed) if lost else (f", from {tmp_path}" in resumed)
+    same(runs, name)
+    assert not list(tmp_path.glob("*/process*"))

@@ -20,10 +20,11 @@ from deepseek_jax.layers.block import LAYER_INPUT, POLICIES
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training.language import Language, make_language
-from deepseek_jax.training.loop import Lent, stage_step, train
+from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Muon, make_optimizer
 from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.stages import stage_step
 from deepseek_jax.training.state import abstract_state, initial_state, on_device
 
 MODEL = cases.decoder("mla", "sigmoid", num_layers=3, num_dense_layers=1, num_mtp_layers=1)

@@ -1,0 +1,41 @@
+"""A stage's train step: its objective, optimizer and schedule, on whatever mesh runs it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.models.build import Model
+from deepseek_jax.training.language import make_language
+from deepseek_jax.training.optimizer import make_optimizer, make_schedule
+from deepseek_jax.training.pipeline import make_mesh_gradients
+from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
+from deepseek_jax.training.state import TrainState, on_device
+from deepseek_jax.training.step import make_train_step
+
+
+def stage_step(
+    config: TrainConfig, model: Model, stage: Stage, size: BatchStep, first: int
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """(state, batch) -> (state, metrics): a step of a filled stage that began at step `first`."""
+    chosen = stage.optimizer
+    objective = make_language(stage.objective, model)
+    schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
+    scaled = model.dtypes.compute == jnp.float16
+    train_step = make_train_step(
+        make_mesh_gradients(
+            stage.objective, model, objective, size.accumulation_steps, config.mesh.stage_chunks
+        ),
+        objective,
+        make_optimizer(chosen, model.specs),
+        lambda step: chosen.learning_rate * schedule(step - first),
+        clip_norm=chosen.clip_norm,
+        loss_scale_growth=config.precision.loss_scale_growth if scaled else None,
+    )
+
+    def run_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        return train_step(on_device(state), batch, key)
+
+    return run_step
