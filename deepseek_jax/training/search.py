@@ -19,19 +19,20 @@ from jax.sharding import AbstractMesh, AxisType
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.parallel.chips import Place, described
 from deepseek_jax.parallel.sharding import weight_sharding
 from deepseek_jax.training.optimizer import make_optimizer
-from deepseek_jax.training.planning import held
+from deepseek_jax.training.planning import held, narrowed
 from deepseek_jax.training.recipe import Stage, TrainConfig
 from deepseek_jax.training.state import abstract_state
 
 ROWS = (1, 2, 4, 8, 16, 32)  # of a batch shard
 POLICIES = ("none", "dots", "full", "offload")
-WORK = 4.0  # times a layer's rows that its backward pass holds: 3 to 5 in V2-Lite's and V3's
+WORK = 3.0  # times a layer's rows that its backward pass holds: 2.5 to 3.5 in V2-Lite and V3
 
 
 class Candidate(NamedTuple):
@@ -150,8 +151,10 @@ def _promising(
 
 def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     """Every mesh that suits the devices and the model, with every policy and batch size."""
+    config = narrowed(config, place)
     stage = config.filled_stages()[0]
-    model = build(config.model, config.precision)
+    with compiling_for(place.devices):
+        model = build(config.model, config.precision)
     flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
     found = []
     for mesh in meshes(config, len(place.devices)):
@@ -164,8 +167,8 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
         for rows in ROWS:
             batch = rows * shards * stage.accumulation_steps
             for remat in POLICIES:
-                tokens = rows * stage.sequence_length / mesh["context"] / mesh["tensor"]
-                least = given + largest + kept_bytes(config, remat) * tokens
+                tokens = rows * stage.sequence_length / mesh["context"]
+                least = given + largest + kept_bytes(config, remat, mesh["tensor"]) * tokens
                 work = flops * batch * (1 + RECOMPUTED[remat] / 3)
                 bounds = (
                     work / len(place.devices) / place.peak,
@@ -227,13 +230,16 @@ def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
     return gathered, gradients
 
 
-def kept_bytes(config: TrainConfig, remat: str) -> float:
-    """Of one token, what the forward pass must keep for the backward one, at the least."""
+def kept_bytes(config: TrainConfig, remat: str, tensor: int) -> float:
+    """Of one token, what the forward pass must keep for the backward one, at the least.
+
+    The tensor axis splits what is inside a layer, not its input.
+    """
     model, layers = config.model, config.model.num_layers + config.model.num_mtp_layers
     inputs = model.embed_dim * layers
     active = model.moe.router.num_active_experts if model.moe else 0
     width = active * model.moe.expert_dim if model.moe else model.mlp_dim
-    products = layers * (4 * model.embed_dim + 2 * width)
+    products = layers * (4 * model.embed_dim + 2 * width) / tensor
     return 2 * {"offload": 0, "full": inputs, "dots": inputs + products / 2}.get(
         remat, inputs + products
     )
