@@ -5,6 +5,7 @@ Never in the tests' own: where libtpu is loaded, JAX's profiler crashes.
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import pytest
 from deepseek_jax.core.config import load_config, override
 from deepseek_jax.data.loader import batches, open_data
 from deepseek_jax.models.build import build
-from deepseek_jax.monitoring.plans import table
+from deepseek_jax.monitoring.plans import ranking, table
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.planning import abstract_batch
@@ -71,6 +72,9 @@ def test_what_does_not_fit_ends_with_exit_code_1():
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT: the compiler says: " in done.stdout
     assert "exceeds available HBM" in done.stdout
+    needs = re.search(r"needs +([\d.]+) of 17.2 GB a device", done.stdout)
+    said = re.search(r"temporaries \(([\d.]+)G\) exceeds", done.stdout)
+    assert float(needs[1]) == pytest.approx(float(said[1]) * 2**30 / 1e9, rel=0.01)
     assert "Traceback" not in done.stderr
 
 
@@ -79,7 +83,11 @@ def test_what_does_not_fit_ends_with_exit_code_1():
     [
         ([], "plan needs --config FILE and --topology NAME"),
         (["--topology", "nonsense"], "write its version and shape"),
-        (["--topology", "h100:8"], "write its version and shape"),
+        (["--topology", "h100:0"], "write 1 or more"),
+        (["--topology", "v5e:2x4@two"], "'two' is no number of slices"),
+        (["--topology", "v5e:2x4@2"], "the devices lie in 2 slices: mesh.slice must be 2"),
+        (["--topology", "v5e:2x4", "--compiles", "0"], "--compiles 0: at least 1"),
+        (["--topology", "h100:8", "--picture", "plan.bmp", "--quick"], "ends in .png or .svg"),
         (["--topology", "v5p:2x2x9x9"], "write its version and shape"),
         (["--topology", "v5e:2x4", "--mesh.fsdp", "3"], "the mesh needs a multiple of 3 devices"),
         (["--topology", "v5e:2x4", "--batch-size", "12"], "does not split over the mesh's 8"),
@@ -105,6 +113,54 @@ def test_a_batchs_shapes_are_the_loaders():
     assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(planned))
 
 
+def test_gpus_are_an_estimate_for_as_many_virtual_devices(tmp_path):
+    flags = ["--config", "configs/quickstart.py", "--topology", "h100:16", "--quick", "--json"]
+    flags += ["--model.num-layers", "2", "--model.num-mtp-layers", "0"]
+    flags += ["--mesh.data", "2", "--mesh.fsdp", "8", "--picture", str(tmp_path / "plan.png")]
+    done = plan(*flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["estimate"] is True
+    assert (found["device"], found["devices"]) == ("H100", 16)
+    assert (found["memory_limit"], found["compute"]) == (80e9, "bfloat16")
+    assert found["bound_seconds"]["network"] > 0  # NVLink joins 8: fsdp
+    assert found["bound_seconds"]["slow_network"] > 0  # the two nodes add up their slopes
+    assert "AN ESTIMATE" in table(found)
+    assert (tmp_path / "plan.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_slices_have_a_network_of_their_own_and_host_memory_is_apart():
+    flags = ["--config", "configs/quickstart.py", "--topology", "v5e:2x2@2", "--quick", "--json"]
+    flags += ["--mesh.slice", "2", "--mesh.data", "1", "--mesh.fsdp", "4"]
+    flags += ["--model.num-layers", "2", "--model.num-mtp-layers", "0"]
+    flags += ["--model.remat", "offload", "--optimizer.memory", "pinned_host"]
+    done = plan(*flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["estimate"] is False
+    assert found["mesh"] == {"slice": 2, "fsdp": 4}
+    assert found["bound_seconds"]["slow_network"] > found["bound_seconds"]["network"] > 0
+    memory = found["memory"]
+    assert 2 * memory["parameters"] < memory["host"]  # both moments, and layer inputs
+    assert memory["optimizer"] < 100  # a counter
+    assert memory["parameters"] < memory["arguments"] < 1.5 * memory["parameters"]
+
+
+def test_a_search_ranks_what_fits(tmp_path):
+    flags = ["--config", "configs/quickstart.py", "--topology", "v5e:2x2", "--search", "--json"]
+    flags += ["--model.num-layers", "2", "--model.num-mtp-layers", "0", "--compiles", "2"]
+    done = plan(*flags, "--picture", str(tmp_path / "best.svg"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compiled"] == len(found["plans"]) <= 2 < found["candidates"]
+    times = [one["step_seconds"] / one["tokens"] for one in found["plans"]]
+    assert times == sorted(times)
+    assert all(one["fits"] and math.prod(one["mesh"].values()) == 4 for one in found["plans"])
+    assert "ETA" in done.stderr
+    assert "<svg" in (tmp_path / "best.svg").read_text()
+    assert ranking(found["plans"]).count("fsdp") == sum("fsdp" in p["mesh"] for p in found["plans"])
+
+
 @pytest.mark.slow
 def test_v2_lite_on_32_chips():
     """The anchor that MaxText 0.2.5 compiles to 5.9 GB of arguments and 14.7 GB of temporaries."""
@@ -118,3 +174,4 @@ def test_v2_lite_on_32_chips():
     assert found["memory"]["temporaries"] < 14.7e9
     assert found["bound"] == "compute"
     assert not found["remarks"]
+    assert found["memory"]["total"] < 17.5e9

@@ -117,6 +117,41 @@ def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
         figure.savefig(path)
 
 
+def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[float]:
+    """Write the picture of plans of one batch on more and more devices.
+
+    Returns each one's efficiency: tokens a second and device over those of the first that fits; 0
+    for one that does not.
+    """
+    fitting = [one for one in plans if one["fits"]]
+    speeds = [one["tokens"] / one["step_seconds"] / one["devices"] for one in fitting]
+    chips = [one["devices"] for one in fitting]
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name in {name: None for one in fitting for name in one["bound_seconds"]}:
+            times = [one["bound_seconds"][name] for one in fitting]
+            if max(times) > 0:
+                left.loglog(chips, times, "o-", markersize=4, label=_said(name))
+        left.set_title("Bounds of a step, seconds")
+        left.legend()
+        right.semilogx(
+            chips, [100 * speed / speeds[0] for speed in speeds], "o-", label="efficiency"
+        )
+        right.semilogx(chips, [100 * one["mfu"] for one in fitting], "s--", label="MFU")
+        right.set(ylim=(0, 105))
+        right.set_title("Percent, at best")
+        right.legend()
+        for axes in (left, right):
+            axes.set_xticks(chips, [f"{n:,}" for n in chips])
+            axes.minorticks_off()
+            axes.set_xlabel("chips")
+            axes.grid(True, alpha=0.6)
+        figure.savefig(path)
+    found = dict(zip(chips, speeds, strict=True))
+    return [found.get(one["devices"], 0.0) / speeds[0] for one in plans]
+
+
 def memory_parts(found: dict[str, Any]) -> dict[str, int]:
     """A device's bytes by kind, in the order of PARTS; together they are the total."""
     m = found["memory"]

@@ -36,9 +36,7 @@ def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, A
     """
     place = described(topology)
     stage = config.filled_stages()[0]
-    if place.estimate and config.precision.compute == "auto":  # not what this CPU would take
-        precision = dataclasses.replace(config.precision, compute="bfloat16")
-        config = dataclasses.replace(config, precision=precision)
+    config = narrowed(config, place)
     mesh = make_mesh(config.mesh, place.devices)
     check_batch(mesh, stage.sizes())
     with compiling_for(place.devices):
@@ -64,6 +62,14 @@ def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, A
             found, place, moved, network_seconds(program.collectives, mesh, place.chip)
         )
     return found
+
+
+def narrowed(config: TrainConfig, place: Place) -> TrainConfig:
+    """The config, which for an estimate takes bfloat16 where it left that to the hardware."""
+    if not place.estimate or config.precision.compute != "auto":
+        return config
+    precision = dataclasses.replace(config.precision, compute="bfloat16")
+    return dataclasses.replace(config, precision=precision)
 
 
 def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[str, Any]:

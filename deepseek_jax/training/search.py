@@ -19,19 +19,20 @@ from jax.sharding import AbstractMesh, AxisType
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.parallel.chips import Place, described
 from deepseek_jax.parallel.sharding import weight_sharding
 from deepseek_jax.training.optimizer import make_optimizer
-from deepseek_jax.training.planning import held
+from deepseek_jax.training.planning import held, narrowed
 from deepseek_jax.training.recipe import Stage, TrainConfig
 from deepseek_jax.training.state import abstract_state
 
 ROWS = (1, 2, 4, 8, 16, 32)  # of a batch shard
 POLICIES = ("none", "dots", "full", "offload")
-SEARCHED = ("fsdp", "expert", "tensor")  # mesh axes; slice, stage and context stay as they are
+WORK = 3.0  # times a layer's rows that its backward pass holds: 2.5 to 3.5 in V2-Lite and V3
 
 
 class Candidate(NamedTuple):
@@ -44,8 +45,15 @@ class Candidate(NamedTuple):
     batch_size: int
     least: float
     """Bytes that a device needs at the very least."""
-    seconds: float
-    """Of a step, at best, by formula."""
+    likely: float
+    """Bytes with one layer's work, as programs compiled so far needed it."""
+    bounds: tuple[float, ...]
+    """Of a step in seconds, by formula."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, at best."""
+        return max(self.bounds)
 
     def flags(self) -> list[str]:
         """The candidate as a command line."""
@@ -74,7 +82,7 @@ def search(config: TrainConfig, topology: str, compiles: int, command: list[str]
         file=sys.stderr, flush=True,
     )  # fmt: skip
     tokens = config.filled_stages()[0].sequence_length
-    waiting.sort(key=lambda one: (one.seconds / one.batch_size / tokens, one.least))
+    waiting.sort(key=lambda one: _order(one, place.chip.memory))
     plans, start = [], time.perf_counter()
     while waiting and len(plans) < compiles:
         one = waiting.pop(0)
@@ -99,6 +107,12 @@ def search(config: TrainConfig, topology: str, compiles: int, command: list[str]
         "compiled": len(plans),
         "plans": plans,
     }
+
+
+def _order(one: Candidate, limit: float) -> tuple[Any, ...]:
+    """Likely to fit; then the best bound; of like ones, what leaves most of the other bounds."""
+    per_row = float(f"{one.seconds / one.batch_size:.3g}")
+    return one.likely > limit, per_row, sum(one.bounds) / one.batch_size, one.likely
 
 
 def _planned(command: list[str]) -> dict[str, Any]:
@@ -137,26 +151,32 @@ def _promising(
 
 def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     """Every mesh that suits the devices and the model, with every policy and batch size."""
+    config = narrowed(config, place)
     stage = config.filled_stages()[0]
-    model = build(config.model, config.precision)
+    with compiling_for(place.devices):
+        model = build(config.model, config.precision)
     flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
     found = []
     for mesh in meshes(config, len(place.devices)):
         given = given_bytes(model, stage, mesh)
         gathered, largest = weight_bytes(model, mesh)
+        narrow = model.dtypes.compute.itemsize
+        gathered_layer = narrow * gathered / config.model.num_layers
+        moved = {r: narrow * (2 + n) + 4 for r, n in RECOMPUTED.items()}  # and slopes, float32
         shards = math.prod(mesh[axis] for axis in BATCH_AXES)
         for rows in ROWS:
             batch = rows * shards * stage.accumulation_steps
             for remat in POLICIES:
-                tokens = rows * stage.sequence_length / mesh["context"] / mesh["tensor"]
-                least = given + largest + kept_bytes(config, remat) * tokens
+                tokens = rows * stage.sequence_length / mesh["context"]
+                least = given + largest + kept_bytes(config, remat, mesh["tensor"]) * tokens
                 work = flops * batch * (1 + RECOMPUTED[remat] / 3)
                 bounds = (
                     work / len(place.devices) / place.peak,
-                    gathered * (2 + RECOMPUTED[remat]) / place.chip.links,
+                    gathered * moved[remat] / place.chip.links,
                     sent_by_tensor(config, mesh, rows * stage.sequence_length) / place.chip.links,
                 )
-                found.append(Candidate(mesh, remat, rows, batch, least, max(bounds)))
+                likely = least + gathered_layer + WORK * tokens * row_bytes(config)
+                found.append(Candidate(mesh, remat, rows, batch, least, likely, bounds))
     return found
 
 
@@ -190,9 +210,9 @@ def given_bytes(model: Model, stage: Stage, mesh: dict[str, int]) -> int:
 
 
 def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
-    """Bytes that a device gathers of all weights for one pass, and the gradients that it keeps.
+    """Weights that a device gathers for one pass, and bytes of the gradients that it keeps.
 
-    Weights are gathered narrow over all axes but tensor.
+    Weights are gathered over all axes but tensor, experts' where tokens do not go to them.
     """
     abstract = AbstractMesh(
         tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
@@ -203,22 +223,34 @@ def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
         spec = weight_sharding(abstract, specs[path], leaf.shape)
         own = math.prod(spec.shard_shape(leaf.shape))
         gradients += own * leaf.dtype.itemsize
-        if "/experts/" not in path or mesh["expert"] == 1:
-            split = mesh["tensor"] if "tensor" in spec.spec else 1
-            gathered += (leaf.size / split - own) * model.dtypes.compute.itemsize
+        exchanged = getattr(getattr(model.config.moe, "exchange", None), "kind", "none") != "none"
+        stays = mesh["expert"] if exchanged and "/experts/" in path else 1
+        split = stays * (mesh["tensor"] if "tensor" in spec.spec else 1)
+        gathered += leaf.size / split - own
     return gathered, gradients
 
 
-def kept_bytes(config: TrainConfig, remat: str) -> float:
-    """Of one token, what the forward pass must keep for the backward one, at the least."""
+def kept_bytes(config: TrainConfig, remat: str, tensor: int) -> float:
+    """Of one token, what the forward pass must keep for the backward one, at the least.
+
+    The tensor axis splits what is inside a layer, not its input.
+    """
     model, layers = config.model, config.model.num_layers + config.model.num_mtp_layers
     inputs = model.embed_dim * layers
     active = model.moe.router.num_active_experts if model.moe else 0
     width = active * model.moe.expert_dim if model.moe else model.mlp_dim
-    products = layers * (4 * model.embed_dim + 2 * width)
+    products = layers * (4 * model.embed_dim + 2 * width) / tensor
     return 2 * {"offload": 0, "full": inputs, "dots": inputs + products / 2}.get(
         remat, inputs + products
     )
+
+
+def row_bytes(config: TrainConfig) -> float:
+    """Of one token, what a layer's widest parts hold: rows of every chosen expert, and heads."""
+    model, moe = config.model, config.model.moe
+    experts = moe.router.num_active_experts * (model.embed_dim + moe.expert_dim) if moe else 0
+    heads = model.attention.num_heads * 4 * 128
+    return 2.0 * max(experts + heads, model.mlp_dim + heads)
 
 
 def sent_by_tensor(config: TrainConfig, mesh: dict[str, int], tokens: float) -> float:

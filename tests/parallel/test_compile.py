@@ -1,5 +1,7 @@
 """Contract: what is read from compiled programs; the texts are XLA's own ways of writing them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.parallel.chips import chip
-from deepseek_jax.parallel.compile import Collective, collectives, compile_program
+from deepseek_jax.parallel.compile import (
+    Collective,
+    collectives,
+    compile_program,
+    memory_of,
+    needed_bytes,
+)
 from deepseek_jax.parallel.manual import gathered, per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.training.planning import network_seconds
 
 GROUPS = {
     "listed": ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("expert",)),
@@ -102,3 +111,69 @@ def test_a_real_programs_collectives_and_memory(mesh):
 def test_chips_without_figures_are_refused():
     with pytest.raises(InputError, match="no figures"):
         chip("Abacus")
+
+
+@pytest.mark.parametrize(
+    ("said", "bytes"),
+    [
+        ("the total memory required for HLO temporaries (1.5G) exceeds available HBM (1G).", 1.5),
+        ("Ran out of memory in memory space hbm. Used 117.94G of 95.74G hbm.", 117.94),
+        ("Used 512M of 256M hbm", 0.5),
+        ("something else entirely", 0),
+    ],
+)
+def test_what_a_refusal_needs_is_in_its_words(said, bytes):
+    assert needed_bytes(said) == int(bytes * 2**30)
+
+
+def test_bytes_of_a_buffer_assignment():
+    """Arguments that results replace count once; vector memory, constants and registers do not."""
+    text = """BufferAssignment:
+allocation 0: size 1000, page 0, parameter 0, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
+ value: <0 x> (size=1000,offset=0): f32[250]
+allocation 1: size 300, page 0, parameter 1, shape |f32[75]| at ShapeIndex {}:
+allocation 2: size 50, page 0, maybe-live-out:
+allocation 3: size 7000, page 0, preallocated-temp:
+allocation 4: size 9, page 0, thread-local:
+allocation 5: size 8, page 0, constant:
+allocation 6: size 600, page 0, color 5, preallocated-temp:
+allocation 7: size 6, page 0, color 1, preallocated-temp:
+"""
+    assert memory_of(text) == {
+        "arguments": 1300, "outputs": 1050, "aliased": 1000, "temporaries": 7000, "code": 0,
+        "total": 8350, "host": 600,
+    }  # fmt: skip
+    assert memory_of("") == {}
+
+
+def test_a_quick_program_is_the_same_but_for_machine_code(mesh):
+    """In a thread that goes on: a plain program is soon done."""
+    x = jax.ShapeDtypeStruct(
+        (16, 64), np.float32, sharding=NamedSharding(mesh, PartitionSpec(("fsdp", "expert")))
+    )
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(lambda x: jnp.tanh(x @ x.T).sum()).lower(x)
+        whole, quick = (compile_program(lowered, mesh, quick=quick) for quick in (False, True))
+    assert quick.collectives == whole.collectives
+    assert quick.memory["arguments"] == whole.memory["arguments"] == 2 * 64 * 4
+
+
+SIZES = {"slice": 2, "stage": 1, "data": 1, "fsdp": 4, "context": 1, "expert": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "domain", "fast", "slow"),
+    [
+        ("all-reduce", ("fsdp",), 0, 800.0, 0.0),
+        ("all-reduce", ("slice",), 0, 0.0, 400.0),  # half of 800 leaves each device
+        ("all-reduce", ("slice", "fsdp"), 0, 700.0, 100.0),  # first among 4 neighbors
+        ("all-to-all", ("slice", "fsdp"), 0, 400.0, 400.0),  # half of the partners are far
+        ("all-reduce", ("fsdp",), 4, 600.0, 200.0),  # domains of 2 x 2: fsdp spans 2 of them
+        ("all-reduce", ("expert",), 4, 800.0, 0.0),
+    ],
+)
+def test_what_goes_over_the_slow_network(kind, axes, domain, fast, slow):
+    mesh = SimpleNamespace(shape=SIZES)
+    figures = chip("TPU v5 lite")._replace(links=1.0, network=1.0, domain=domain)
+    found = network_seconds((Collective(kind, axes, 1, 800.0),), mesh, figures)
+    assert found == {"network": fast, "slow_network": slow}

@@ -107,7 +107,7 @@ def test_every_published_model_is_here():
 
 
 def test_a_bad_sharding_is_found():
-    """Widths over the axis that only carries batch: weights are gathered where nothing should be."""
+    """Widths over the axis that only carries batch: what nothing should gather is gathered."""
     bad = "from deepseek_jax.parallel import sharding\nsharding.WEIGHTS['embed'] = 'data'"
     config, flags = CASES["v2 lite"]
     found = complaints(compiled(config, flags, bad))
