@@ -206,20 +206,19 @@ def _of_this_device(config: MoE, home, capacity, where, x, experts, weights, lea
         kept = routing.within_capacity(experts, capacity, num_experts, **where)
         dropped = (~kept & (experts < num_experts)).sum(dtype=jnp.int32)
         experts = jnp.where(kept, experts, num_experts)
-    counts = routing.expert_counts(experts, experts[..., 0] >= 0, num_experts).sum(0)
     given = [a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)]
     if home:
-        sizes = jax.sharding.get_abstract_mesh().shape
-        everyone = manual_axes(*sizes)
+        everyone = manual_axes(*jax.sharding.get_abstract_mesh().shape)
         y = exchanged(config.exchange, num_experts, everyone, _apply, *given, tuple(leaves))
+        counts = routing.expert_counts(experts, experts[..., 0] >= 0, num_experts).sum(0)
     else:
-        y = _apply(*given, leaves, None)
+        y, counts, _ = routed_experts(*given, *leaves)
     return y.reshape(x.shape), counts, dropped
 
 
 def _apply(x, experts, weights, leaves, load):
     """Own experts' part of any tokens' results."""
-    return routed_experts(x, experts, weights, *leaves, expected=load and load.choices)[0]
+    return routed_experts(x, experts, weights, *leaves, expected=load.choices)[0]
 
 
 class MixtureOfExperts(nn.Module):
