@@ -258,11 +258,14 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter:
 
 
 def _trips(condition: list[str]) -> int:
-    """What a loop that counts up from 0 is compared with; 1 where there is no such number."""
+    """What a loop that counts up from 0 is compared with.
+
+    0 where that is no constant: such loops only take what exceeds a buffer (ops/dispatch).
+    """
     numbers = [
         int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)
     ]
-    return max(numbers, default=1)
+    return max(numbers, default=0)
 
 
 def _sent(kind: str, shapes: str, started: bool, size: int) -> float:

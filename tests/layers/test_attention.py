@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.layers.attention import GQA, attend, cache_mask, write_cache
+from deepseek_jax.layers.attention import GQA, Place, attend, cache_mask, write_cache
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.ops.attention import causal_attention
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
@@ -86,7 +86,11 @@ def test_a_kernel_runs_on_each_devices_own_rows_and_heads(packed, monkeypatch):
 
     plain = run(causal_attention, implementation="reference")
     with jax.set_mesh(make_mesh(MeshShape(fsdp=2, data=2, tensor=2))):
-        program = jax.jit(lambda: run(attend))
+
+        def placed(q, k, v, segments, **options):
+            return attend(q, k, v, Place(None, None, segments), **options)
+
+        program = jax.jit(lambda: run(placed))
         assert "shard_map" in str(jax.make_jaxpr(program)())
         for mine, other in zip(program(), plain, strict=True):
             np.testing.assert_allclose(mine, other, atol=2e-5)
@@ -99,7 +103,7 @@ def test_where_sequences_rows_or_heads_do_not_split_evenly_no_kernel_runs(axes, 
     q, k, v = (jnp.zeros((4, 128, n, 16)) for n in (4, 2, 2))
 
     def program():
-        return jax.make_jaxpr(lambda: attend(q, k, v, None, scale=1.0))()
+        return jax.make_jaxpr(lambda: attend(q, k, v, Place(None, None), scale=1.0))()
 
     with jax.set_mesh(make_mesh(MeshShape(**axes))):
         assert heads_spec(4, 4, 2) is None
