@@ -156,7 +156,8 @@ def test_time_in_which_the_process_did_not_run_is_its_own(tmp_path, seconds, sto
     """Of a real process that is stopped; the watchdog does not count that time."""
     code = (
         "import pathlib, sys, time; from deepseek_jax.training.faults import Heartbeat;"
-        f"h = Heartbeat(pathlib.Path({str(tmp_path)!r}), {seconds}); h.step(1); print('on', flush=True);"
+        f"h = Heartbeat(pathlib.Path({str(tmp_path)!r}), {seconds}); h.step(1);"
+        "print('on', flush=True);"
         "time.sleep(0.5); h.busy(); time.sleep(1); h.close(); print(h.stalled)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
