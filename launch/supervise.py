@@ -14,7 +14,6 @@ DRY_RUN=1 prints the processes' commands instead.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
@@ -34,8 +33,14 @@ STOPS = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIG
 HUNG = 75
 SILENT = 300.0  # seconds until the first heartbeat
 SLACK = 5.0  # seconds that a heartbeat may be late: the machine is busy
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1  # of Linux
+BIND = [sys.executable, "-ISc", """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+""", str(os.getpid())]  # fmt: skip  # a launcher that is killed takes its processes along
 
 
 def say(text: str) -> None:
@@ -50,20 +55,11 @@ class Process:
         self.rank, self.step = rank, -1
         self._file = pathlib.Path(environment["HEARTBEAT_DIR"], f"{rank}.json")
         self._beat, self._limit, self.silent = None, SILENT, 0.0
-        parent = os.getpid()
-
-        def bind() -> None:  # a launcher that is killed takes its processes along
-            if sys.platform == "linux":
-                LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
         self._popen = subprocess.Popen(
-            command(arguments),
+            [*BIND, *command(arguments)],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=bind,
         )
         self.pid = self._popen.pid
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 HUNG = 75  # the exit code of a process whose watchdog ended it: try again (sysexits' EX_TEMPFAIL)
+TICK = 0.1  # seconds between two looks at the clock; the file is written at every tenth
 PATIENCE = 3  # logged steps in a row until a straggler is named
 
 
@@ -68,7 +69,7 @@ class Heartbeat:
 
     def __init__(self, directory: pathlib.Path, seconds: float):
         self._file = directory / f"{jax.process_index()}.json"
-        self._seconds, self._tick = seconds, min(1.0, (seconds or 60.0) / 4)
+        self._seconds, self._tick = seconds, min(TICK, (seconds or 60.0) / 4)
         self._step, self._waited, self._watched = -1, 0.0, False
         self.stalled = 0.0
         """Seconds that this process as a whole did not run: stopped, or given no processor."""
@@ -90,15 +91,18 @@ class Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        last = time.monotonic()
+        last = written = time.monotonic()
         self._write()
         while not self._over.wait(self._tick):
             now = time.monotonic()
-            self.stalled += max(0.0, now - last - 1.5 * self._tick)
+            if now - last > 2 * self._tick:
+                self.stalled += now - last - self._tick
             # Not more than two ticks: while this process is stopped the others do not hang.
             self._waited += min(now - last, 2 * self._tick)
             last = now
-            self._write()
+            if now - written >= min(1.0, 10 * self._tick):
+                self._write()
+                written = now
             if self._watched and 0 < self._seconds < self._waited:
                 self._end()
         self._seconds = 0.0  # no further sign of life is to be expected
