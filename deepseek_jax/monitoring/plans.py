@@ -92,14 +92,20 @@ def ranking(found: list[dict[str, Any]]) -> str:
     return "\n".join(rows + [f"{refused} more were compiled and do not fit"] * bool(refused))
 
 
+def drawable(path: str | pathlib.Path) -> pathlib.Path:
+    """The path of a picture; InputError unless it ends in .png or .svg."""
+    path = pathlib.Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--picture {path}: it ends in .png or .svg, please")
+    return path
+
+
 def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
     """Write a plan's picture: a device's memory by kind, and the step on its roofline.
 
     Raises InputError for a kind of file that is neither .png nor .svg.
     """
-    path = pathlib.Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"--picture {path}: it ends in .png or .svg, please")
+    path = drawable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(10.5, 4.2), layout="constrained")
