@@ -126,8 +126,8 @@ def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
 def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[float]:
     """Write the picture of plans of one batch on more and more devices.
 
-    Returns each one's efficiency: tokens a second and device over those of the first that fits; 0
-    for one that does not.
+    Returns each one's efficiency: tokens a second and device over those of the best; 0 for one that
+    does not fit.
     """
     fitting = [one for one in plans if one["fits"]]
     speeds = [one["tokens"] / one["step_seconds"] / one["devices"] for one in fitting]
@@ -142,7 +142,7 @@ def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[
         left.set_title("Bounds of a step, seconds")
         left.legend()
         right.semilogx(
-            chips, [100 * speed / speeds[0] for speed in speeds], "o-", label="efficiency"
+            chips, [100 * speed / max(speeds) for speed in speeds], "o-", label="efficiency"
         )
         right.semilogx(chips, [100 * one["mfu"] for one in fitting], "s--", label="MFU")
         right.set(ylim=(0, 105))
@@ -155,7 +155,7 @@ def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[
             axes.grid(True, alpha=0.6)
         figure.savefig(path)
     found = dict(zip(chips, speeds, strict=True))
-    return [found.get(one["devices"], 0.0) / speeds[0] for one in plans]
+    return [found.get(one["devices"], 0.0) / max(speeds) for one in plans]
 
 
 def memory_parts(found: dict[str, Any]) -> dict[str, int]:

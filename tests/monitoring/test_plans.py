@@ -62,7 +62,7 @@ def test_other_files_are_refused(tmp_path):
         draw(FOUND, tmp_path / "plan.pdf")
 
 
-def test_efficiency_is_against_the_first_that_fits(tmp_path):
+def test_efficiency_is_against_the_best_that_fits(tmp_path):
     twice = FOUND | {"devices": 16, "step_seconds": 1.25}
     assert draw_scaling([REFUSED | {"devices": 4}, FOUND, twice], tmp_path / "s.png") == [
         0.0, 1.0, pytest.approx(0.8),
