@@ -17,13 +17,14 @@ from deepseek_jax.monitoring.plans import draw_scaling
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT, PICTURE = ROOT / "docs" / "scaling.json", ROOT / "docs" / "scaling.png"
-SHAPES = {  # chips: topology, fsdp, expert, parts of a step's batch
-    128: ("v5p:4x4x8", 8, 16, 8),
-    256: ("v5p:4x8x8", 16, 16, 4),
-    512: ("v5p:8x8x8", 32, 16, 2),
-    1024: ("v5p:8x8x16", 64, 16, 1),
-    2048: ("v5p:8x16x16", 64, 32, 1),
-    4096: ("v5p:16x16x16", 64, 64, 1),
+HALF = ("--precision.params=bfloat16",)  # or they would not fit
+SHAPES = {  # chips: topology, fsdp, expert, parts of a step's batch, more flags
+    128: ("v5p:4x4x8", 8, 16, 16, HALF),
+    256: ("v5p:4x8x8", 16, 16, 8, HALF),
+    512: ("v5p:8x8x8", 32, 16, 2, ()),
+    1024: ("v5p:8x8x16", 64, 16, 1, ()),
+    2048: ("v5p:8x16x16", 64, 32, 1, ()),
+    4096: ("v5p:16x16x16", 64, 64, 1, ()),
 }
 FLAGS = (
     "--quick --json --mesh.data=1 --batch-size=4096 --sequence-length=4096 --model.remat=offload "
@@ -35,11 +36,11 @@ FLAGS = (
 def main():
     """Compile what is missing, print the table, draw the curve."""
     known = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    for chips, (topology, fsdp, expert, parts) in SHAPES.items():
+    for chips, (topology, fsdp, expert, parts, more) in SHAPES.items():
         if str(chips) in known:
             continue
         command = [sys.executable, "-m", "deepseek_jax.plan", "--config", "configs/deepseek_v3.py"]
-        command += ["--topology", topology, *FLAGS.split(), f"--mesh.fsdp={fsdp}"]
+        command += ["--topology", topology, *FLAGS.split(), *more, f"--mesh.fsdp={fsdp}"]
         command += [f"--mesh.expert={expert}", f"--accumulation-steps={parts}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -10,7 +10,7 @@ import jax
 
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.monitoring.plans import draw, ranking, table
+from deepseek_jax.monitoring.plans import draw, drawable, ranking, table
 from deepseek_jax.training.planning import plan
 from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.search import search
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
         return
     if own.compiles < 1:
         raise InputError(f"--compiles {own.compiles}: at least 1, please")
+    if own.picture:
+        drawable(own.picture)  # before minutes of compiling
     jax.config.update("jax_platforms", "cpu")  # no chip of this machine is touched
     config = core_config.load_config(own.config, TrainConfig)
     config = core_config.override(config, rest, prog="plan", description=parser.format_help())

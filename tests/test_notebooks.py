@@ -16,7 +16,7 @@ SAID = {  # what each must print
         "quickstart on v5e:2x2: 4 x TPU v5 lite, fsdp 4",
         "layer inputs on the host",
         "AN ESTIMATE",
-        "2 compiled",
+        "candidates, ",
         "ns a token",
     ],
     "02_from_and_to_pytorch": [

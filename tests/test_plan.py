@@ -141,7 +141,7 @@ def test_slices_have_a_network_of_their_own_and_host_memory_is_apart():
     assert found["mesh"] == {"slice": 2, "fsdp": 4}
     assert found["bound_seconds"]["slow_network"] > found["bound_seconds"]["network"] > 0
     memory = found["memory"]
-    assert 2 * memory["parameters"] < memory["host"]  # both moments, and layer inputs
+    assert 1.5 * memory["parameters"] < memory["host"]  # both moments, padded otherwise
     assert memory["optimizer"] < 100  # a counter
     assert memory["parameters"] < memory["arguments"] < 1.5 * memory["parameters"]
 

@@ -92,14 +92,20 @@ def ranking(found: list[dict[str, Any]]) -> str:
     return "\n".join(rows + [f"{refused} more were compiled and do not fit"] * bool(refused))
 
 
+def drawable(path: str | pathlib.Path) -> pathlib.Path:
+    """The path of a picture; InputError unless it ends in .png or .svg."""
+    path = pathlib.Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--picture {path}: it ends in .png or .svg, please")
+    return path
+
+
 def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
     """Write a plan's picture: a device's memory by kind, and the step on its roofline.
 
     Raises InputError for a kind of file that is neither .png nor .svg.
     """
-    path = pathlib.Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"--picture {path}: it ends in .png or .svg, please")
+    path = drawable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(10.5, 4.2), layout="constrained")
@@ -120,8 +126,8 @@ def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
 def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[float]:
     """Write the picture of plans of one batch on more and more devices.
 
-    Returns each one's efficiency: tokens a second and device over those of the first that fits; 0
-    for one that does not.
+    Returns each one's efficiency: tokens a second and device over those of the best; 0 for one that
+    does not fit.
     """
     fitting = [one for one in plans if one["fits"]]
     speeds = [one["tokens"] / one["step_seconds"] / one["devices"] for one in fitting]
@@ -136,7 +142,7 @@ def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[
         left.set_title("Bounds of a step, seconds")
         left.legend()
         right.semilogx(
-            chips, [100 * speed / speeds[0] for speed in speeds], "o-", label="efficiency"
+            chips, [100 * speed / max(speeds) for speed in speeds], "o-", label="efficiency"
         )
         right.semilogx(chips, [100 * one["mfu"] for one in fitting], "s--", label="MFU")
         right.set(ylim=(0, 105))
@@ -149,7 +155,7 @@ def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[
             axes.grid(True, alpha=0.6)
         figure.savefig(path)
     found = dict(zip(chips, speeds, strict=True))
-    return [found.get(one["devices"], 0.0) / speeds[0] for one in plans]
+    return [found.get(one["devices"], 0.0) / max(speeds) for one in plans]
 
 
 def memory_parts(found: dict[str, Any]) -> dict[str, int]:

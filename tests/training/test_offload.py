@@ -141,3 +141,28 @@ def test_every_name_of_a_policy_is_in_the_program(remat):
     assert LAYER_INPUT in set(names(jaxpr))
     moved = set(moves(jaxpr))
     assert moved == ({(8, 16, MODEL.embed_dim)} if remat == "offload" else set())
+
+
+def kept_apart(jaxpr):
+    """Whether each rematerialized part may be merged with the first pass, by its layers."""
+    for equation in jaxpr.eqns:
+        if "prevent_cse" in equation.params:
+            yield equation.params["prevent_cse"]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from kept_apart(inner)
+
+
+@pytest.mark.parametrize(("unroll", "expected"), [(1, {True, False}), (2, {True})])
+def test_a_layer_without_a_loop_is_kept_from_being_merged(unroll, expected):
+    """One dense layer, two in a loop, one for MTP: XLA opens loops of one turn."""
+    config = dataclasses.replace(MODEL, remat="full", unroll=unroll)
+    model = build(config, Precision(compute="float32"))
+    tokens = jax.ShapeDtypeStruct((2, 16), "int32")
+    following = jax.ShapeDtypeStruct((2, 16, 1), "int32")
+
+    def loss(params, tokens, following):
+        output = model.apply(params, tokens, next_tokens=following)
+        return output.hidden.sum() + output.mtp[0].sum()
+
+    jaxpr = jax.make_jaxpr(loss)(model.shapes, tokens, following).jaxpr
+    assert set(kept_apart(jaxpr)) == expected
