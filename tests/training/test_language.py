@@ -189,7 +189,8 @@ def trained(model, config, params, batch, steps, rate=5e-3):
     state, history = initial_state(params, optimizer, 1.0), []
     for _ in range(steps):
         state, metrics = step(state, batch, KEY)
-        history.append({name: float(metrics[name]) for name in metrics if name != "expert_load"})
+        numbers = {name: x for name, x in metrics.items() if name not in ("expert_load", "checked")}
+        history.append(jax.tree.map(float, numbers))
     return state.params, history
 
 
