@@ -22,7 +22,6 @@ from deepseek_jax.ops.exchange import Exchange, exchanged
 from deepseek_jax.ops.experts import routed_experts
 from deepseek_jax.parallel.chips import described
 from deepseek_jax.parallel.compile import compile_program
-
 from deepseek_jax.parallel.manual import gathered, per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 
