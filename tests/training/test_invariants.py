@@ -104,6 +104,7 @@ def test_a_bias_that_drifts_on_one_device_stops_the_run_before_the_save(
     assert [json.loads(line)["step"] for line in lines] == [1]
 
 
+@pytest.mark.slow
 def test_checks_can_be_switched_off(data, tmp_path, monkeypatch):
     tampered(monkeypatch, a_bias_that_drifts)
     assert train(recipe(data, tmp_path, check_every=0), LENT) == 0
@@ -217,6 +218,7 @@ def test_gradients_are_measured_module_by_module():
     assert invariants.wild_gradients(found) == ["the gradient of b is not finite"]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_module(
     data, tmp_path, monkeypatch
 ):
