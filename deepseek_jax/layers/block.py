@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -56,6 +57,7 @@ class Block(nn.Module):
         attend = ATTENTIONS[type(self.attention)](
             self.attention, self.embed_dim, self.dtypes, name="attention"
         )
+        place = jax.tree.map(jnp.asarray, place)  # remat makes literals of what is constant
         x = checkpoint_name(x, LAYER_INPUT)  # all that a block needs to run again
         norm = RMSNorm(self.dtypes, eps=self.norm_eps, name="attention_norm")
         y, cache, selection = attend(norm(x), place, cache)

@@ -183,6 +183,7 @@ def _of_this_device(config, model, objective, pipeline, lies, params, batches, w
         given = unflatten_dict(whole_layer(leaves, kinds[kind]), sep="/")
         x, (_, routing, selection) = run_kind[kind].apply({"params": given}, x, None, where)
         terms = block_terms(*([r] if r is not None else [] for r in (routing, selection)))
+        routing = routing and routing._replace(chosen=None)
         return x, weighed(terms), (routing, selection)
 
     def layers(chunk, number, x, batch):
@@ -250,7 +251,7 @@ def _of_this_device(config, model, objective, pipeline, lies, params, batches, w
             )[0]
             blocks.append(found)
             if found[0] is not None:
-                routing[f"{name}block"] = found[0]
+                routing[f"{name}block"] = found[0]._replace(chosen=None)
         sums |= block_terms(*([f[i] for f in blocks if f[i] is not None] for i in (0, 1)))
         return weighed(sums), (sums, routing)
 

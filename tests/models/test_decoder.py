@@ -261,7 +261,9 @@ def test_permuting_experts_changes_nothing_visible(whole, name):
         np.testing.assert_allclose(one, two, atol=2e-6)
     for path, routing in first.routing.items():
         np.testing.assert_array_equal(routing.counts[:, order], second.routing[path].counts)
-        rest = routing._replace(counts=0), second.routing[path]._replace(counts=0)
+        back = np.append(order, len(order))[second.routing[path].chosen]
+        np.testing.assert_array_equal(routing.chosen, back)
+        rest = (r._replace(counts=0, chosen=0) for r in (routing, second.routing[path]))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *rest)
 
 
