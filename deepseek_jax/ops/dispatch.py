@@ -53,7 +53,10 @@ def collected(
     y: Float[Array, "M D"], token: Int[Array, " M"], place: Int[Array, "N A"]
 ) -> Float[Array, "N D"]:
     """Each token's sum over the places where it stands."""
-    return y.at[place].get(mode="fill", fill_value=0).sum(1, dtype=jnp.float32).astype(y.dtype)
+    total = jnp.zeros((place.shape[0], y.shape[1]), jnp.float32)
+    for one in place.T:  # one after another: rows of all choices together would be A times as many
+        total += y.at[one].get(mode="fill", fill_value=0)
+    return total.astype(y.dtype)
 
 
 spread.defvjp(

@@ -33,6 +33,14 @@ class Pipeline(NamedTuple):
         """The part of a step that a device waits: (S - 1) / (chunks * M + S - 1), as in theory."""
         return (self.stages - 1) / (self.turns + self.stages - 1)
 
+    def describe(self) -> str:
+        """What its devices do and how long they wait, in a line."""
+        runs = f" of {self.chunks} runs of layers each" if self.chunks > 1 else ""
+        return (
+            f"pipeline: {self.stages} stages{runs}, {self.microbatches} microbatches; a device "
+            f"waits {self.bubble:.1%} of a step (more accumulation_steps or stage_chunks: less)"
+        )
+
     def place(self, turn: Any) -> tuple[Any, Any]:
         """A device's chunk and microbatch at its n-th turn forward; backward chunks count down."""
         group, within = turn // (self.stages * self.chunks), turn % (self.stages * self.chunks)

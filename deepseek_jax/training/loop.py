@@ -40,6 +40,7 @@ from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
 from deepseek_jax.monitoring.progress import Progress
 from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh, rows_share
+from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
 from deepseek_jax.training import invariants
@@ -297,6 +298,9 @@ class _Run:
 
     def _compiled(self, stage: Stage, size: BatchStep, first: int, state: TrainState) -> Any:
         """The train step as one program that overwrites the state it is given."""
+        if (stages := self.mesh.shape["stage"]) > 1:
+            chunks = self.config.mesh.stage_chunks
+            self.progress.say(Pipeline(stages, chunks, size.accumulation_steps).describe())
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step = stage_step(self.config, self.model, stage, size, first)
         step = self.peers.telling(step)

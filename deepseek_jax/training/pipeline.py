@@ -108,6 +108,7 @@ def make_mesh_gradients(
             return plain(params, batch, key, scale)
         pipeline = Pipeline(mesh.shape[AXIS], chunks, steps)
         check_pipeline(model, config, pipeline)
+        shown = model.dense() if config.indexer_warmup else model
         automatic = ("tensor",) if mesh.shape["tensor"] > 1 else ()
         shapes = tree.flatten(model.shapes)
         lies = {
@@ -116,7 +117,7 @@ def make_mesh_gradients(
         }
         parts = microbatches(batch, steps)
         weights = total_weights(objective, parts)
-        run = functools.partial(_of_this_device, config, model, objective, pipeline, lies)
+        run = functools.partial(_of_this_device, config, shown, objective, pipeline, lies)
         time = "context" if mesh.shape["context"] > 1 else None
         rows, whole = PartitionSpec(None, BATCH_AXES, time), PartitionSpec()
         apply = per_device(run, (lies, rows, whole, whole), (lies, whole, whole), automatic)

@@ -34,10 +34,10 @@ OBJECTIVE = Language(z_weight=1e-3)
 
 
 @functools.cache
-def model(kind="none", dispatch=None, **fields):
+def model(kind="none", dispatch=None, attention="mla_q_rank", **fields):
     """A dense layer, one with experts and one that predicts further; every loss is there."""
     base = {"num_layers": 2, "num_dense_layers": 1, "num_mtp_layers": 1, "vocab_size": 64}
-    config = cases.decoder("mla_q_rank", "sigmoid_grouped", num_shared_experts=1, **(base | fields))
+    config = cases.decoder(attention, "sigmoid_grouped", num_shared_experts=1, **(base | fields))
     balance = dataclasses.replace(config.moe.balance, uniform_weight=0.01, z_weight=0.01)
     moe = dataclasses.replace(config.moe, balance=balance, exchange=Exchange(kind=kind))
     moe = dataclasses.replace(moe, dispatch=dispatch) if dispatch else moe
@@ -150,6 +150,12 @@ def test_interleaved_stages_are_one_device_too():
     check({"stage": 2, "fsdp": 2}, model(num_layers=5), microbatches=4, chunks=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["mla_indexer", "gqa_gate"])
+def test_sparse_attention_goes_through_stages(attention):
+    check({"stage": 2, "data": 2}, model(attention=attention))
+
+
 def test_layers_are_dealt_evenly_and_skipped_where_there_are_none():
     assert [len(own) for own in deal(61, 16, 1)] == [4] * 13 + [3] * 3
     assert [i for own in deal(7, 2, 2) for i in own] == [*range(7)]
@@ -166,6 +172,7 @@ def test_a_schedule_does_every_chunk_of_every_microbatch_once_and_in_time():
         assert [pipeline.turn(*place) for place in places] == [*range(pipeline.turns)]
     assert Pipeline(8, 1, 32).bubble == pytest.approx(7 / 39)
     assert Pipeline(8, 4, 32).bubble == pytest.approx(7 / 135)
+    assert "waits 17.9% of a step" in Pipeline(8, 1, 32).describe()
 
 
 def test_activation_memory_does_not_grow_with_microbatches():
