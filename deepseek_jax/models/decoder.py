@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core import target
+from deepseek_jax.core.axes import BATCH_AXES
 from deepseek_jax.layers.attention import GQA, Place, Selection
 from deepseek_jax.layers.block import Attention, Remat, stacked
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm, weight
@@ -181,8 +182,9 @@ def own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> Ar
     """
     rows, columns = (*spec, None, None)[:2]
     columns = (columns,) if isinstance(columns, str) else columns or ()
-    if "fsdp" in columns:
-        tokens = jax.lax.all_gather(tokens, "fsdp", tiled=True)
+    others = tuple(axis for axis in columns if axis in BATCH_AXES)  # with other tokens
+    if others:
+        tokens = jax.lax.all_gather(tokens, others, tiled=True)
     if rows is not None:
         tokens = tokens - jax.lax.axis_index(rows) * table.shape[0]
         mine = ((tokens >= 0) & (tokens < table.shape[0]))[..., None]
@@ -190,9 +192,9 @@ def own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> Ar
         x = jax.lax.psum(x, rows)  # one of them is not 0
     else:
         x = table[tokens].astype(dtype)
-    if "stage" in columns:  # all stages look up the same tokens
-        x = jax.lax.all_gather(x, "stage", axis=2, tiled=True)
-    return jax.lax.all_to_all(x, "fsdp", 0, 2, tiled=True) if "fsdp" in columns else x
+    if same := tuple(axis for axis in columns if axis not in BATCH_AXES):
+        x = jax.lax.all_gather(x, same, axis=2, tiled=True)
+    return jax.lax.all_to_all(x, others, 0, 2, tiled=True) if others else x
 
 
 def sees_all(attention: Attention) -> bool:
