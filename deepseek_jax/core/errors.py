@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.core.target import leave_absent_tpus, order_collectives
 
 
 class InputError(Exception):
@@ -21,6 +21,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     A broken run exits with code 3, Ctrl-C with 130, a vanished reader (`... | head`) with 141.
     """
     leave_absent_tpus()
+    order_collectives()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (InputError, BrokenRun, KeyboardInterrupt, OSError) as error:

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +24,7 @@ PEAKS = {
 }  # fmt: skip
 
 PCI = pathlib.Path("/sys/bus/pci/devices")
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 GOOGLE = "0x1ae0"  # the vendor of every TPU there
 
 _DESCRIBED: contextvars.ContextVar[tuple | None] = contextvars.ContextVar("devices", default=None)
@@ -75,3 +77,15 @@ def leave_absent_tpus() -> None:
     vendors = (path.read_text().strip() for path in PCI.glob("*/vendor"))
     if GOOGLE not in vendors and not importlib.metadata.entry_points(group="jax_plugins"):
         jax.config.update("jax_platforms", "cpu")
+
+
+def order_collectives() -> None:
+    """Where several CPU devices work together, keep XLA from starting their collectives at will.
+
+    Its threads all wait in one, each device for another that has begun with another one; seen on two
+    cores, with stages. Call it before JAX has devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    together = "host_platform_device_count" in flags or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if together and IN_ORDER.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {IN_ORDER}".strip()

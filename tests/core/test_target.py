@@ -69,3 +69,22 @@ def test_a_program_is_partitioned_along_axes_that_are_not_manual():
         spec = jax.P("data")
         jax.shard_map(of_one, in_specs=spec, out_specs=spec)(jax.numpy.ones(8))
     assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("flags", "address", "expected"),
+    [
+        ("", None, ""),
+        ("", "host:1", target.IN_ORDER),
+        ("--xla_force_host_platform_device_count=8", None, None),
+        ("--xla_cpu_enable_concurrency_optimized_scheduler=true", "host:1", "as it was"),
+    ],
+)
+def test_cpu_devices_that_work_together_keep_the_order(flags, address, expected, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    target.order_collectives()
+    wanted = {None: f"{flags} {target.IN_ORDER}", "as it was": flags}.get(expected, expected)
+    assert os.environ["XLA_FLAGS"] == wanted
