@@ -82,7 +82,7 @@ def leave_absent_tpus() -> None:
 def order_collectives() -> None:
     """Where several CPU devices work together, keep XLA from starting their collectives at will.
 
-    Its threads all wait in one, each device for another that has begun with another one; seen on two
+    Its threads all wait, each device for one that has begun with another collective: seen on two
     cores, with stages. Call it before JAX has devices.
     """
     flags = os.environ.get("XLA_FLAGS", "")
