@@ -50,9 +50,6 @@ def host(optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False, reason="open: red since the meshes were joined, cause not yet found"
-)
 @pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["adamw", "muon"])
 def test_a_run_is_bit_equal_with_moments_on_the_host_and_resumes(tmp_path, optimizer):
     for index in range(8):
