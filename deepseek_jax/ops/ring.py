@@ -131,9 +131,11 @@ def _pairs(axis, step, visit, carry):
     return visit(carry, both, both, source)
 
 
-def _chunk_start(axis, device, half, length):
-    size = jax.lax.axis_size(axis)
-    return jnp.where(half == 0, device, 2 * size - 1 - device) * length
+def _starts(axis, a, source, b, length):
+    """Where in their rows this device's chunk a and the source's chunk b begin."""
+    last = 2 * jax.lax.axis_size(axis) - 1
+    held = ((jax.lax.axis_index(axis), a), (source, b))
+    return [jnp.where(half == 0, device, last - device) * length for device, half in held]
 
 
 def _passed_on(axis, x):
@@ -154,10 +156,7 @@ def _forward(q, k, v, segments, axis, scale, window):
 
     def visit(keys):
         def one(carry, a, b, source):
-            first = (
-                _chunk_start(axis, jax.lax.axis_index(axis), a, length),
-                _chunk_start(axis, source, b, length),
-            )
+            first = _starts(axis, a, source, b, length)
 
             def block(at, q, segments, top, total, out):
                 scores = _scores(at, q, segments, keys[0][b], keys[2][b], *first, window)
@@ -195,10 +194,7 @@ def _backward(axis, scale, window, residuals, slope):
 
     def visit(keys):
         def one(carry, a, b, source):
-            first = (
-                _chunk_start(axis, jax.lax.axis_index(axis), a, length),
-                _chunk_start(axis, source, b, length),
-            )
+            first = _starts(axis, a, source, b, length)
 
             def block(at, q, segments, slope, log_sums, shared):
                 scores = _scores(at, q, segments, keys[0][b], keys[2][b], *first, window)

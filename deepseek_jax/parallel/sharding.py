@@ -69,9 +69,17 @@ def num_batch_shards(mesh: Mesh) -> int:
     return num_parts(mesh.shape, BATCH_AXES)
 
 
-def check_batch(mesh: Mesh, sizes: Iterable[Any]) -> None:
-    """InputError unless each size's rows (batch_size, accumulation_steps) split evenly."""
-    shards = num_batch_shards(mesh)
+def check_batch(mesh: Mesh, sizes: Iterable[Any], length: int) -> None:
+    """InputError unless rows of `length` and each size's (batch_size, accumulation_steps) do split.
+
+    Rows must split into two chunks for each device of the context axis (ops/ring).
+    """
+    shards, chunks = num_batch_shards(mesh), 2 * mesh.shape["context"]
+    if chunks > 2 and length % chunks:
+        raise InputError(
+            f"sequence_length ({length}) must be a multiple of twice mesh.context ({chunks}): "
+            "every device gets two chunks of a row"
+        )
     for size in sizes:
         if size.batch_size // size.accumulation_steps % shards:
             raise InputError(

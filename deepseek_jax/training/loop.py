@@ -70,7 +70,7 @@ def train(config: TrainConfig, lent: Lent, trace: tuple[int, int] | None = None)
     """
     mesh = make_mesh(config.mesh)
     for stage in config.filled_stages():
-        check_batch(mesh, stage.sizes())
+        check_batch(mesh, stage.sizes(), stage.sequence_length)
     alone = integrity.lock_run(config.run_dir) if jax.process_index() == 0 else nullcontext()
     with alone, jax.set_mesh(mesh), closing(_Run(config, mesh, lent, trace)) as run:
         return run.go()

@@ -38,7 +38,7 @@ def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, A
     stage = config.filled_stages()[0]
     config = narrowed(config, place)
     mesh = make_mesh(config.mesh, place.devices)
-    check_batch(mesh, stage.sizes())
+    check_batch(mesh, stage.sizes(), stage.sequence_length)
     with compiling_for(place.devices):
         model = build(config.model, config.precision)
         program, kept = compile_step(config, model, stage, mesh, quick)

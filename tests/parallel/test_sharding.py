@@ -16,11 +16,13 @@ from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import (
     batch_sharding,
+    check_batch,
     place_batch,
     tree_shardings,
     weight_sharding,
 )
 from deepseek_jax.training.language import Language, make_language
+from deepseek_jax.training.recipe import BatchStep
 from deepseek_jax.training.step import make_gradients
 
 MODEL = build(
@@ -135,6 +137,19 @@ def test_meshes_that_do_not_fit_say_how_many_devices_there_are(shape):
 def test_impossible_meshes_are_refused(shape):
     with pytest.raises(ValueError, match="at least 1"):
         MeshShape(**shape)
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "length", "message"),
+    [(14, 1, 16, "14.*4 batch shards"), (16, 8, 16, "batch shards"), (8, 1, 18, "multiple of")],
+)
+def test_batches_that_do_not_split_evenly_are_refused(rows, parts, length, message):
+    mesh = make_mesh(MeshShape(context=2, data=4))
+    good = BatchStep(step=0, batch_size=16, accumulation_steps=2)
+    check_batch(mesh, [good], 16)
+    bad = BatchStep(step=0, batch_size=rows, accumulation_steps=parts)
+    with pytest.raises(InputError, match=message):
+        check_batch(mesh, [good, bad], length)
 
 
 def test_every_device_makes_the_logits_of_its_own_tokens_only():
