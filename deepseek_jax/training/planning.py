@@ -20,6 +20,7 @@ from deepseek_jax.models.counts import num_params, train_flops_per_token
 from deepseek_jax.parallel.chips import Chip, Place, described
 from deepseek_jax.parallel.compile import Collective, Program, compile_program
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import Stage, TrainConfig
@@ -78,6 +79,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
     rows, tokens = stage.batch_size, stage.batch_size * stage.sequence_length
     total, active = num_params(model)
     optimizer = stage.optimizer
+    pipeline = Pipeline(mesh.shape["stage"], config.mesh.stage_chunks, stage.accumulation_steps)
     return {
         "device": place.kind,
         "devices": len(place.devices),
@@ -85,6 +87,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "params": total,
         "active_params": active,
+        "bubble": pipeline.bubble,
         "remat": config.model.remat,
         "params_dtype": config.precision.params,
         "moments": [optimizer.momentum_dtype, optimizer.variance_dtype],
@@ -103,10 +106,14 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
 def forecast(
     known: dict[str, Any], place: Place, moved: float, network: dict[str, float]
 ) -> dict[str, Any]:
-    """Bounds in seconds, which of them binds, the step at best, and its MFU."""
+    """Bounds in seconds, which of them binds, the step at best, and its MFU.
+
+    A pipeline makes every stage's forward pass again, and its devices wait for the first and last.
+    """
     flops, whole = known["model_flops"], known["devices"] * place.peak
+    again = 1.0 if known["bubble"] else RECOMPUTED[known["remat"]]
     bounds = {
-        "compute": flops * (1 + RECOMPUTED[known["remat"]] / 3) / whole,
+        "compute": flops * (1 + again / 3) / whole / (1 - known["bubble"]),
         "memory": moved / place.chip.bandwidth,
         **network,
     }
