@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -20,6 +21,8 @@ from deepseek_jax.ops.exchange import Exchange, exchanged
 from deepseek_jax.ops.experts import routed_experts
 from deepseek_jax.parallel.manual import gathered, in_region, manual_axes, per_device
 from deepseek_jax.parallel.sharding import num_parts, tokens_spec, weight_spec
+
+SOUND = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class Experts(nn.Module):
             capacity = max(1, math.ceil(c.dispatch.factor * (choices / c.num_experts)))
         e, d, f = c.num_experts, self.embed_dim, c.expert_dim
         inward, outward = expert_axes(c)
-        home = experts_home(c, d)
+        home = experts_home(c)
         held = e // num_parts(jax.sharding.get_abstract_mesh().shape, manual_axes(*home))
         leaves = [
             weight(self, name, shape, axes, reduced=(1,), outputs=(2,))
@@ -139,7 +142,7 @@ def expert_axes(config: MoE) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (spread, "embed", "expert_mlp"), (spread, "expert_mlp", "embed")
 
 
-def experts_home(config: MoE, embed_dim: int) -> tuple[str, ...]:
+def experts_home(config: MoE) -> tuple[str, ...]:
     """The axes of the current mesh along which devices keep their own experts; tokens travel.
 
     Empty where experts come to the tokens. InputError when the mesh cannot split them evenly.
@@ -147,6 +150,15 @@ def experts_home(config: MoE, embed_dim: int) -> tuple[str, ...]:
     mesh, kind = jax.sharding.get_abstract_mesh(), config.exchange.kind
     if mesh.empty or kind == "none":
         return ()
+    if (
+        kind == "ragged"
+        and target.platform() == "gpu"
+        and SOUND not in os.environ.get("XLA_FLAGS", "")
+    ):
+        raise InputError(
+            "model.moe.exchange.kind is ragged: XLA on GPUs gets its gradients wrong "
+            f"(marin-community/marin#8077); set XLA_FLAGS={SOUND}, or take padded"
+        )
     wanted = ("slice", "expert") if kind == "two_hop" else ("expert",)
     wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
     if config.num_experts % num_parts(mesh.shape, wanted):

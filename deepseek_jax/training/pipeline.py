@@ -151,7 +151,7 @@ def _of_this_device(config, model, objective, pipeline, lies, params, batches, w
         segment, _, name = path.partition("/block/")
         if segment.startswith("segment_"):
             kinds[int(segment.removeprefix("segment_"))][name] = path
-    home = experts_home(c.moe, c.embed_dim) if c.moe else ()
+    home = experts_home(c.moe) if c.moe else ()
     factors = {t: f / weights[t] for t, f in objective.coefficients.items()}
 
     def place(batch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import cases
 import jax
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 import reference
 
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.linear import Dtypes
-from deepseek_jax.layers.moe import Capacity, Dropless, MixtureOfExperts
+from deepseek_jax.layers.moe import Capacity, Dropless, MixtureOfExperts, experts_home
+from deepseek_jax.ops.exchange import Exchange
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 
 D = 12
 DTYPES = Dtypes(jnp.dtype("float32"), jnp.dtype("float32"))
@@ -74,3 +79,24 @@ def test_tokens_of_a_later_position_drop_first_in_every_row():
     y, routing = module.apply({"params": jax.tree.map(jnp.asarray, params)}, x, None)
     assert (np.abs(np.asarray(y)).max(-1) > 0).tolist() == [[True, False], [True, False]]
     assert (int(routing.dropped), int(routing.counts.sum())) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "message"),
+    [
+        (
+            "padded",
+            {"expert": 8, "data": 1},
+            r"num_experts \(12\) to split evenly over mesh expert",
+        ),
+        ("two_hop", {"slice": 2, "expert": 4, "data": 1}, "over mesh slice x expert"),
+        ("ragged", {"expert": 4}, "set XLA_FLAGS=--xla_gpu"),
+    ],
+)
+def test_exchanges_that_a_mesh_cannot_do_are_refused(kind, axes, message):
+    config = dataclasses.replace(CONFIG, num_experts=12, exchange=Exchange(kind=kind))
+    gpus = [types.SimpleNamespace(platform="gpu" if kind == "ragged" else "cpu")]
+    with jax.set_mesh(make_mesh(MeshShape(**axes))), compiling_for(gpus):
+        with pytest.raises(InputError, match=message):
+            experts_home(config)
+        assert experts_home(dataclasses.replace(config, exchange=Exchange())) == ()
