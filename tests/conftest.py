@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import family_table
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 from deepseek_jax.core import precision
@@ -33,6 +34,14 @@ install_import_hook(
 
 # Where a test says nothing of precision it is float32, whatever this CPU has.
 precision._cpu_flags = set
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten():
+    """Each file's compiled programs go with it: Linux maps at most 65,530 pieces into a process,
+    and the whole suite's programs have more (then loading one more is a segmentation fault)."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):
