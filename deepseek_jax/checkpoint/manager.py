@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 
 Restored = collections.namedtuple("Restored", "step state position config")
+REST = "left_out/"  # of a state: what int4 gradients between slices have not sent yet
+DROPPED = "what gradients had left out is of other slices and dropped: less than a step's rounding"
 MAPPED = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
@@ -217,6 +220,10 @@ def _context() -> ocp.Context:
     return context
 
 
+def _rests(shapes: dict[str, tuple]) -> dict[str, tuple]:
+    return {name: shape for name, shape in shapes.items() if name.startswith(REST)}
+
+
 def disk_names(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
     """The names on disk of a stacked leaf's layers; None when the leaf is not one."""
     for block, held in layers.items():
@@ -252,8 +259,8 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
         for name, text in meta["leaves"].items()
         if name.startswith(prefix)
     }
-    wanted, places = {}, {}
-    for name, leaf in tree.flatten(abstract).items():
+    wanted, places, leaves = {}, {}, tree.flatten(abstract)
+    for name, leaf in leaves.items():
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
         rows, shape, lies = disk_names(prefix + name, leaf.shape, layers), leaf.shape, sharding
         if rows and isinstance(sharding, NamedSharding):
@@ -261,12 +268,23 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
         array = jax.ShapeDtypeStruct(shape[1:] if rows else shape, leaf.dtype, sharding=lies)
         wanted |= dict.fromkeys(rows or [prefix + name], array)
         places[prefix + name] = rows, sharding
+    rests = _rests({name: x.shape for name, x in wanted.items()}), _rests(theirs)
+    anew = rests[0] != rests[1]  # other slices than those that left it out, or none
+    if anew:
+        wanted = {name: x for name, x in wanted.items() if name not in rests[0]}
+        theirs = {name: shape for name, shape in theirs.items() if name not in rests[1]}
+        if rests[1]:
+            print(f"warning: {path}: {DROPPED}", file=sys.stderr)
     if difference := tree.difference({name: x.shape for name, x in wanted.items()}, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
     with _context():
         loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
     values = []
     for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
+        if anew and name.startswith(REST):
+            nothing = functools.partial(jnp.zeros, leaves[name].shape, leaves[name].dtype)
+            values.append(jax.jit(nothing, out_shardings=sharding)())
+            continue
         found = [loaded.pop(row) for row in rows or [name]]
         values.append(jax.jit(jnp.stack, out_shardings=sharding)(found) if rows else found[0])
     return jax.tree.unflatten(jax.tree.structure(abstract), values), meta

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import numpy as np
@@ -35,6 +36,8 @@ class MeshShape:
     stage_chunks: int = 1
     """Separate runs of layers that each stage holds; more shorten the wait for the first and last
     microbatch (interleaved 1F1B), and send more. Microbatches are the accumulation steps."""
+    slice_gradients: Literal["float32", "int4"] = "float32"
+    """How gradients cross the slow network: exactly, or in four bits with error feedback."""
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in MESH_AXES]

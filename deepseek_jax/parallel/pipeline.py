@@ -208,3 +208,28 @@ def one_forward_one_backward(
     carry = jax.lax.fori_loop(delay, ahead, steady, carry)
     carry = jax.lax.fori_loop(ahead, ahead + delay, cool_down, carry)
     return (carry["first"], carry["chunks"], carry["last"]), carry["layers"], carry["report"]
+
+
+def one_after_another(
+    pipeline: Pipeline, parts: Parts, first: Any, chunks: Any, last: Any, batches: Any, scale: Any
+) -> tuple[tuple[Any, Any, Any], Any, Any]:
+    """The same of one stage: nothing waits, and no forward pass is made again."""
+
+    def loss(given, batch):
+        first, chunks, last = given
+        x = parts.first(first, batch)
+        x, loss, layers = parts.layers(_at(chunks, 0), jax.lax.axis_index(AXIS), x, batch)
+        more, report = parts.last(last, x, batch)
+        layers = jax.tree.map(lambda r: r[None], layers)
+        return scale * (loss + more), (layers, report)
+
+    def of_part(batch):
+        grads, reports = jax.grad(loss, has_aux=True)((first, chunks, last), batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), reports
+
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, of_part(batch)), None
+
+    zero = _zeros(jax.eval_shape(of_part, _at(batches, 0)))
+    grads, (layers, report) = jax.lax.scan(add, zero, batches)[0]
+    return grads, layers, report

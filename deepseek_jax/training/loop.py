@@ -43,7 +43,7 @@ from deepseek_jax.parallel.mesh import make_mesh, rows_share
 from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
-from deepseek_jax.training import invariants
+from deepseek_jax.training import invariants, slices
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
@@ -179,10 +179,10 @@ class _Run:
 
     def _restore(self) -> tuple[TrainState, int]:
         """The newest good checkpoint's state and data position, or a fresh start."""
-        recorded = self.run_dir / "config.json"
+        recorded, config = self.run_dir / "config.json", self.config
         optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
-        memory = self.stages[0].optimizer.memory
-        abstract = abstract_state(self.model, optimizer, self.mesh, memory)
+        memory, by_slice = self.stages[0].optimizer.memory, config.mesh.slice_gradients == "int4"
+        abstract = abstract_state(self.model, optimizer, self.mesh, memory, by_slice)
         newest = self.manager.newest()
         if (faults := self.config.faults).local_save_every:
             self.local = LocalCheckpoints(faults.local_dir, run_name(self.run_dir))
@@ -219,7 +219,7 @@ class _Run:
             params = self._given(abstract.params)
 
         def start(params):
-            return initial_state(params, optimizer, config.precision.loss_scale)
+            return initial_state(params, optimizer, config.precision.loss_scale, abstract.left_out)
 
         return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
@@ -301,6 +301,8 @@ class _Run:
         if (stages := self.mesh.shape["stage"]) > 1:
             chunks = self.config.mesh.stage_chunks
             self.progress.say(Pipeline(stages, chunks, size.accumulation_steps).describe())
+        if self.config.mesh.slice_gradients == "int4":
+            self.progress.say(slices.describe(self.mesh, self.model))
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step = stage_step(self.config, self.model, stage, size, first)
         step = self.peers.telling(step)

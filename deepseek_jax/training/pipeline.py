@@ -26,9 +26,17 @@ from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import PredictionLayer, own_rows, place_of, sees_all
 from deepseek_jax.ops.ring import zigzag, zigzag_order
 from deepseek_jax.parallel.manual import gathered, manual_axes, per_device
-from deepseek_jax.parallel.pipeline import AXIS, Parts, Pipeline, deal, one_forward_one_backward
+from deepseek_jax.parallel.pipeline import (
+    AXIS,
+    Parts,
+    Pipeline,
+    deal,
+    one_after_another,
+    one_forward_one_backward,
+)
 from deepseek_jax.parallel.sharding import weight_spec
 from deepseek_jax.training.language import Language, block_terms, of_tokens
+from deepseek_jax.training.slices import share_of_slice, shares
 from deepseek_jax.training.step import (
     Gradients,
     Objective,
@@ -72,7 +80,10 @@ def check_pipeline(model: Model, config: Language, pipeline: Pipeline) -> None:
     """InputError unless this model can go through this pipeline on the current mesh."""
     c, sizes = model.config, jax.sharding.get_abstract_mesh().shape
     if not c.scan:
-        raise InputError("mesh.stage is above 1: set model.scan, which keeps like layers together")
+        raise InputError(
+            "mesh.stage is above 1, or mesh.slice_gradients int4: set model.scan, which keeps like "
+            "layers together"
+        )
     if c.num_layers < pipeline.stages * pipeline.chunks:
         raise InputError(
             f"mesh.stage x stage_chunks is {pipeline.stages * pipeline.chunks}, and the model "
@@ -89,22 +100,31 @@ def check_pipeline(model: Model, config: Language, pipeline: Pipeline) -> None:
             f"({pipeline.stages}), whose devices share the head's columns"
         )
     if sizes["context"] > 1 and not sees_all(c.attention):
-        raise InputError("a sparse attention cannot have both stage and context axes in a mesh")
+        raise InputError(
+            "a sparse attention can have a context axis neither beside stages nor with "
+            "mesh.slice_gradients int4"
+        )
 
 
 def make_mesh_gradients(
-    config: Language, model: Model, objective: Objective, steps: int, chunks: int = 1
+    config: Language,
+    model: Model,
+    objective: Objective,
+    steps: int,
+    chunks: int = 1,
+    by_slice: bool = False,
 ) -> Gradients:
     """The gradient function of whatever mesh it is called on: a pipeline if that has stages.
 
-    A pipeline's microbatches are the accumulation steps. Raises InputError, when it is called, if
-    the model cannot be dealt to the stages.
+    A pipeline's microbatches are the accumulation steps. With `by_slice` gradients are left as
+    training/slices.add_slices takes them. Raises InputError, when it is called, if the model cannot
+    be dealt to the stages.
     """
     plain = make_gradients(objective, steps)
 
     def gradients(params, batch, key, scale):
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.shape[AXIS] == 1:
+        if mesh.empty or (mesh.shape[AXIS] == 1 and not (by_slice and mesh.shape["slice"] > 1)):
             return plain(params, batch, key, scale)
         pipeline = Pipeline(mesh.shape[AXIS], chunks, steps)
         check_pipeline(model, config, pipeline)
@@ -115,12 +135,14 @@ def make_mesh_gradients(
             path: _without(weight_spec(spec.axes, shapes[path].shape), automatic)
             for path, spec in tree.flatten(model.specs).items()
         }
+        across = shares(mesh, model.specs, model.shapes) if by_slice else dict.fromkeys(lies)
+        out = {p: _without(s.spec, automatic) if s else lies[p] for p, s in across.items()}
         parts = microbatches(batch, steps)
         weights = total_weights(objective, parts)
-        run = functools.partial(_of_this_device, config, shown, objective, pipeline, lies)
+        run = functools.partial(_of_this_device, config, shown, objective, pipeline, lies, across)
         time = "context" if mesh.shape["context"] > 1 else None
         rows, whole = PartitionSpec(None, BATCH_AXES, time), PartitionSpec()
-        apply = per_device(run, (lies, rows, whole, whole), (lies, whole, whole), automatic)
+        apply = per_device(run, (lies, rows, whole, whole), (out, whole, whole), automatic)
         grads, sums, routing = apply(tree.flatten(params), parts, weights, scale)
         means = {term: sums[term] / weight for term, weight in weights.items()}
         return unflatten_dict(grads, sep="/"), means, routing
@@ -139,7 +161,9 @@ def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*map(left, spec))
 
 
-def _of_this_device(config, model, objective, pipeline, lies, params, batches, weights, scale):
+def _of_this_device(
+    config, model, objective, pipeline, lies, across, params, batches, weights, scale
+):
     """Gradients as the parameters lie, terms and routing of the whole batch."""
     c, order = model.config, None
     if manual_axes("context"):
@@ -296,13 +320,12 @@ def _of_this_device(config, model, objective, pipeline, lies, params, batches, w
 
     given = prepared(params)
     parts = Parts(first, layers, last)
-    found, reports, (sums, routing) = one_forward_one_backward(
-        pipeline, parts, *given, batches, scale
-    )
+    run = one_forward_one_backward if pipeline.stages > 1 else one_after_another
+    found, reports, (sums, routing) = run(pipeline, parts, *given, batches, scale)
     wide = {p: jax.ShapeDtypeStruct(x.shape, jnp.float32) for p, x in params.items()}
     (grads,) = jax.linear_transpose(prepared, wide)(found)
     everywhere = (*manual_axes(*BATCH_AXES, "context"), AXIS)
-    grads = {p: _summed(g, lies[p], everywhere) for p, g in grads.items()}
+    grads = {p: share_of_slice(g, across[p], lies[p], everywhere) for p, g in grads.items()}
     sums, routing = jax.lax.psum((sums, routing), (*BATCH_AXES, "context"))
     for g, report in enumerate(reports):
         rows = dealt[g][:, jax.lax.axis_index(AXIS)].reshape(-1)
@@ -356,11 +379,3 @@ def _stage_dimension(spec: PartitionSpec) -> int | None:
         if AXIS in ((entry,) if isinstance(entry, str) else entry or ()):
             return dimension
     return None
-
-
-def _summed(grad: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
-    """A gradient added up over the axes on which its parameter is the same; slices come last."""
-    split = {a for e in spec for a in ((e,) if isinstance(e, str) else e or ())}
-    inside = tuple(a for a in axes if a not in split and a != "slice")
-    grad = jax.lax.psum(grad, inside) if inside else grad
-    return jax.lax.psum(grad, "slice") if "slice" in axes and "slice" not in split else grad

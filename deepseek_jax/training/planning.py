@@ -159,7 +159,7 @@ def kinds_of_bytes(state: Any, batch: Any) -> dict[str, int]:
     """A device's bytes of parameters, optimizer and everything else that a step is given."""
     return {
         "parameters": held(state.params),
-        "optimizer": held(state.opt_state),
+        "optimizer": held((state.opt_state, state.left_out)),
         "batch": held(batch),
     }
 
@@ -179,7 +179,8 @@ def compile_step(
     """A filled stage's first train step on a mesh, from shapes alone, and `kinds_of_bytes`."""
     size = stage.batch_at(0)
     optimizer = make_optimizer(stage.optimizer, model.specs)
-    state = abstract_state(model, optimizer, mesh, stage.optimizer.memory)
+    by_slice = config.mesh.slice_gradients == "int4"
+    state = abstract_state(model, optimizer, mesh, stage.optimizer.memory, by_slice)
     step = stage_step(config, model, stage, size, first=0)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

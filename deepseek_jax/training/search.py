@@ -158,7 +158,7 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
     found = []
     for mesh in meshes(config, len(place.devices)):
-        given = given_bytes(model, stage, mesh)
+        given = given_bytes(model, stage, mesh, config.mesh.slice_gradients)
         gathered, largest = weight_bytes(model, mesh)
         narrow = model.dtypes.compute.itemsize
         gathered_layer = narrow * gathered / config.model.num_layers
@@ -200,13 +200,16 @@ def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
     return found
 
 
-def given_bytes(model: Model, stage: Stage, mesh: dict[str, int]) -> int:
+def given_bytes(
+    model: Model, stage: Stage, mesh: dict[str, int], slice_gradients: str = "float32"
+) -> int:
     """A device's bytes of the train state, exactly but for padding."""
     abstract = AbstractMesh(
         tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
     )
     optimizer = make_optimizer(stage.optimizer, model.specs)
-    return held(abstract_state(model, optimizer, abstract, stage.optimizer.memory))
+    by_slice = slice_gradients == "int4"
+    return held(abstract_state(model, optimizer, abstract, stage.optimizer.memory, by_slice))
 
 
 def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """A stage's train step: its objective, optimizer and schedule, on whatever mesh runs it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
+from deepseek_jax.training.slices import add_slices
 from deepseek_jax.training.state import TrainState, on_device
 from deepseek_jax.training.step import make_train_step
 
@@ -23,15 +25,16 @@ def stage_step(
     objective = make_language(stage.objective, model)
     schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
     scaled = model.dtypes.compute == jnp.float16
+    by_slice = config.mesh.slice_gradients == "int4"
+    parts = size.accumulation_steps, config.mesh.stage_chunks
     train_step = make_train_step(
-        make_mesh_gradients(
-            stage.objective, model, objective, size.accumulation_steps, config.mesh.stage_chunks
-        ),
+        make_mesh_gradients(stage.objective, model, objective, *parts, by_slice),
         objective,
         make_optimizer(chosen, model.specs),
         lambda step: chosen.learning_rate * schedule(step - first),
         clip_norm=chosen.clip_norm,
         loss_scale_growth=config.precision.loss_scale_growth if scaled else None,
+        add_slices=functools.partial(add_slices, model=model) if by_slice else None,
     )
 
     def run_step(state, batch):

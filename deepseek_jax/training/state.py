@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.core import tree
 from deepseek_jax.models.build import Model
 from deepseek_jax.parallel.sharding import tree_shardings
+from deepseek_jax.training.slices import abstract_left_out
 
 
 @flax.struct.dataclass
@@ -26,15 +27,21 @@ class TrainState:
     loss_scale: jax.Array  # float32, what float16 losses are multiplied by (other dtypes: unused)
     good_steps: jax.Array  # finite steps since the loss scale last changed
     skipped: jax.Array  # consecutive steps skipped up to this one: something was not finite
+    left_out: dict[str, jax.Array]  # of gradients between slices: see training/slices; mostly empty
 
 
 def initial_state(
-    params: Any, optimizer: optax.GradientTransformation, loss_scale: float
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    loss_scale: float,
+    left_out: dict[str, jax.ShapeDtypeStruct] | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; `left_out` is what `abstract_state` has of it."""
     step, good_steps, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers
     scale = jnp.asarray(loss_scale, jnp.float32)
-    return TrainState(step, params, optimizer.init(params), None, scale, good_steps, skipped)
+    nothing = {path: jnp.zeros(x.shape, x.dtype) for path, x in (left_out or {}).items()}
+    opt_state = optimizer.init(params)
+    return TrainState(step, params, opt_state, None, scale, good_steps, skipped, nothing)
 
 
 def abstract_state(
@@ -42,10 +49,12 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     memory: Literal["device", "pinned_host"] = "device",
+    by_slice: bool = False,
 ) -> TrainState:
     """The state's shapes and shardings; the optimizer's trees lie like the parameters'.
 
-    With `memory` pinned_host they lie so in the hosts' memory; see `on_device`.
+    With `memory` pinned_host they lie so in the hosts' memory; see `on_device`. With `by_slice`
+    there is what is left out of gradients between slices.
     """
     state = jax.eval_shape(lambda params: initial_state(params, optimizer, 1.0), model.shapes)
     like_params = tree.flatten(tree_shardings(mesh, model.specs, model.shapes))
@@ -58,7 +67,8 @@ def abstract_state(
             sharding = sharding.with_memory_kind(memory)
         return leaf.update(sharding=sharding)
 
-    return tree.map_with_path(placed, state)
+    left_out = abstract_left_out(mesh, model) if by_slice else {}
+    return tree.map_with_path(placed, state).replace(left_out=left_out)
 
 
 def on_device(state: TrainState) -> TrainState:
@@ -82,7 +92,7 @@ def memory_table(state: TrainState) -> str:
         f"{path:42} {x.dtype!s:8} {list(x.shape)!s:20} {x.sharding.spec}"
         for path, x in tree.flatten(state.params).items()
     ]
-    weights, memory = local(state.params), local(state.opt_state)
+    weights, memory = local(state.params), local((state.opt_state, state.left_out))
     return "\n".join(rows) + (
         f"\nbytes a device: parameters {weights:,}, optimizer {memory:,}, gradients {weights:,}; "
         f"together {2 * weights + memory:,} (activations not counted)"

@@ -92,22 +92,29 @@ def make_train_step(
     *,
     clip_norm: float | None = None,
     loss_scale_growth: int | None = None,
+    add_slices: Callable[..., tuple[Any, dict[str, jax.Array]]] | None = None,
 ) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """The function (state, batch, key) -> (state, metrics).
 
     metrics are float32 scalars: every term's mean, total_loss, learning_rate, grad_norm (before
-    clipping), skipped (consecutive skips so far), the routers' and, with dynamic loss scaling,
-    loss_scale; beside them "expert_load", {path of a block: the whole batch's counts [R, E]}, and
-    "checked", which training/invariants judges. A step whose loss or gradient is not finite changes
-    nothing but the counters (and halves the loss scale).
+    clipping), skipped (consecutive skips so far), the routers', left_out_norm (of what slices have
+    not yet sent each other) and, with dynamic loss scaling, loss_scale; beside them "expert_load",
+    {path of a block: the whole batch's counts [R, E]}, and "checked", which training/invariants
+    judges. A step whose loss or gradient is not finite changes nothing but the counters (and halves
+    the loss scale).
 
     `learning_rate` is a function of state.step, the steps done before this one. After
-    `loss_scale_growth` finite steps the loss scale doubles; None: no scaling.
+    `loss_scale_growth` finite steps the loss scale doubles; None: no scaling. `add_slices` is
+    (gradients by slice, state.left_out, loss scale) -> (gradients, new left_out): training/slices;
+    None where gradients come added up.
     """
 
     def train_step(state, batch, key):
         scale = state.loss_scale if loss_scale_growth else jnp.float32(1)
         grads, means, routing = gradients(state.params, batch, key, scale)
+        left_out = state.left_out
+        if add_slices and left_out:
+            grads, left_out = add_slices(grads, left_out, scale)
         total_loss = sum(c * means[term] for term, c in objective.coefficients.items())
         lengths = squares(grads)
         norm = jnp.sqrt(sum(lengths.values())) / scale
@@ -126,8 +133,10 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         params = _balance_routers(params, routing, objective.bias_rates)
-        new, old = (params, opt_state), (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(lambda *pair: jnp.where(finite, *pair), new, old)
+        new = params, opt_state, left_out
+        old = state.params, state.opt_state, state.left_out
+        new = jax.tree.map(lambda *pair: jnp.where(finite, *pair), new, old)
+        params, opt_state, left_out = new
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {**means, **router_metrics(routing), "total_loss": total_loss, "skipped": skipped}
         metrics |= {"learning_rate": rate, "grad_norm": norm}
@@ -137,8 +146,14 @@ def make_train_step(
         # A loss scale is found by gradients that overflow.
         lengths = {} if loss_scale_growth else lengths
         metrics["checked"] = observed(lengths, trained, objective.weights_fn(batch), routing)
+        if left_out:
+            metrics["left_out_norm"] = jnp.sqrt(sum(squares(left_out).values()))
         state = state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=skipped,
+            left_out=left_out,
         )
         if loss_scale_growth:
             metrics["loss_scale"] = scale

@@ -1,0 +1,154 @@
+"""Gradients between slices in four bits (ops/compression): which leaves, how they lie, the sum.
+
+Within a slice gradients are added up exactly, each device keeping a part; only these parts cross
+the slow network. What rounding leaves out is kept in the state, a share for each slice.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.core import tree
+from deepseek_jax.core.axes import MESH_AXES, Spec
+from deepseek_jax.models.build import Model
+from deepseek_jax.ops import compression
+from deepseek_jax.parallel.manual import per_device
+from deepseek_jax.parallel.sharding import num_parts, weight_sharding
+
+AXIS = "slice"
+
+
+class Share(NamedTuple):
+    """How one leaf's gradients lie that are yet to be added up over slices."""
+
+    at: int
+    """Where their dimension of slices stands: after that of stacked layers, which checkpoints
+    take apart."""
+    dimension: int | None
+    """Which of the leaf's dimensions is dealt to the devices that hold the same of it, too."""
+    axes: tuple[str, ...]
+    """The mesh axes of these devices."""
+    spec: PartitionSpec
+    """Of everything, the dimension of slices included."""
+
+
+def shares(mesh: Mesh, specs: Any, shapes: Any) -> dict[str, Share | None]:
+    """By path: how a leaf crosses slices, None if exactly or not at all.
+
+    Norms and biases are small and stay exact; experts dealt to slices have no other share.
+    """
+    leaves = tree.flatten(shapes)
+    return {path: _share(mesh, spec, leaves[path].shape)
+            for path, spec in tree.flatten(specs).items()}  # fmt: skip
+
+
+def _share(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> Share | None:
+    entries = [_names(e) for e in weight_sharding(mesh, spec, shape).spec]
+    entries += [()] * (len(shape) - len(entries))
+    taken = {axis for names in entries for axis in names}
+    if mesh.shape[AXIS] == 1 or AXIS in taken or not (spec.reduced or "vocab" in spec.axes):
+        return None
+    same = tuple(a for a in MESH_AXES if a != AXIS and a not in taken and mesh.shape[a] > 1)
+    at, parts = int(spec.axes[0] == "layers"), num_parts(mesh.shape, same)
+    room = [shape[i] // num_parts(mesh.shape, entries[i]) for i in range(len(shape))]
+    fits = [i for i in range(at, len(shape)) if room[i] % parts == 0]
+    dimension = max(fits, key=room.__getitem__) if fits and same else None
+    if dimension is not None:
+        entries[dimension] += same
+    entries.insert(at, (AXIS,))
+    return Share(at, dimension, same, PartitionSpec(*(_entry(names) for names in entries)))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _entry(names: tuple[str, ...]) -> Any:
+    return names if len(names) > 1 else names[0] if names else None
+
+
+def abstract_left_out(mesh: Mesh, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """What may be left out of each leaf's sum, by path: shapes and shardings; see `no_left_out`."""
+    shapes = tree.flatten(model.shapes)
+    return {
+        path: jax.ShapeDtypeStruct(
+            (*shapes[path].shape[: share.at], mesh.shape[AXIS], *shapes[path].shape[share.at :]),
+            jnp.float32,
+            sharding=NamedSharding(mesh, share.spec),
+        )
+        for path, share in shares(mesh, model.specs, model.shapes).items()
+        if share
+    }
+
+
+def share_of_slice(
+    grad: jax.Array, share: Share | None, spec: PartitionSpec, axes: tuple[str, ...]
+) -> jax.Array:
+    """Within a per-device function: a device's gradient, as it lies by `spec`, added up over `axes`
+    but for what its share leaves to slices."""
+    split = {axis for entry in spec for axis in _names(entry)}
+    inside = tuple(a for a in MESH_AXES if a in axes and a not in split and a != AXIS)
+    if share is None:
+        grad = jax.lax.psum(grad, inside) if inside else grad
+        # The slow network last: then each device brings its own part to it.
+        return jax.lax.psum(grad, AXIS) if AXIS in axes and AXIS not in split else grad
+    if share.dimension is None:
+        grad = jax.lax.psum(grad, inside) if inside else grad
+    elif inside:
+        grad = jax.lax.psum_scatter(grad, inside, scatter_dimension=share.dimension, tiled=True)
+    return jnp.expand_dims(grad, share.at)
+
+
+def add_slices(
+    grads: Any, left_out: Mapping[str, jax.Array], scale: jax.Array, model: Model
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients added up over slices, and what is left out of them.
+
+    Of `left_out`'s leaves `grads` have each slice's share, times `scale`; what is left out is not
+    scaled, so that loss scales may change.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    found = {p: s for p, s in shares(mesh, model.specs, model.shapes).items() if s}
+    specs = {path: share.spec for path, share in found.items()}
+
+    def add(own, left, scale):
+        sums = {p: compression.summed(own[p] / scale, left[p], AXIS) for p in own}
+        return {p: total * scale for p, (total, _) in sums.items()}, {
+            p: rest for p, (_, rest) in sums.items()
+        }
+
+    leaves = tree.flatten(grads)
+    whole = {p: PartitionSpec(*(None if e == AXIS else e for e in s)) for p, s in specs.items()}
+    apply = per_device(add, (specs, specs, PartitionSpec()), (whole, specs))
+    sums, left_out = apply({p: leaves[p] for p in found}, dict(left_out), scale)
+    sums = {p: jnp.squeeze(x, found[p].at) for p, x in sums.items()}
+    return tree.map_with_path(lambda path, grad: sums.get(path, grad), grads), left_out
+
+
+def describe(mesh: Mesh, model: Model) -> str:
+    """What a step's gradients take on the slow network, in a line."""
+    slices, shapes, plain, sent = mesh.shape[AXIS], tree.flatten(model.shapes), 0, 0
+    if slices == 1:
+        return "gradients: one slice, so nothing crosses the slow network"
+    for path, share in shares(mesh, model.specs, model.shapes).items():
+        if share is None:
+            spec = weight_sharding(mesh, tree.flatten(model.specs)[path], shapes[path].shape).spec
+            crosses = AXIS not in {a for e in spec for a in _names(e)}
+            parts = num_parts(mesh.shape, tuple(a for e in spec for a in _names(e)))
+            size = math.prod(shapes[path].shape) // parts * crosses
+            plain, sent = plain + 4 * size, sent + 4 * size
+        else:
+            parts = num_parts(mesh.shape, tuple(a for e in share.spec for a in _names(e)))
+            size = math.prod(shapes[path].shape) * slices // parts
+            plain += 4 * size
+            sent += compression.wire_bytes(size, slices)
+    factor = 2 * (slices - 1) / slices
+    return (
+        f"gradients between {slices} slices: int4 in blocks of {compression.BLOCK}, "
+        f"{factor * sent / 1e6:.2f} MB a device and step, {plain / sent:.2f} times less than "
+        "in float32"
+    )
