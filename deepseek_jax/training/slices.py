@@ -30,8 +30,6 @@ class Share(NamedTuple):
     take apart."""
     dimension: int | None
     """Which of the leaf's dimensions is dealt to the devices that hold the same of it, too."""
-    axes: tuple[str, ...]
-    """The mesh axes of these devices."""
     spec: PartitionSpec
     """Of everything, the dimension of slices included."""
 
@@ -42,14 +40,14 @@ def shares(mesh: Mesh, specs: Any, shapes: Any) -> dict[str, Share | None]:
     Norms and biases are small and stay exact; experts dealt to slices have no other share.
     """
     leaves = tree.flatten(shapes)
-    return {path: _share(mesh, spec, leaves[path].shape)
-            for path, spec in tree.flatten(specs).items()}  # fmt: skip
+    flat = tree.flatten(specs).items()
+    return {path: _share(mesh, spec, leaves[path].shape) for path, spec in flat}
 
 
 def _share(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> Share | None:
-    entries = [_names(e) for e in weight_sharding(mesh, spec, shape).spec]
+    lies = weight_sharding(mesh, spec, shape).spec
+    entries, taken = [_names(entry) for entry in lies], _axes(lies)
     entries += [()] * (len(shape) - len(entries))
-    taken = {axis for names in entries for axis in names}
     if mesh.shape[AXIS] == 1 or AXIS in taken or not (spec.reduced or "vocab" in spec.axes):
         return None
     same = tuple(a for a in MESH_AXES if a != AXIS and a not in taken and mesh.shape[a] > 1)
@@ -60,11 +58,15 @@ def _share(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> Share | None:
     if dimension is not None:
         entries[dimension] += same
     entries.insert(at, (AXIS,))
-    return Share(at, dimension, same, PartitionSpec(*(_entry(names) for names in entries)))
+    return Share(at, dimension, PartitionSpec(*(_entry(names) for names in entries)))
 
 
 def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(axis for entry in spec for axis in _names(entry))
 
 
 def _entry(names: tuple[str, ...]) -> Any:
@@ -90,16 +92,15 @@ def share_of_slice(
 ) -> jax.Array:
     """Within a per-device function: a device's gradient, as it lies by `spec`, added up over `axes`
     but for what its share leaves to slices."""
-    split = {axis for entry in spec for axis in _names(entry)}
+    split = _axes(spec)
     inside = tuple(a for a in MESH_AXES if a in axes and a not in split and a != AXIS)
     if share is None:
         grad = jax.lax.psum(grad, inside) if inside else grad
-        # The slow network last: then each device brings its own part to it.
         return jax.lax.psum(grad, AXIS) if AXIS in axes and AXIS not in split else grad
-    if share.dimension is None:
-        grad = jax.lax.psum(grad, inside) if inside else grad
-    elif inside:
+    if share.dimension is not None and inside:
         grad = jax.lax.psum_scatter(grad, inside, scatter_dimension=share.dimension, tiled=True)
+    elif inside:
+        grad = jax.lax.psum(grad, inside)
     return jnp.expand_dims(grad, share.at)
 
 
@@ -134,18 +135,14 @@ def describe(mesh: Mesh, model: Model) -> str:
     slices, shapes, plain, sent = mesh.shape[AXIS], tree.flatten(model.shapes), 0, 0
     if slices == 1:
         return "gradients: one slice, so nothing crosses the slow network"
+    specs = tree.flatten(model.specs)
     for path, share in shares(mesh, model.specs, model.shapes).items():
-        if share is None:
-            spec = weight_sharding(mesh, tree.flatten(model.specs)[path], shapes[path].shape).spec
-            crosses = AXIS not in {a for e in spec for a in _names(e)}
-            parts = num_parts(mesh.shape, tuple(a for e in spec for a in _names(e)))
-            size = math.prod(shapes[path].shape) // parts * crosses
-            plain, sent = plain + 4 * size, sent + 4 * size
-        else:
-            parts = num_parts(mesh.shape, tuple(a for e in share.spec for a in _names(e)))
-            size = math.prod(shapes[path].shape) * slices // parts
+        shape, count = shapes[path].shape, slices if share else 1
+        spec = share.spec if share else weight_sharding(mesh, specs[path], shape).spec
+        size = math.prod(shape) * count // num_parts(mesh.shape, _axes(spec))
+        if share or AXIS not in _axes(spec):
             plain += 4 * size
-            sent += compression.wire_bytes(size, slices)
+            sent += compression.wire_bytes(size, slices) if share else 4 * size
     factor = 2 * (slices - 1) / slices
     return (
         f"gradients between {slices} slices: int4 in blocks of {compression.BLOCK}, "
