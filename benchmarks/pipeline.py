@@ -4,9 +4,9 @@
 
 Two cores cannot time eight stages, so passes are counted. A device runs as many passes of a chunk
 of layers, real or not, as it hands results to its neighbors: that is in the compiled program's
-text (of a loop of one round, as two stages of one chunk have, it leaves the last hand-over out:
-nobody reads it; so none are here). Each real one adds 1, forward to a report and backward to a gradient: the program says how
-many by what it computes. A tick costs all devices the same, so idle passes are idle time. Theory is
+text (loops of one round lose a hand-over that nobody reads: sizes that have one are not here). Each
+real pass adds 1, forward to a report and backward to a gradient: what the program computes says how
+many there are. A tick costs all devices the same, so idle passes are idle time. Theory is
 (S - 1) / (v M + S - 1) of a step, which Megatron-LM (arXiv 2104.04473, section 2.2) gives as
 (S - 1) / (v M) of the work. Layers that do not split evenly cost more: V3's 61 are the last column.
 """
@@ -35,9 +35,7 @@ LAYERS = 61
 
 def counted(pipeline: Pipeline) -> tuple[int, np.ndarray, np.ndarray]:
     """Passes that a device runs, and the real ones of every device, forward and backward."""
-    mesh = make_mesh(
-        MeshShape(data=1, stage=pipeline.stages), jax.devices()[: pipeline.stages]
-    )
+    mesh = make_mesh(MeshShape(data=1, stage=pipeline.stages), jax.devices()[: pipeline.stages])
 
     def first(params, batch):
         return batch * params
@@ -76,9 +74,10 @@ def main() -> None:
         assert (real == real[0]).all()
         longest = max(map(len, deal(LAYERS, *sizes[:2])))
         empty = 1 - LAYERS / (longest * pipeline.stages * pipeline.chunks)
+        idle, work = 1 - real[0] / runs, (pipeline.stages - 1) / pipeline.turns
         print(
-            f"| {' | '.join(map(str, sizes))} | {runs} | {real[0]:.0f} | {1 - real[0] / runs:.1%} "
-            f"| {pipeline.bubble:.1%} | {(pipeline.stages - 1) / pipeline.turns:.1%} | {empty:.1%} |"
+            f"| {' | '.join(map(str, sizes))} | {runs} | {real[0]:.0f} | {idle:.1%} | "
+            f"{pipeline.bubble:.1%} | {work:.1%} | {empty:.1%} |"
         )
 
 
