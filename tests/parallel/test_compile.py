@@ -59,6 +59,33 @@ def test_groups_are_named_by_their_axes_and_loops_count(groups, mesh):
     assert found == Collective("all-to-all", axes, 26, pytest.approx(26 * 2000 * (1 - 1 / size)))
 
 
+def test_groups_of_a_turned_grid_are_in_its_order():
+    cube = make_mesh(MeshShape(data=2, fsdp=2, expert=2))
+    line = "f32[8] all-reduce(%x), replica_groups=[2,4]<=[2,2,2]T(2,0,1)"
+    (found,) = collectives(PROGRAM.format(line=line), cube)
+    assert found.axes == ("data", "fsdp")
+
+
+def test_loops_whose_end_is_no_constant_count_nothing(mesh):
+    text = PROGRAM.format(line="f32[8] all-reduce(%x), replica_groups={}")
+    assert collectives(text, mesh)
+    assert not collectives(text.replace("constant(26)", "parameter(0)"), mesh)
+
+
+def test_a_partitioner_that_gives_up_is_heard():
+    cube = make_mesh(MeshShape(data=2, fsdp=2, expert=2))
+    rows = NamedSharding(cube, PartitionSpec(("data", "fsdp", "expert")))
+
+    def bent(x):
+        x = jnp.roll(x, 1, 0).reshape(6, 4)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, ("data", "fsdp")))
+
+    with jax.set_mesh(cube):
+        lowered = jax.jit(bent).lower(jax.ShapeDtypeStruct((24,), np.float32, sharding=rows))
+        (remark,) = compile_program(lowered, cube).remarks
+    assert "Involuntary full rematerialization" in remark
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "sent"),
     [
