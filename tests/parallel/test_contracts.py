@@ -167,7 +167,9 @@ def check(name, cases):
             for row in found["collectives"]
             if (row["kind"], row["axes"]) == ("collective-permute", ["stage"])
         )
-        assert handed_on == 2 * pipeline.turns / (1 - pipeline.bubble)
+        passes = 2 * pipeline.turns / (1 - pipeline.bubble)
+        # Of a last loop of one round nobody reads what it hands on, and the compiler sees that.
+        assert handed_on == pytest.approx(passes - (pipeline.delay == 1))
 
 
 @pytest.mark.parametrize("name", CASES)
