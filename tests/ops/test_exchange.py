@@ -105,6 +105,30 @@ def test_every_exchange_is_the_plain_sum(name, load):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-4, err_msg=part)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "tokens"),
+    [
+        # Of 20 tokens a device, each with 3 of 16 experts, an even load reaches one of 8 devices
+        # with 6.6; 1.25 times that is 9, in whole eights 16.
+        ("padded", 8 * 16, 8 * 20 * (1 - (7 / 8) ** 3)),
+        ("ragged", 8 * 16, 8 * 20 * (1 - (7 / 8) ** 3)),
+        ("ring", 4 * 20, 4 * 20 * (1 - (3 / 4) ** 3)),
+        ("two hops", 4 * 24, 4 * 35 * (1 - (3 / 4) ** (60 / 35))),  # 17.5 reach each of two slices
+    ],
+)
+def test_buffers_are_slack_times_an_even_load(name, rows, tokens, monkeypatch):
+    found = []
+
+    def noting(x, experts, weights, leaves, load):
+        found.append((x.shape[0], load))
+        return x
+
+    monkeypatch.setitem(globals(), "apply", noting)
+    compiled.__wrapped__(name)(jnp.asarray(LOADS["even"], jnp.int32), *INPUTS)
+    assert {shape for shape, _ in found} == {rows}
+    assert all(load == (pytest.approx(tokens), 60) for _, load in found)
+
+
 def test_the_emulation_keeps_the_contract_of_ragged_all_to_all():
     """jax.lax.ragged_all_to_all's own documentation: rows land at the sender's output offsets."""
     sizes = np.array([[1, 2, 0, 3], [0, 4, 1, 0], [2, 0, 0, 1], [5, 1, 2, 0]])  # [from, to]
