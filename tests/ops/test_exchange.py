@@ -28,11 +28,14 @@ INPUTS = tuple(map(jnp.asarray, (X, WEIGHTS, GATE, UP, DOWN)))
 random = np.argsort(RNG.random((N, E)), axis=1)[:, :A]
 padded = np.where(RNG.random((N, 1)) < 0.8, E, random)
 one_device = np.where(np.arange(N)[:, None] < N // 8, [[6, 7, 1]], random)
+# Devices of one parity have all they can, the others nothing: they must agree on rounds.
+every_other = np.where(np.arange(N)[:, None] // (N // 8) % 2 == 0, [[6, 7, 1]], E)
 LOADS = {
     "random": random,
     "even": np.arange(N * A).reshape(N, A) % E,
     "one": np.tile([6, 7, 1], (N, 1)),  # three experts take all, the others nothing
     "first rows": one_device,  # those of one device all go to another
+    "every other": every_other,
     "padded": padded,
     "none": np.full((N, A), E),
 }
