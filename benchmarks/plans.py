@@ -35,6 +35,8 @@ ROWS = (  # config, topology, flags
     ("deepseek_v2_lite", "v5p:2x4x4", f"{LITE}=offload"),
     ("deepseek_v2_lite", "v5p:2x4x4", f"{LITE}=offload {NARROW}"),
     ("deepseek_v2_lite", "v5p:2x4x4", f"{LITE}=offload {FAR}"),
+    ("deepseek_v2_lite", "v5p:2x4x4",
+     "--mesh.fsdp=4 --mesh.context=8 --batch-size=4 --sequence-length=131072 --model.remat=full"),
     ("deepseek_v2", "v5p:4x8x8",
      f"--mesh.fsdp=32 --mesh.expert=8 --batch-size=512 --model.remat=full {NARROW}"),
     ("deepseek_v3", "v5p:8x8x8", f"{V3} --batch-size=2048 --model.remat=full {NARROW}"),

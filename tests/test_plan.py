@@ -60,6 +60,8 @@ def test_a_small_model_on_four_chips():
     assert 0.99 * memory["outputs"] < memory["aliased"] <= memory["outputs"]
     new = memory["arguments"] + memory["temporaries"] + memory["code"]
     assert new <= memory["total"] < 1.01 * new
+    passed = 2 * memory["temporaries"]  # written and read
+    assert found["bytes_moved"] == memory["arguments"] + memory["outputs"] + passed
     text = table(found)
     assert "fits " in text and "fsdp 2 x expert 2" in text
     assert all(row["kind"] in text for row in found["collectives"])
@@ -140,6 +142,8 @@ def test_slices_have_a_network_of_their_own_and_host_memory_is_apart():
     assert found["estimate"] is False
     assert found["mesh"] == {"slice": 2, "fsdp": 4}
     assert found["bound_seconds"]["slow_network"] > found["bound_seconds"]["network"] > 0
+    joined = {tuple(row["axes"]) for row in found["collectives"]}
+    assert joined == {("slice",), ("fsdp",)}  # in a slice and between them, never mixed
     memory = found["memory"]
     assert 1.5 * memory["parameters"] < memory["host"]  # both moments, padded otherwise
     assert memory["optimizer"] < 100  # a counter

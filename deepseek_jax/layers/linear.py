@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.ops.experts import feed_forward
 from deepseek_jax.ops.matmul import matmul, scaled, thickened
+from deepseek_jax.parallel.sharding import flat_tokens
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -159,4 +160,9 @@ class SwiGLU(nn.Module):
             Projection(*parts, name=name).weight
             for name, parts in (("gate", inward), ("up", inward), ("down", outward))
         ]
-        return thickened(lambda x: feed_forward(x.reshape(-1, d), *leaves).reshape(x.shape), x)
+
+        def of_tokens(x):
+            flat, back = flat_tokens(x)
+            return back(feed_forward(flat, *leaves))
+
+        return thickened(of_tokens, x)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LARGEST = 2**31  # below it a destination and an assignment make one int32
+
 
 class Plan(NamedTuple):
     """Assignments (token n's choice a is number n * A + a) sorted by destination."""
@@ -26,7 +28,7 @@ def make_plan(choices: Int[Array, "N A"], count: int) -> Plan:
     """Sort assignments by destination, earlier tokens first; destination `count` means none."""
     flat = choices.reshape(-1)
     total = flat.shape[0]
-    if (count + 1) * total < 2**31:  # one sort of plain integers is five times faster
+    if (count + 1) * total < LARGEST:  # one sort of plain integers is five times faster
         order = jnp.sort(flat * total + jnp.arange(total, dtype=jnp.int32)) % total
     else:
         order = jnp.argsort(flat, stable=True)

@@ -200,25 +200,42 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 FOUND = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 SHAPE = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
+PARTITIONS = re.compile(r"num_partitions=(\d+)")
+FAR = re.compile(r'= \((\S+), .* send\(.*_xla_megascale_transfer_type="(\w+)"')
 
 
 def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
-    """Those of a compiled program's text, gathered by kind and axes, the most bytes first."""
+    """Those of a compiled program's text, gathered by kind and axes, the most bytes first.
+
+    A program for several slices is one slice's: its collectives join devices of the slice, and what
+    goes to other slices is handed to the host, one row of the axis `slice`.
+    """
     bodies, entry = _computations(text)
     times = _times(bodies, entry)
     counts, sent = collections.Counter(), collections.Counter()
-    sizes = tuple((axis, size) for axis, size in mesh.shape.items() if size > 1)
+    partitions = PARTITIONS.search(text.partition("\n")[0])
+    one_slice = partitions and int(partitions[1]) * mesh.shape["slice"] == mesh.size
+    sizes = tuple(
+        (axis, size)
+        for axis, size in mesh.shape.items()
+        if size > 1 and not (one_slice and axis == "slice")
+    )
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
-            if not (found := FOUND.search(line)):
+            if found := FOUND.search(line):
+                shapes, kind, started = found.groups()
+                if name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"  # the TPU's form: reduced, and a part of it kept
+                axes, size = _joined(_joins(line), sizes)
+                one = _sent(kind, shapes, bool(started), size)
+            elif found := FAR.search(line):
+                kind = found[2].lower().replace("_", "-").replace("one-to-one", KINDS[4])
+                axes, size = ("slice",), mesh.shape["slice"]
+                one = _sent_far(kind, found[1], size)
+            else:
                 continue
-            shapes, kind, started = found.groups()
-            if name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # the TPU's form: reduced, and a part of it kept
-            axes, size = _joined(_joins(line), sizes)
-            key = kind, axes
-            counts[key] += times[name]
-            sent[key] += times[name] * _sent(kind, shapes, bool(started), size)
+            counts[kind, axes] += times[name]
+            sent[kind, axes] += times[name] * one
     rows = [Collective(*key, counts[key], sent[key]) for key in counts]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
@@ -270,10 +287,7 @@ def _trips(condition: list[str]) -> int:
 
 def _sent(kind: str, shapes: str, started: bool, size: int) -> float:
     """Bytes a device sends: by rings, (n - 1) / n of the whole, twice for an all-reduce."""
-    sizes = [
-        math.prod(map(int, dims.split(","))) * _itemsize(dtype) if dims else 0
-        for dtype, dims in SHAPE.findall(shapes)
-    ]
+    sizes = _bytes(shapes)
     if kind == "collective-permute":
         return sizes[0]
     whole = max(sizes, default=0) if started and kind == "all-gather" else sum(sizes)
@@ -281,6 +295,23 @@ def _sent(kind: str, shapes: str, started: bool, size: int) -> float:
     if kind == "reduce-scatter":
         return whole * (size - 1)  # its result is a part
     return 2 * whole * part if kind == "all-reduce" else whole * part
+
+
+def _sent_far(kind: str, operand: str, size: int) -> float:
+    """The same, from what a device hands to its host."""
+    (given,) = _bytes(operand)
+    if kind == "collective-permute":
+        return given
+    if kind == "all-gather":
+        return given * (size - 1)  # it is a part
+    return given * (2 if kind == "all-reduce" else 1) * (size - 1) / size
+
+
+def _bytes(shapes: str) -> list[float]:
+    return [
+        math.prod(map(int, dims.split(","))) * _itemsize(dtype) if dims else 0
+        for dtype, dims in SHAPE.findall(shapes)
+    ]
 
 
 def _itemsize(dtype: str) -> float:

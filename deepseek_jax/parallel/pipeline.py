@@ -30,7 +30,12 @@ class Pipeline(NamedTuple):
 
     @property
     def bubble(self) -> float:
-        """The part of a step that a device waits: (S - 1) / (chunks * M + S - 1), as in theory."""
+        """The part of a step that a device waits: (S - 1) / (chunks * M + S - 1), as in theory.
+
+        It runs passes of nothing meanwhile, S - 1 forward and as many backward, and all ticks cost
+        all devices the same; benchmarks/pipeline.py counts them. Layers that the virtual stages
+        cannot share evenly come on top.
+        """
         return (self.stages - 1) / (self.turns + self.stages - 1)
 
     def describe(self) -> str:

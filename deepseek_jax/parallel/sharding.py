@@ -1,7 +1,7 @@
 """Logical names to mesh axes: one table for weights, one for activations, and `constrain`."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -115,6 +115,28 @@ def tokens_spec(rows: int, length: int) -> PartitionSpec | None:
     if rows % num_parts(mesh.shape, BATCH_AXES):
         return None
     return PartitionSpec(BATCH_AXES, "context", None)
+
+
+def flat_tokens(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """[B, T, D] as [N, D], and the way back; on a mesh each device's tokens stay its own.
+
+    Left to itself, XLA gathers the context axis: it cannot merge two dimensions that are split, and
+    every device of it would compute what all of them have.
+    """
+    rows, length, width = x.shape
+    spec = tokens_spec(rows, length)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if spec is None or sizes["context"] == 1:
+        return x.reshape(-1, width), lambda y: y.reshape(rows, length, -1)
+    parts, times = num_parts(sizes, BATCH_AXES), sizes["context"]
+    own = rows // parts, length // times
+    x = x.reshape(parts, own[0], times, own[1], width).swapaxes(1, 2).reshape(-1, width)
+
+    def back(y: jax.Array) -> jax.Array:
+        y = y.reshape(parts, times, *own, -1).swapaxes(1, 2).reshape(rows, length, -1)
+        return jax.lax.with_sharding_constraint(y, spec)
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec((*BATCH_AXES, "context"))), back
 
 
 def heads_spec(rows: int, *num_heads: int) -> PartitionSpec | None:

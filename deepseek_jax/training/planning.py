@@ -134,7 +134,8 @@ def network_seconds(
     fast = slow = 0.0
     for row in collectives:
         inside, across = _spread(row.axes, dict(mesh.shape), chip.domain)
-        outward = row.bytes * (across - 1) / across
+        whole = inside * across  # of its parts a ring sends all but one
+        outward = row.bytes * (across - 1) / across * whole / max(1, whole - 1)
         if row.kind not in ("all-to-all", "ragged-all-to-all", "collective-permute"):
             outward /= inside  # first among neighbors; then each sends its own part
         slow += outward

@@ -28,11 +28,14 @@ INPUTS = tuple(map(jnp.asarray, (X, WEIGHTS, GATE, UP, DOWN)))
 random = np.argsort(RNG.random((N, E)), axis=1)[:, :A]
 padded = np.where(RNG.random((N, 1)) < 0.8, E, random)
 one_device = np.where(np.arange(N)[:, None] < N // 8, [[6, 7, 1]], random)
+# Devices of one parity have all they can, the others nothing: they must agree on rounds.
+every_other = np.where(np.arange(N)[:, None] // (N // 8) % 2 == 0, [[6, 7, 1]], E)
 LOADS = {
     "random": random,
     "even": np.arange(N * A).reshape(N, A) % E,
     "one": np.tile([6, 7, 1], (N, 1)),  # three experts take all, the others nothing
     "first rows": one_device,  # those of one device all go to another
+    "every other": every_other,
     "padded": padded,
     "none": np.full((N, A), E),
 }
@@ -103,6 +106,30 @@ def test_every_exchange_is_the_plain_sum(name, load):
         ("x", "weights", "gate", "up", "down"), slopes, expected_slopes, strict=True
     ):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-4, err_msg=part)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "tokens"),
+    [
+        # Of 20 tokens a device, each with 3 of 16 experts, an even load reaches one of 8 devices
+        # with 6.6; 1.25 times that is 9, in whole eights 16.
+        ("padded", 8 * 16, 8 * 20 * (1 - (7 / 8) ** 3)),
+        ("ragged", 8 * 16, 8 * 20 * (1 - (7 / 8) ** 3)),
+        ("ring", 4 * 20, 4 * 20 * (1 - (3 / 4) ** 3)),
+        ("two hops", 4 * 24, 4 * 35 * (1 - (3 / 4) ** (60 / 35))),  # 17.5 reach each of two slices
+    ],
+)
+def test_buffers_are_slack_times_an_even_load(name, rows, tokens, monkeypatch):
+    found = []
+
+    def noting(x, experts, weights, leaves, load):
+        found.append((x.shape[0], load))
+        return x
+
+    monkeypatch.setitem(globals(), "apply", noting)
+    compiled.__wrapped__(name)(jnp.asarray(LOADS["even"], jnp.int32), *INPUTS)
+    assert {shape for shape, _ in found} == {rows}
+    assert all(load == (pytest.approx(tokens), 60) for _, load in found)
 
 
 def test_the_emulation_keeps_the_contract_of_ragged_all_to_all():

@@ -3,7 +3,7 @@
 The real compiler partitions it (in processes of its own, machine code left out). The program has
 the collectives that its parallelism explains and no others, and the partitioner nowhere gave up
 ("Involuntary full rematerialization", read from file descriptor 2). A sharding that is wrong on
-purpose turns both red.
+purpose turns both red. A mesh with slices is 2 of 256 chips.
 """
 
 import json
@@ -13,20 +13,48 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-TOPOLOGY = "v5p:8x8x8"
+from deepseek_jax.parallel.pipeline import Pipeline
 
-# What each axis explains. A part of a mesh that several axes span needs what all of them allow.
-SUMS = {"all-reduce", "reduce-scatter"}
-WEIGHTS = SUMS | {"all-gather", "all-to-all", "collective-permute"}
-ALLOWED = {
-    "data": SUMS,  # gradients and counts add up; nothing is gathered
-    "slice": SUMS,
-    "fsdp": WEIGHTS,  # weights come together, slopes fall apart; look-ups turn rows to columns
-    "expert": WEIGHTS | {"ragged-all-to-all"},  # experts too, or their tokens
-    "tensor": SUMS | {"all-gather", "collective-permute", "all-to-all"},  # heads and widths
-    "context": WEIGHTS,  # keys and values of a row's other parts
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOPOLOGY, SLICES = "v5p:8x8x8", "v5p:4x8x8@2"
+
+# What each axis explains, and why. A part of a mesh that several axes span needs what all allow.
+SUMS = {
+    "all-reduce": "slopes, counts and losses add up",
+    "reduce-scatter": "and each device keeps its own part of a weight's slope",
 }
+MOVES = {"collective-permute": "parts change hands where the layouts of two operations meet"}
+ALLOWED = {
+    "data": SUMS,  # nothing is gathered
+    "slice": {"all-reduce": SUMS["all-reduce"]},  # the slow network has nothing else to do
+    "fsdp": SUMS | MOVES | {
+        "all-gather": "weights come together; tokens, for their group to look up",
+        "all-to-all": "looked-up rows turn from some columns of all tokens to all of some",
+    },
+    "expert": SUMS | MOVES,  # and what the exchange explains
+    "tensor": {"all-reduce": "parts of products over split heads, widths and vocabulary add up"},
+    "context": {
+        "all-reduce": SUMS["all-reduce"],
+        "collective-permute": "keys and values go around the ring; rows turn zigzag and back",
+    },
+    "stage": SUMS | {
+        "collective-permute": "a microbatch goes on to the next stage, its slope to the one before",
+        "all-to-all": "once a step weights turn from widths to whole layers, and slopes back",
+        "all-gather": "columns of embedded tokens, of which every stage looks up its own; an MTP "
+        "layer, which every stage computes",
+    },
+}  # fmt: skip
+EXCHANGES = {  # what they add to the axes over which experts lie
+    "none": {"all-gather": "experts come to the tokens"},
+    "ring": {"all-gather": "all tokens of the axis come to every expert"},
+    "padded": {"all-to-all": "tokens go to the devices of their experts, and back"},
+    "ragged": {
+        "ragged-all-to-all": "the same without padding",
+        "all-to-all": "and where their slopes go: numbers",
+    },
+    "two_hop": {"all-to-all": "tokens go to the slices of their experts, then to the devices"},
+}
+BY_SLICE = {"all-gather": "what slices have added up, each device a part, is whole again"}
 CUT = ["--model.num-layers=2", "--sequence-length=2048", "--model.remat=full"]
 MOE = [*CUT, "--model.num-dense-layers=1"]
 CASES = {  # config, flags; the first ones are quick
@@ -48,6 +76,38 @@ SLOW = {
     ),
     "moe 16b": ("deepseek_moe_16b", [*MOE, "--mesh.fsdp=128", "--mesh.data=4"]),
 }
+STAGES = [*CUT[1:], "--model.num-dense-layers=1", "--model.num-layers=4"]
+LITE, PARTS = "deepseek_v2_lite", "--accumulation-steps=4"
+KIND = "--model.moe.exchange.kind="
+SLOW |= {
+    "stages fsdp": (LITE, [*STAGES, "--mesh.stage=4", "--mesh.fsdp=128", PARTS]),
+    "stages data expert": (LITE, [
+        *STAGES, "--mesh.stage=4", "--mesh.data=8", "--mesh.fsdp=1", "--mesh.expert=16", PARTS,
+        KIND + "padded",
+    ]),
+    "stages interleaved": (LITE, [
+        *STAGES, "--mesh.stage=2", "--mesh.stage-chunks=2", "--mesh.fsdp=256",
+        "--accumulation-steps=2",
+    ]),
+    "stages context": (LITE, [
+        *MOE, "--mesh.stage=2", "--mesh.context=4", "--mesh.fsdp=64", PARTS
+    ]),
+    "stages tensor": ("deepseek_r1_distill_llama_8b", [
+        *CUT, "--mesh.stage=2", "--mesh.tensor=4", "--mesh.fsdp=64", PARTS
+    ]),
+    "slices": (LITE, [*MOE, "--mesh.slice=2", "--mesh.fsdp=32", "--mesh.expert=8"]),
+    "slices two_hop": (LITE, [
+        *MOE, "--mesh.slice=2", "--mesh.fsdp=32", "--mesh.expert=8", KIND + "two_hop"
+    ]),
+    "context dense": ("deepseek_r1_0528_qwen3_8b", [*CUT, "--mesh.context=8", "--mesh.fsdp=64"]),
+    "context moe": (LITE, [*MOE, "--mesh.context=8", "--mesh.fsdp=8", "--mesh.expert=8"]),
+    "tensor dense": ("deepseek_r1_distill_llama_70b", [*CUT, "--mesh.tensor=8", "--mesh.fsdp=64"]),
+    "tensor moe": (LITE, [*MOE, "--mesh.tensor=4", "--mesh.fsdp=16", "--mesh.expert=8"]),
+}  # fmt: skip
+SLOW |= {
+    kind: (LITE, [*MOE, "--mesh.fsdp=64", "--mesh.expert=8", KIND + kind])
+    for kind in ("ring", "padded", "ragged")
+}
 DENSE = ("qwen_1_5b", "qwen_7b", "qwen_14b", "qwen_32b", "llama_8b", "llama_70b")
 SLOW |= {
     name: (f"deepseek_r1_distill_{name}", [*CUT, "--mesh.data=4", "--mesh.fsdp=128"])
@@ -59,7 +119,8 @@ SLOW = {name: (config, [*flags, "--batch-size=512"]) for name, (config, flags) i
 
 def compiled(config, flags, code=""):
     """The plan of a config on 512 chips; `code` runs before."""
-    command = ["--config", f"configs/{config}.py", "--topology", TOPOLOGY, "--quick", "--json"]
+    topology = SLICES if any(flag.startswith("--mesh.slice") for flag in flags) else TOPOLOGY
+    command = ["--config", f"configs/{config}.py", "--topology", topology, "--quick", "--json"]
     program = f"{code}\nimport sys\nfrom deepseek_jax.plan import main\nmain(sys.argv[1:])"
     # tyro takes the last of two flags
     mesh = [] if any(flag.startswith("--mesh.data") for flag in flags) else ["--mesh.data=1"]
@@ -71,12 +132,21 @@ def compiled(config, flags, code=""):
     return json.loads(done.stdout)
 
 
-def complaints(found):
-    """What a plan's program has that its mesh does not explain."""
+def complaints(found, exchange="none"):
+    """What a plan's program has that its mesh and its exchange do not explain."""
+
+    def explained(kind, axis):
+        kinds = {*ALLOWED.get(axis, ())}
+        if axis == "expert" or (axis == "slice" and exchange == "two_hop"):
+            kinds |= {*EXCHANGES[exchange]}
+        if "slice" in found["mesh"] and axis != "slice":
+            kinds |= {*BY_SLICE}
+        return kind in kinds
+
     rows = [
         f"{row['kind']} over {row['axes']}"
         for row in found["collectives"]
-        if row["bytes"] and not all(row["kind"] in ALLOWED.get(axis, ()) for axis in row["axes"])
+        if row["bytes"] and not all(explained(row["kind"], axis) for axis in row["axes"])
     ]
     return rows + found["remarks"]
 
@@ -85,9 +155,21 @@ def check(name, cases):
     config, flags = cases[name]
     found = compiled(config, flags)
     assert found["devices"] == 512
-    assert not complaints(found)
+    kinds = [flag.removeprefix(KIND) for flag in flags if flag.startswith(KIND)]
+    assert not complaints(found, *kinds)
     seen = {axis for row in found["collectives"] for axis in row["axes"]}
     assert seen == set(found["mesh"]), "every axis in use is seen, or the others hide nothing"
+    if "stage" in seen:
+        chunks = 2 if "--mesh.stage-chunks=2" in flags else 1
+        pipeline = Pipeline(found["mesh"]["stage"], chunks, found["accumulation_steps"])
+        (handed_on,) = (
+            row["count"]
+            for row in found["collectives"]
+            if (row["kind"], row["axes"]) == ("collective-permute", ["stage"])
+        )
+        passes = 2 * pipeline.turns / (1 - pipeline.bubble)
+        # Of a last loop of one round nobody reads what it hands on, and the compiler sees that.
+        assert handed_on == pytest.approx(passes - (pipeline.delay == 1))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,8 +177,15 @@ def test_collectives_are_explained(name):
     check(name, CASES)
 
 
+# Between stages, XLA keeps neither layers' weights nor their slopes split along the tensor axis: it
+# gathers and sums them in every tick (correctly: tests/parallel/test_meshes).
+WHOLE = pytest.mark.xfail(strict=True, reason="a pipeline's layers are whole on the tensor axis")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=WHOLE if name == "stages tensor" else ()) for name in SLOW]
+)
 def test_collectives_of_every_published_model_are_explained(name):
     check(name, SLOW)
 
@@ -116,8 +205,26 @@ def test_a_bad_sharding_is_found():
 
 def test_what_the_partitioner_says_counts():
     rows = [{"kind": "all-reduce", "axes": ["data"], "bytes": 1.0}]
-    assert not complaints({"collectives": rows, "remarks": []})
+    found = {"mesh": {"data": 2}, "collectives": rows, "remarks": []}
+    assert not complaints(found)
     said = "Involuntary full rematerialization"
-    assert complaints({"collectives": rows, "remarks": [said]}) == [said]
+    assert complaints(found | {"remarks": [said]}) == [said]
     rows[0]["axes"] = ["data", "?"]
-    assert complaints({"collectives": rows, "remarks": []}) == ["all-reduce over ['data', '?']"]
+    assert complaints(found) == ["all-reduce over ['data', '?']"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis", "exchange", "explained"),
+    [
+        ("all-to-all", "expert", "padded", True),
+        ("all-to-all", "expert", "none", False),
+        ("ragged-all-to-all", "expert", "padded", False),
+        ("all-to-all", "slice", "two_hop", True),
+        ("all-gather", "slice", "two_hop", False),
+        ("all-gather", "tensor", "none", False),
+    ],
+)
+def test_an_exchange_explains_its_own(kind, axis, exchange, explained):
+    rows = [{"kind": kind, "axes": [axis], "bytes": 1.0}]
+    found = {"mesh": {axis: 2}, "collectives": rows, "remarks": []}
+    assert bool(complaints(found, exchange)) is not explained

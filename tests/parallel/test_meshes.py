@@ -151,6 +151,16 @@ def test_interleaved_stages_are_one_device_too():
 
 
 @pytest.mark.slow
+def test_stages_share_a_tied_head():
+    check({"stage": 2, "data": 2}, model(tie_embeddings=True))
+
+
+@pytest.mark.slow
+def test_widths_that_stages_do_not_divide_stay_whole():
+    check({"stage": 3}, model(num_layers=3, vocab_size=63))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["mla_indexer", "gqa_gate"])
 def test_sparse_attention_goes_through_stages(attention):
     check({"stage": 2, "data": 2}, model(attention=attention))

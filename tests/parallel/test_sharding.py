@@ -13,10 +13,12 @@ from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES, Spec
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import build
 from deepseek_jax.ops.losses import cross_entropy
+from deepseek_jax.parallel.compile import compile_program
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import (
     batch_sharding,
     check_batch,
+    flat_tokens,
     place_batch,
     tree_shardings,
     weight_sharding,
@@ -169,3 +171,23 @@ def test_every_device_makes_the_logits_of_its_own_tokens_only():
         text = jax.jit(slopes).lower(rows, head, targets).compile().as_text()
     assert re.search(r"f32\[8,999\]\S* dot\(", text)
     assert not re.search(r"f32\[64,999\]", text)
+
+
+def test_tokens_are_merged_device_by_device():
+    """Several rows a device, on a context axis: nothing is sent, and the way back is the way."""
+    mesh = make_mesh(MeshShape(data=2, context=4))
+    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context", None))
+    x = np.arange(4 * 8 * 3, dtype=np.float32).reshape(4, 8, 3)
+
+    def there_and_back(x):
+        flat, back = flat_tokens(x)
+        return flat, back(flat * 2)
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(there_and_back)
+        placed = jax.device_put(x, where)
+        program = compile_program(run.lower(placed), mesh)
+        flat, back = run(placed)
+    assert program.collectives == ()
+    np.testing.assert_array_equal(back, 2 * x)
+    assert {*map(tuple, np.asarray(flat))} == {*map(tuple, x.reshape(-1, 3))}

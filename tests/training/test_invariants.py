@@ -216,6 +216,8 @@ def test_gradients_are_measured_module_by_module():
     found = invariants.observed(invariants.squares(grads), {}, {}, {})
     assert float(found["gradients"]["a"]) == 7 and np.isnan(found["gradients"]["b"])
     assert invariants.wild_gradients(found) == ["the gradient of b is not finite"]
+    found = {"gradients": {"a": 1.0, "c": np.inf}}
+    assert invariants.wild_gradients(found) == ["the gradient of c is not finite"]
 
 
 @pytest.mark.slow
@@ -255,3 +257,15 @@ def test_only_biases_are_compared():
     params = {"a": {"router": {"bias": drifted, "weight": leaf}}}
     assert next(iter(tree.flatten(params))) == "a/router/bias"
     assert invariants.unequal_biases(params)[0].startswith("a/router/bias is another on device 3")
+
+
+def test_copies_are_of_the_same_part_and_processes_compare_whole_ones():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    values = jnp.arange(4.0)
+    split = jax.device_put(values, jax.NamedSharding(mesh, jax.P("x")))
+    assert invariants.unequal_biases({"router": {"bias": split}}) == []
+    drifted = on_one_device(split, 5, lambda x: np.nextafter(x, 9))
+    assert "on device 5" in invariants.unequal_biases({"router": {"bias": drifted}})[0]
+    one, same, other = (jax.device_put(x, jax.NamedSharding(mesh, jax.P()))
+                        for x in (values, values, values + 1))  # fmt: skip
+    assert invariants._summary(one) == invariants._summary(same) != invariants._summary(other)
