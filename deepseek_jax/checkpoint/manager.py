@@ -3,7 +3,8 @@
 Every Orbax call of the package stands in this file (its v1 API still moves). In memory blocks are
 stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `layer_1/x`, `layer_2/x`,
 ...: independent of scan, mesh and stages, and readable in pieces. Beside Orbax's state/ stand
-config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json.
+config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json. In a
+bucket the same files are objects, written without Orbax (checkpoint/objects.py).
 """
 
 import collections
@@ -15,7 +16,8 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,13 +29,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
-from deepseek_jax.checkpoint import integrity
+from deepseek_jax.checkpoint import integrity, objects
 from deepseek_jax.checkpoint.integrity import resolve as resolve  # for whoever loads
 from deepseek_jax.checkpoint.parts import BUFFER, Piece, in_parts, reserve, write_at
 from deepseek_jax.checkpoint.safetensors import Source
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import Object, Path, located
 
 Restored = collections.namedtuple("Restored", "step state position config")
 MAPPED = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
@@ -66,8 +69,8 @@ class Manager:
     are plain arrays (no typed PRNG keys), none of them empty.
     """
 
-    def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: str | Path, config: Checkpoint, layers: Layers):
+        self.directory = located(directory).absolute()
         self._config, self._layers = config, layers
         self._last, self._bad = None, set()  # the step written or restored last; damaged ones
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -78,6 +81,10 @@ class Manager:
             raise InputError(f"{self.directory}: cannot be made ({error.strerror})") from None
         if jax.process_index() == 0:
             integrity.remove_leftovers(self.directory)
+        self._attempt = 0
+        if isinstance(self.directory, Object):
+            drawn = np.int32(secrets.randbelow(2**31))
+            self._attempt = multihost_utils.broadcast_one_to_all(drawn).item()
 
     def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
         """Copy `state` to the host and write it in the background, with `files` {name: bytes}.
@@ -90,22 +97,35 @@ class Manager:
             return
         arrays = _to_disk(state, self._layers)
         files = files | _description(step, position, arrays, config)
-        partial = self.directory / f"{step}.saving"
         try:
-            with _context():  # Orbax copies what it is given before it returns
-                response = ocp.save_async(partial, unflatten_dict(arrays, sep="/"))
+            write = self._begun(step, arrays, files)
         except Exception as error:
             raise self._failure(step, error) from error
-        self._writing = self._writer.submit(self._finish, step, partial, response, files)
+        self._writing = self._writer.submit(self._finish, step, write)
         if not self._config.asynchronous:
             self.wait()
 
-    def _finish(self, step: int, partial: pathlib.Path, response: Any, files: dict) -> None:
-        whole = self.directory / str(step)
-        try:
+    def _begun(self, step: int, arrays: dict, files: dict) -> Callable[[], None]:
+        """What completes a save; `arrays` are copied by now."""
+        whole, partial = self.directory / str(step), self.directory / f"{step}.saving"
+        if isinstance(whole, Object):
+            found = objects.contents(arrays)
+            if jax.process_index() == 0:
+                found |= files | _orbax_files(arrays)
+            return functools.partial(objects.write, whole, found, self._attempt)
+        with _context():  # Orbax copies what it is given before it returns
+            response = ocp.save_async(partial, unflatten_dict(arrays, sep="/"))
+
+        def complete() -> None:
             response.result()
             if jax.process_index() == 0:
                 _complete(partial, whole, files)
+
+        return complete
+
+    def _finish(self, step: int, write: Callable[[], None]) -> None:
+        try:
+            write()
             self._last = step
             self._bad.discard(step)
             if jax.process_index() == 0:
@@ -124,7 +144,7 @@ class Manager:
         reason = " ".join(str(error).split())
         if "no space left" in reason.lower() or "quota" in reason.lower():
             reason = "the disk is full"
-        elif not isinstance(error, OSError):
+        elif not isinstance(error, OSError) or isinstance(self.directory, Object):
             return error
         left = [s for s in integrity.steps(self.directory) if s not in self._bad]
         kept = f"checkpoint {left[-1]} is intact" if left else "there is no earlier one"
@@ -171,9 +191,9 @@ class Manager:
         return Restored(step, state, meta["position"], read_config(path))
 
 
-def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
     """The config that a checkpoint was trained with; `path` is what `resolve` gave."""
-    return core_config.read_json(pathlib.Path(path) / "config.json")
+    return core_config.read_json(located(path) / "config.json")
 
 
 def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) -> Any:
@@ -238,7 +258,7 @@ def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
     return arrays
 
 
-def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
+def _from_disk(path: Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
     """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
 
     Leaves without a sharding come to the first local device.
@@ -263,8 +283,11 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
         places[prefix + name] = rows, sharding
     if difference := tree.difference({name: x.shape for name, x in wanted.items()}, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
-    with _context():
-        loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
+    if isinstance(path, Object):
+        loaded = objects.load(path, wanted)
+    else:
+        with _context():
+            loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
     values = []
     for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
         found = [loaded.pop(row) for row in rows or [name]]
@@ -306,13 +329,8 @@ def _leaf_piece(name: str, source: Source) -> Piece:
     rows = 1 if experts else math.ceil(length / math.ceil(size / BUFFER))
 
     def begin(path: pathlib.Path) -> None:
-        spec = {
-            "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": {"chunk_key_encoding": {"name": "v2"}},
-        }  # fmt: skip
-        layout = tensorstore.ChunkLayout(chunk_shape=[rows, *inner])
-        kind = {"dtype": tensorstore.dtype(dtype), "shape": source.shape, "chunk_layout": layout}
-        tensorstore.open(spec, create=True, **kind).result()
+        path.mkdir()
+        (path / "zarr.json").write_bytes(objects.zarr_json(source.shape, dtype, (rows, *inner)))
 
     def fill(number: int, values: np.ndarray, path: pathlib.Path) -> dict[str, Any]:
         file, digest = path / ".".join([str(number), *"0" * len(inner)]), hashlib.sha256()
@@ -335,7 +353,7 @@ def _leaf_piece(name: str, source: Source) -> Piece:
     return Piece(folder, begin, each if experts else [(size, rest)])
 
 
-def _orbax_files(leaves: dict[str, Source]) -> dict[str, bytes]:
+def _orbax_files(leaves: Iterable[str]) -> dict[str, bytes]:
     """What Orbax 0.12 writes beside the arrays, for plain zarr folders of NumPy arrays."""
     handler = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
     tables = {"item_handlers": {"state": handler}, "metrics": {}, "performance_metrics": {}}
