@@ -44,7 +44,7 @@ class Bucket:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", 1 << 16
     bucket: Bucket
 
     def log_message(self, *_):
