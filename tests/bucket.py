@@ -24,7 +24,7 @@ class Bucket:
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.lock = threading.Lock()
         self.generations = itertools.count(time.time_ns() // 1000)
-        self.delay = lambda name: None  # called before an object of this name is put
+        self.before = lambda kind, name: None  # called before a PUT or DELETE; True: it is lost
         self.asked: list[str] = []
 
     def __getitem__(self, name: str) -> bytes:
@@ -130,7 +130,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif name.startswith("forbidden/"):
             self._refuse(403, "does not have storage.objects.create access")
         else:
-            self.bucket.delay(name)
+            if self.bucket.before("PUT", name):
+                self.close_connection = True
+                return
             with self.bucket.lock:
                 if matches := self._matches(name, query):
                     generation = next(self.bucket.generations)
@@ -142,6 +144,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_DELETE(self):
         name, query = self._asked()
+        if self.bucket.before("DELETE", name):
+            self.close_connection = True
+            return
         with self.bucket.lock:
             known, matches = name in self.bucket.objects, self._matches(name, query)
             if known and matches:

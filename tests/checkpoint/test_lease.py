@@ -1,4 +1,4 @@
-"""Invariance: of several processes that want a run in a bucket, one gets it (see tests/bucket.py)."""
+"""Invariance: of processes that want a run in a bucket, one gets it (see tests/bucket.py)."""
 
 import json
 import os
@@ -126,11 +126,11 @@ def test_of_processes_that_race_exactly_one_wins(gs, holder, case):
     if case == "expired":
         over = ELSEWHERE | {"seconds": 60, "expires": time.time() - 100}
         gs[f"bucket/race-expired/{LEASE}"] = json.dumps(over).encode()
-    gs.delay = lambda name: time.sleep(0.05)  # both have read before either puts
+    gs.before = lambda kind, name: time.sleep(0.05)  # all have read before either puts
     at = time.time() + 2
     racers = [holder(run, 4, f"machine {i}", at) for i in range(4)]
     said = [racer.stdout.readline() for racer in racers]
-    gs.delay = lambda name: None
+    gs.before = lambda kind, name: None
     winner = said.index("held\n")
     assert json.loads(gs[f"{run.removeprefix('gs://')}/{LEASE}"])["pid"] == racers[winner].pid
     others = [line for line in said if line != "held\n"]
