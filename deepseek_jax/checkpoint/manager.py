@@ -42,8 +42,10 @@ Restored = collections.namedtuple("Restored", "step state position config")
 MAPPED = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
-# Orbax's threads log each failure with its traceback before `save` or `wait` raises it.
-logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
+# Orbax's threads log each failure with its traceback before `save` or `wait` raises it, and it
+# does not take a plain zarr folder for data.
+NOISE = ("_SignalingThread", "TensorStore data files not found")
+logging.getLogger("absl").addFilter(lambda record: not any(n in record.getMessage() for n in NOISE))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -305,7 +305,12 @@ def _translated(pattern: str) -> str:
             return folders if word == "**/" else rf"{folders}(?!\.)[^/]+"
         if word[0] not in "*?[":
             return re.escape(word)
-        inner = {"*": "[^/]*", "?": "[^/]"}.get(word) or f"[{word[1:].replace('!', '^', 1)}"
+        inner = {"*": "[^/]*", "?": "[^/]", "[": r"\["}.get(word) or _set(word[1:-1])
         return (r"(?!\.)" if pattern[found.start() - 1] == "/" else "") + inner
+
+    def _set(word: str) -> str:
+        negated = word.startswith("!")
+        plain = word[negated:].replace("\\", r"\\").replace("[", r"\[").replace("]", r"\]")
+        return f"[{'^/' if negated else ''}{plain}]"
 
     return re.sub(r"\*\*+/?|[*?]|\[!?\]?[^]]*\]|\[|[^*?[]+", piece, pattern)

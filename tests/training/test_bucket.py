@@ -16,6 +16,7 @@ import cases
 import jax
 import numpy as np
 import pytest
+from launched import Runs
 
 from deepseek_jax import convert, evaluate, generate, report
 from deepseek_jax.checkpoint.manager import load_params, resolve
@@ -33,7 +34,7 @@ from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.recipe import TrainConfig
 
 MODEL = cases.decoder(
-    "gqa", "sigmoid", num_layers=3, num_dense_layers=1, vocab_size=260, init_scale=0.05
+    "mla", "sigmoid", num_layers=3, num_dense_layers=1, vocab_size=260, init_scale=0.05
 )
 LOGS = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl")
 
@@ -279,6 +280,37 @@ def test_kill_9_at_any_request_leaves_no_trace(gs, texts, tmp_path, command):
     left = gs.names("runs/killed/checkpoints/")
     assert {name.split("/")[3] for name in left} == {"15"}
     assert "runs/killed/run.lease" not in gs.names()
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_resume_one_run(gs, tmp_path):
+    """Each puts its own shards; one is killed while the other's already lie there."""
+    runs = Runs(tmp_path, model=MODEL, steps=12, sequence_length=16, save_every=4, eval_every=6)
+    flags = ("--mesh.data", "1", "--mesh.fsdp", "2")
+
+    def before(kind, name):
+        if "runs/two/checkpoints/8/written/" in name:
+            os.kill(runs.process(launcher, 1), signal.SIGKILL)
+            gs.before = lambda kind, name: None
+            return True
+        return False
+
+    gs.before = before
+    launcher = runs.start("gs://runs/two", *flags)
+    assert launcher.wait(300) == 0, runs.output()
+    assert "process 1" in runs.output() and "was killed by SIGKILL" in runs.output()
+    assert "resuming in gs://runs/two after step 4" in runs.output()
+    assert runs.start("local", *flags).wait(300) == 0, runs.output()
+    for name in LOGS:
+        assert rows("gs://runs/two", name) == runs.rows("local", name) != [], name
+    there = gs.names("runs/two/checkpoints/12/")
+    halves = [f"/params.layer_2.moe.experts.gate.weight/{half}.0.0" for half in "01"]
+    assert all(any(name.endswith(half) for name in there) for half in halves), there
+    assert not any("/written/" in name for name in there)
+    shapes, layers = build(MODEL).shapes, layer_table(MODEL)
+    places = "gs://runs/two", tmp_path / "local"
+    ours, theirs = (load_params(resolve(path), shapes, layers) for path in places)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.mark.parametrize(
