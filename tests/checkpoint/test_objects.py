@@ -74,7 +74,7 @@ def test_what_is_saved_comes_back_on_any_mesh(gs, monkeypatch):
 
 
 def test_shards_that_a_process_does_not_hold_are_others(gs, monkeypatch):
-    """What two processes would put of a sharded array makes one whole, and nothing stands twice."""
+    """Of shards each process puts its own; what is in everyone's memory is put once."""
     mesh = make_mesh(MeshShape(fsdp=2, tensor=4))
     halves = NamedSharding(mesh, PartitionSpec("fsdp"))
     leaf = jax.device_put(jnp.arange(64.0).reshape(8, 8), halves)

@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 
 import cases
 import jax
@@ -19,6 +20,8 @@ import pytest
 from launched import Runs
 
 from deepseek_jax import convert, evaluate, generate, report
+from deepseek_jax import train as train_command
+from deepseek_jax.checkpoint.integrity import lock_run
 from deepseek_jax.checkpoint.manager import load_params, resolve
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import run_command
@@ -30,6 +33,7 @@ from deepseek_jax.models.build import build
 from deepseek_jax.models.decoder import layer_table
 from deepseek_jax.monitoring import metrics
 from deepseek_jax.monitoring.metrics import read_lines
+from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.recipe import TrainConfig
 
@@ -202,6 +206,33 @@ def test_metrics_grow_in_parts_and_are_cut_back(gs, texts, whole, tmp_path, monk
     assert numbers == [f"{i:06d}.jsonl" for i in range(len(numbers))] and len(numbers) >= 5
 
 
+def test_what_a_hosts_disk_holds_meanwhile(gs, texts, tmp_path, monkeypatch):
+    """Emergency checkpoints, heartbeats, and what is put when it is complete."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.delenv("HEARTBEAT_DIR", raising=False)
+    faults = Faults(local_save_every=2, local_dir=str(tmp_path / "near"))
+    config = recipe(texts[0], "gs://runs/near", tmp_path / "cache", faults=faults, eval_every=0)
+
+    def failing(model, params, dataset, batch_size):
+        raise RuntimeError("a fault at the end")
+
+    with pytest.raises(RuntimeError, match="a fault at the end"):
+        train(dataclasses.replace(config, save_every=0), LENT._replace(held_out=failing), (2, 3))
+    assert not any("/checkpoints/" in name for name in gs.names("runs/near"))
+    steps = [path.name for path in (tmp_path / "near").glob("*/process_0_of_1/*")]
+    assert sorted(steps) == ["10", "8"]
+    assert [row["step"] for row in rows("gs://runs/near", "metrics.jsonl")][:10] == [*range(1, 11)]
+    assert train(config, LENT) == 0
+    assert [row["step"] for row in rows("gs://runs/near", "metrics.jsonl")] == [*range(1, 12)]
+    assert not list((tmp_path / "near").glob("*/process_0_of_1"))
+    assert b"operation" in gs["runs/near/profile/operations.txt"]
+    there = gs.names("runs/near/")
+    assert any(name.endswith(".xplane.pb") for name in there)
+    assert sum("/tensorboard/events" in name for name in there) >= 6  # a file a flush
+    left = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in left} == {"heartbeats"}
+
+
 CONFIG = """
 import json
 from deepseek_jax.core.config import from_dict
@@ -319,13 +350,20 @@ def test_two_processes_write_and_resume_one_run(gs, tmp_path):
         (["--run-dir", "s3://bucket/run"], "run_dir: s3://bucket/run: not a gs://bucket/name"),
         (["--run-dir", "gs://absent/run"], "gs://absent/run/run.lease: NOT_FOUND"),
         (["--run-dir", "gs://forbidden/run"], "PERMISSION_DENIED"),
+        (["--run-dir", "gs://runs/held"], "is training in gs://runs/held; stop it or choose"),
+        (["--data.cache-dir", "gs://runs/cache"], "data.cache_dir (gs://runs/cache) must be a"),
         (["--init-from", "gs://runs/nothing"], "gs://runs/nothing: no such directory"),
     ],
 )
-def test_refusals_are_a_sentence_and_exit_code_2(gs, texts, tmp_path, command, flags, words):
+def test_refusals_are_a_sentence_and_exit_code_2(
+    gs, texts, tmp_path, monkeypatch, capsys, flags, words
+):
+    monkeypatch.setattr(train_command, "restart_with_huge_pages", lambda name: None)
+    file = tmp_path / "refused.py"
     config = recipe(texts[0], tmp_path / "run", tmp_path / "cache", steps=1)
-    process = command(config, *flags)
-    said = process.communicate()[0]
-    assert process.returncode == 2, said
-    assert words in said.splitlines()[-1] or words in said
-    assert "Traceback" not in said
+    file.write_text(CONFIG.format(text=json.dumps(to_dict(config))))
+    with lock_run("gs://runs/held", 2), pytest.raises(SystemExit) as exit_:
+        run_command(train_command.main, ["--config", str(file), *flags])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert words in " ".join(said.split()) and "Traceback" not in said
