@@ -19,7 +19,7 @@ from deepseek_jax.core.config import from_dict, num_bytes
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.progress import byte_progress
-from deepseek_jax.core.storage import Object, fetched, located, on_disk
+from deepseek_jax.core.storage import Object, located, on_disk
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import INFO, load_tokenizer
 from deepseek_jax.evaluation.placement import (
@@ -102,7 +102,7 @@ def _source(path: str) -> pathlib.Path:
     """A folder to read; out of a bucket a copy of it, of a run the newest good checkpoint's."""
     place = located(path)
     if isinstance(place, Object):
-        return fetched(place) if is_folder_of_tensors(place) else resolve(place)
+        return huggingface.fetched(place) if is_folder_of_tensors(place) else resolve(place)
     return place
 
 

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import pathlib
-import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,10 +82,7 @@ class Manager:
             raise InputError(f"{self.directory}: cannot be made ({error.strerror})") from None
         if jax.process_index() == 0:
             integrity.remove_leftovers(self.directory)
-        self._attempt = 0
-        if isinstance(self.directory, Object):
-            drawn = np.int32(secrets.randbelow(2**31))
-            self._attempt = multihost_utils.broadcast_one_to_all(drawn).item()
+        self._attempt = objects.attempt() if isinstance(self.directory, Object) else 0
 
     def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
         """Copy `state` to the host and write it in the background, with `files` {name: bytes}.

@@ -10,12 +10,14 @@ without one is no checkpoint. A process reads back only what its devices need.
 import hashlib
 import json
 import math
+import secrets
 import time
 from typing import Any
 
 import jax
 import numpy as np
 import tensorstore
+from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint.integrity import MANIFEST
 from deepseek_jax.checkpoint.parts import BUFFER
@@ -76,10 +78,16 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return (rows, *shape[1:])
 
 
+def attempt() -> int:
+    """A number that all processes get alike, and another one after every start."""
+    drawn = np.int32(secrets.randbelow(2**31))
+    return multihost_utils.broadcast_one_to_all(drawn).item()
+
+
 def write(folder: Object, found: dict[str, bytes], attempt: int) -> None:
     """Put this process's objects; process 0 then waits for the others', and puts the manifest.
 
-    `attempt` is the same number in all processes, and another after every start.
+    What earlier attempts have left does not count.
     """
 
     def put(item: tuple[str, bytes]) -> tuple[str, list]:

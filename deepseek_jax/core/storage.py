@@ -114,7 +114,7 @@ class Object:
             why = f"{status}: {reason.partition(' [http')[0]}"
             if status in REFUSED or "Invalid GCS bucket" in reason:
                 raise InputError(
-                    f"{self}: {why}; check the bucket's name, and that you may write to it"
+                    f"{self}: {why}; check the bucket's name, and that you may use it"
                 ) from None
             raise OSError(None, why, self.url) from None
 
@@ -166,8 +166,8 @@ class Object:
         """Whether anything lies under this name."""
         return bool(self.names())
 
-    def unlink(self, missing_ok: bool = True) -> None:
-        """Delete the object."""
+    def unlink(self) -> None:
+        """Delete the object, if there is one."""
         self._call("write", self._key, None)
 
     def names(self) -> list[str]:
@@ -215,27 +215,21 @@ def put(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def put_all(folder: Object, contents: dict[str, bytes]) -> None:
-    """Put objects under `folder`, several at once."""
-    for _ in at_once(lambda item: (folder / item[0]).write_bytes(item[1]), contents.items()):
-        pass
-
-
 def read_all(objects: Iterable[Object]) -> Iterator[bytes]:
     """The contents of objects in their order, some read ahead."""
     return at_once(Object.read_bytes, objects)
 
 
-def at_once(call: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+def at_once(
+    call: Callable[[Item], Found], items: Iterable[Item], threads: int = THREADS
+) -> Iterator[Found]:
     """What `call` gives for each item, in their order, several at a time."""
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         yield from pool.map(call, items)
 
 
-def kvstore(folder: Path) -> dict[str, Any]:
-    """A folder as TensorStore names it."""
-    if not isinstance(folder, Object):
-        return {"driver": "file", "path": f"{folder}/"}
+def kvstore(folder: Object) -> dict[str, Any]:
+    """What lies under a name, as TensorStore describes it."""
     bucket, _, path = folder.url.removeprefix("gs://").partition("/")
     return _driver(bucket) | {"path": f"{path}/"}
 
@@ -257,8 +251,11 @@ def as_file(path: Path) -> Iterator[pathlib.Path]:
         yield pathlib.Path(copy.name)
 
 
-def fetched(path: Path) -> pathlib.Path:
-    """A folder on this disk; of objects a copy (in $TMPDIR), which goes with the process."""
+def fetched(path: Path, threads: int = THREADS) -> pathlib.Path:
+    """A folder on this disk; of objects a copy (in $TMPDIR), which goes with the process.
+
+    As many objects as `threads` are in memory at a time.
+    """
     if not isinstance(path, Object):
         return path
     base = tempfile.mkdtemp(prefix="deepseek_jax-")
@@ -269,7 +266,7 @@ def fetched(path: Path) -> pathlib.Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((path / name).read_bytes())
 
-    for _ in at_once(copy, path.names()):
+    for _ in at_once(copy, path.names(), threads):
         pass
     return folder
 

@@ -23,7 +23,6 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.core.storage import fetched, located
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.models.build import Model, build
@@ -314,7 +313,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
     """
     leave_absent_tpus()
     if is_folder_of_tensors(path):
-        return _load_folder(fetched(located(path)))
+        return _load_folder(huggingface.fetched(path))
     directory = manager.resolve(path)
     config = manager.read_config(directory)
     decoder = dataclasses.replace(from_dict(Decoder, config["model"], "model"), scan=False)

@@ -30,7 +30,7 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.storage import fetched, located
+from deepseek_jax.core.storage import located
 from deepseek_jax.data.loader import Dataset, batches, open_data
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
@@ -227,11 +227,11 @@ class _Run:
     def _given(self, abstract: Any) -> Any:
         """The parameters of `init_from`; indexers that it has not start anew."""
         config, model, added, note = self.config, self.model, {}, ""
-        given, source = located(config.init_from), None
-        if folder := is_folder_of_tensors(given):
-            folder = huggingface.open_folder(fetched(given))
+        folder, source = None, None
+        if is_folder_of_tensors(config.init_from):
+            folder = huggingface.open_folder(huggingface.fetched(config.init_from))
         else:
-            source = integrity.resolve(given)
+            source = integrity.resolve(config.init_from)
         if folder:
             theirs = folder.config
         else:
