@@ -90,7 +90,7 @@ def test_the_first_process_waits_for_the_others_tables(gs, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     folder, done = Object("gs://bucket/tables/3"), threading.Event()
     writer = threading.Thread(
-        target=lambda: (objects.write(folder, {"a": b"1"}, attempt=5), done.set())
+        target=lambda: (objects.write(folder, {"a": b"1"}, attempt=5), done.set()), daemon=True
     )
     gs["bucket/tables/3/written/4-1.json"] = b"{}"  # of an earlier start: it does not count
     writer.start()
