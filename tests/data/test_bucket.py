@@ -70,6 +70,14 @@ def test_rows_and_fingerprint_are_those_of_files(folder, tmp_path, kind, tokeniz
         assert all(np.array_equal(batch[name], other[name]) for name in batch)
 
 
+def test_files_come_in_the_order_of_paths(folder):
+    """x before x-y, as paths compare, though "x-y/" sorts before "x/"."""
+    here, there = (sources.files(kinds(root)["two"]) for root in (folder, "gs://data/in"))
+    assert [file.path for file in here] == sorted(file.path for file in here)
+    assert [file.path.parent.name for file in here] == ["x"] * 6 + ["x-y"] * 6
+    assert [file.key for file in here] == [file.key for file in there]
+
+
 def test_a_fingerprint_follows_contents_or_generations(gs, folder, monkeypatch):
     source = kinds("gs://data/in")["two"]
     small = sources.fingerprint(source)
