@@ -15,6 +15,11 @@ class BrokenRun(Exception):
     """What cannot be is: a program or a device is at fault, not the input."""
 
 
+def unanswered(error: OSError) -> bool:
+    """Whether a bucket did not answer (core/storage): nobody's fault, and it may later."""
+    return str(error.filename).startswith("gs://") and not isinstance(error, FileNotFoundError)
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `main(argv)`; bad input or a full disk prints one line on stderr and exits with code 2.
 
@@ -41,7 +46,7 @@ def exit_code(error: BaseException) -> int | None:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         return 141
-    if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+    if isinstance(error, OSError) and unanswered(error):
         print(f"error: {error.filename}: {error.strerror}; try again", file=sys.stderr)
         return 75
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from deepseek_jax.core import storage
-from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.errors import InputError, unanswered
 from deepseek_jax.core.extras import require
 from deepseek_jax.core.progress import byte_progress
 from deepseek_jax.core.storage import Path, in_bucket, opened
@@ -136,10 +136,15 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 @contextlib.contextmanager
 def reported(where: str = "") -> Iterator[None]:
-    """What the operating system refuses, as an InputError; `where` if it names no file."""
+    """What the operating system refuses, as an InputError; `where` if it names no file.
+
+    A bucket that does not answer stays an OSError.
+    """
     try:
         yield
     except OSError as error:
+        if unanswered(error):
+            raise
         raise InputError(f"{error.filename or where}: {error.strerror or error}") from None
 
 
@@ -349,8 +354,8 @@ def _field(content: str, field: str, where: str) -> str:
 def _parquet_documents(file: File, column: str) -> Iterator[Document]:
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     row, where = 0, f"{file.path}: column {column!r}"
+    place = file.path if isinstance(file.path, pathlib.Path) else opened(file.path)
     try:
-        place = file.path if isinstance(file.path, pathlib.Path) else opened(file.path)
         with parquet.ParquetFile(place) as table:
             if column not in (names := table.schema_arrow.names):
                 only = f"no column {column!r}, only {', '.join(names)}"

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from deepseek_jax import prepare
+from deepseek_jax.core import storage
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import sources
 from deepseek_jax.data.loader import Data, batches, open_data
@@ -109,6 +110,17 @@ def test_bad_objects_are_named(gs, folder, tmp_path):
     gs[shard] = gs[shard] + b"x"
     data = Data(source=Records(path="gs://data/bad/prepared"), cache_dir=str(tmp_path))
     with pytest.raises(InputError, match=rf"gs://{shard}: not the file that .* \(other SHA-256\)"):
+        open_data(data, **SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["texts", "lines", "table", "records"])
+def test_a_bucket_that_does_not_answer_is_no_bad_input(gs, folder, tmp_path, monkeypatch, kind):
+    def lost(self, timeout=None):
+        raise OSError(None, "UNAVAILABLE", self.url)
+
+    data = Data(source=kinds("gs://data/in")[kind], tokenizer=Bytes(), cache_dir=str(tmp_path))
+    monkeypatch.setattr(storage.Object, "read", lost)
+    with pytest.raises(OSError, match="UNAVAILABLE: 'gs://data/in/"):
         open_data(data, **SHAPE)
 
 

@@ -362,7 +362,7 @@ def test_refusals_are_a_sentence_and_exit_code_2(
     file = tmp_path / "refused.py"
     config = recipe(texts[0], tmp_path / "run", tmp_path / "cache", steps=1)
     file.write_text(CONFIG.format(text=json.dumps(to_dict(config))))
-    with lock_run("gs://runs/held", 2), pytest.raises(SystemExit) as exit_:
+    with lock_run("gs://runs/held", 8), pytest.raises(SystemExit) as exit_:
         run_command(train_command.main, ["--config", str(file), *flags])
     assert exit_.value.code == 2
     said = capsys.readouterr().err
