@@ -139,10 +139,12 @@ class Manager:
         """The error to raise for a save that failed; its partial directory goes."""
         if jax.process_index() == 0:
             integrity.remove_leftovers(self.directory, str(step))
+        if isinstance(self.directory, Object):
+            return error
         reason = " ".join(str(error).split())
         if "no space left" in reason.lower() or "quota" in reason.lower():
             reason = "the disk is full"
-        elif not isinstance(error, OSError) or isinstance(self.directory, Object):
+        elif not isinstance(error, OSError):
             return error
         left = [s for s in integrity.steps(self.directory) if s not in self._bad]
         kept = f"checkpoint {left[-1]} is intact" if left else "there is no earlier one"
