@@ -18,7 +18,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.15",
-        "tensorstore>=0.1.80",
+        "tensorstore>=0.1.81",
         "chex>=0.1.90",
         "absl-py>=2.1",
         "jaxtyping>=0.3",

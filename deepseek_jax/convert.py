@@ -19,6 +19,7 @@ from deepseek_jax.core.config import from_dict, num_bytes
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.progress import byte_progress
+from deepseek_jax.core.storage import Object, located, on_disk
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import INFO, load_tokenizer
 from deepseek_jax.evaluation.placement import (
@@ -71,9 +72,10 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     options = parser.parse_args(argv)
     if options.command == "inspect":
-        print(inspect(pathlib.Path(options.path)))
+        print(inspect(_source(options.path)))
         return
-    source, target = pathlib.Path(options.source), pathlib.Path(options.target).absolute()
+    target = on_disk(options.target, "the folder to write,").absolute()
+    source = _source(options.source)
     if options.command == "place":
         with reported(str(target)):
             check_new(target)
@@ -94,6 +96,14 @@ def main(argv: list[str]) -> None:
         print(f"part {options.part} is written; {target} still needs --part {table}")
     else:
         print(f"{target}: written")
+
+
+def _source(path: str) -> pathlib.Path:
+    """A folder to read; out of a bucket a copy of it, of a run the newest good checkpoint's."""
+    place = located(path)
+    if isinstance(place, Object):
+        return huggingface.fetched(place) if is_folder_of_tensors(place) else resolve(place)
+    return place
 
 
 def _part(text: str) -> tuple[int, int]:

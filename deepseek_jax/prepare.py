@@ -15,6 +15,7 @@ import numpy as np
 
 from deepseek_jax.core.config import num_bytes, to_dict
 from deepseek_jax.core.errors import InputError, run_command
+from deepseek_jax.core.storage import on_disk
 from deepseek_jax.data import sources
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.corpus import SIDES, made_whole, make_tokenizer, open_corpus, write_shard
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
         data = Data(source=source, tokenizer=tokenizer, held_out=options.held_out)
     except ValueError as error:
         raise InputError(str(error)) from None
-    manifest = prepare(data, pathlib.Path(options.output), size)
+    manifest = prepare(data, on_disk(options.output, "--output"), size)
     for side in SIDES:
         rows = [row for row in manifest["shards"] if row["split"] == side]
         counts = [f"{sum(row[n] for row in rows):,} {n}" for n in COUNTS]

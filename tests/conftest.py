@@ -15,12 +15,13 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import bucket
 import family_table
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from deepseek_jax.core import precision
+from deepseek_jax.core import precision, storage
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = pathlib.Path(tempfile.gettempdir()) / "deepseek_jax_test_compilation"
@@ -42,6 +43,16 @@ def _forgotten():
     and the whole suite's programs have more (then loading one more is a segmentation fault)."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def gs():
+    """What gs:// means in a file's tests and in the processes that they start (tests/bucket.py)."""
+    with bucket.serving() as (served, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        storage._bucket.cache_clear()
+        yield served
 
 
 def pytest_addoption(parser):

@@ -72,9 +72,10 @@ class Runs:
         own |= {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
         command = [str(ROOT / "launch" / "local.sh"), str(processes)]
         command += ["--config", str(self.folder / "config.py")]
+        where = name if "://" in name else str(self.folder / name)
         with self.said.open("w") as said:
             return subprocess.Popen(
-                [*command, "--run-dir", str(self.folder / name), *flags],
+                [*command, "--run-dir", where, *flags],
                 env=os.environ | own | environment, stdout=said, stderr=subprocess.STDOUT,
             )  # fmt: skip
 

@@ -40,10 +40,11 @@ from deepseek_jax.checkpoint.safetensors import (
     write_index,
     write_shard,
 )
-from deepseek_jax.core import tree
+from deepseek_jax.core import storage, tree
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.core.storage import Path
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import Decoder, layer_table
@@ -70,6 +71,11 @@ class Folder(NamedTuple):
     original: dict[str, Any]
     """config.json as it stands."""
     tensors: dict[str, Tensor]
+
+
+def fetched(path: str | Path) -> pathlib.Path:
+    """A folder on this disk; out of a bucket a copy, two of its large files at a time."""
+    return storage.fetched(storage.located(path), threads=2)
 
 
 def open_folder(directory: str | pathlib.Path) -> Folder:

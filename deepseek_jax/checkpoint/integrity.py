@@ -3,7 +3,8 @@
 A checkpoint `<step>/` carries manifest.json: the size and SHA-256 of each of its files, written
 last. Orbax loads flipped bits without a word, so every file is hashed before a restore. Saves and
 deletions work under other names (`<step>.saving`, `<step>.deleting`): a directory named by a bare
-number was complete once, and is damaged if it does not match its manifest now.
+number was complete once, and is damaged if it does not match its manifest now. In a bucket nothing
+can be renamed: there the manifest, put last and deleted first, makes a step a checkpoint.
 """
 
 import concurrent.futures
@@ -17,7 +18,10 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 
+from deepseek_jax.checkpoint.lease import Lease
+from deepseek_jax.core import storage
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import Object, Path
 
 MANIFEST = "manifest.json"
 
@@ -29,7 +33,10 @@ def sync(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _fingerprint(path: pathlib.Path) -> list:
+def _fingerprint(path: Path) -> list:
+    if isinstance(path, Object):
+        content = path.read_bytes()
+        return [len(content), hashlib.sha256(content).hexdigest()]
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
@@ -53,7 +60,7 @@ def write_manifest(directory: pathlib.Path, known: Mapping[str, list] | None = N
     sync(directory)
 
 
-def damage(directory: pathlib.Path) -> str:
+def damage(directory: Path) -> str:
     """What is wrong with a checkpoint directory, in a few words; empty when every file is sound."""
     try:
         files = dict(json.loads((directory / MANIFEST).read_text())["files"])
@@ -71,12 +78,15 @@ def damage(directory: pathlib.Path) -> str:
         return next((found for found in pool.map(fault, files) if found), "")
 
 
-def steps(directory: pathlib.Path) -> list[int]:
+def steps(directory: Path) -> list[int]:
     """The steps of the checkpoints under a checkpoints directory, sound or not, ascending."""
+    if isinstance(directory, Object):
+        parts = [name.split("/") for name in directory.names()]
+        return sorted(int(p[0]) for p in parts if p[0].isdecimal() and p[1:] == [MANIFEST])
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
 
 
-def newest_good(directory: pathlib.Path) -> int | None:
+def newest_good(directory: Path) -> int | None:
     """The newest step whose files are sound; None when there are no checkpoints at all.
 
     Warns on stderr, a line each, about newer ones that are damaged; InputError when all are.
@@ -96,12 +106,16 @@ def newest_good(directory: pathlib.Path) -> int | None:
     return None
 
 
-def resolve(path: str | pathlib.Path) -> pathlib.Path:
+def resolve(path: str | Path) -> pathlib.Path:
     """The step directory that a run, checkpoints or step directory stands for, verified.
 
-    A run or checkpoints directory gives its newest good one. Raises InputError when there is none.
+    A run or checkpoints directory gives its newest good one; out of a bucket comes a copy, which
+    goes with the process. Raises InputError when there is none.
     """
-    path = pathlib.Path(path)
+    return storage.fetched(_resolved(storage.located(path)))
+
+
+def _resolved(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give a run directory or a checkpoint in it")
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -115,8 +129,12 @@ def resolve(path: str | pathlib.Path) -> pathlib.Path:
     return directory / str(step)
 
 
-def remove(directory: pathlib.Path) -> None:
+def remove(directory: Path) -> None:
     """Delete a checkpoint, if it exists; a kill half-way leaves nothing that looks like one."""
+    if isinstance(directory, Object):
+        (directory / MANIFEST).unlink()
+        directory.delete_all(directory.names())
+        return
     doomed = directory.with_name(f"{directory.name}.deleting")
     if directory.exists():
         shutil.rmtree(doomed, ignore_errors=True)
@@ -124,18 +142,29 @@ def remove(directory: pathlib.Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(directory: pathlib.Path, step: str = "*") -> None:
+def remove_leftovers(directory: Path, step: str = "*") -> None:
     """Delete what saves and deletions that did not finish left of `step` (of every step)."""
+    if isinstance(directory, Object):
+        names = directory.names()
+        whole = {name.removesuffix(MANIFEST) for name in names if name.endswith(f"/{MANIFEST}")}
+        torn = [n for n in names if n.partition("/")[0] == step or step == "*"]
+        directory.delete_all(n for n in torn if f"{n.partition('/')[0]}/" not in whole)
+        return
     for path in [*directory.glob(f"{step}.saving*"), *directory.glob(f"{step}.deleting")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
+def lock_run(run_dir: str | Path, seconds: float = 60.0) -> Iterator[None]:
     """Hold the right to write a run directory (made if missing); it goes with the process.
 
-    Raises InputError when another process holds it. One process of a job asks for all of them.
+    In a bucket it is a lease of `seconds`. Raises InputError when another process holds it. One
+    process of a job asks for all of them.
     """
+    if isinstance(bucket := storage.located(run_dir), Object):
+        with contextlib.closing(Lease(bucket, seconds)):
+            yield
+        return
     path = pathlib.Path(run_dir) / "run.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

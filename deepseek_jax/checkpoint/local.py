@@ -22,20 +22,19 @@ from jax.experimental import multihost_utils
 from deepseek_jax.checkpoint import integrity
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import Path, put
 
 KEPT = 2  # when a kill comes, one process may have written a step that another has not
 TOLD = 8  # steps that a process tells the others of
 
 
-def run_name(run_dir: pathlib.Path) -> str:
+def run_name(run_dir: Path) -> str:
     """The random name of a run, made with its directory: all processes get the same."""
     name = 0
     if jax.process_index() == 0:
         file = run_dir / "run_name"
         if not file.exists():
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(str(secrets.randbelow(2**31)))
-            temporary.replace(file)
+            put(file, str(secrets.randbelow(2**31)).encode())
         name = int(file.read_text())
     return f"{multihost_utils.broadcast_one_to_all(np.int32(name)).item():08x}"
 

@@ -3,7 +3,8 @@
 Every Orbax call of the package stands in this file (its v1 API still moves). In memory blocks are
 stacked `[repeats, ...]` for the scan; on disk `segment_1/block/x` becomes `layer_1/x`, `layer_2/x`,
 ...: independent of scan, mesh and stages, and readable in pieces. Beside Orbax's state/ stand
-config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json.
+config.json, meta.json (step, data position, leaves), the tokenizer's files and manifest.json. In a
+bucket the same files are objects, written without Orbax (checkpoint/objects.py).
 """
 
 import collections
@@ -16,7 +17,7 @@ import logging
 import math
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,13 +29,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
-from deepseek_jax.checkpoint import integrity
+from deepseek_jax.checkpoint import integrity, objects
 from deepseek_jax.checkpoint.integrity import resolve as resolve  # for whoever loads
 from deepseek_jax.checkpoint.parts import BUFFER, Piece, in_parts, reserve, write_at
 from deepseek_jax.checkpoint.safetensors import Source
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import Object, Path, located
 
 Restored = collections.namedtuple("Restored", "step state position config")
 REST = "left_out/"  # of a state: what int4 gradients between slices have not sent yet
@@ -42,8 +44,10 @@ DROPPED = "what gradients had left out is of other slices and dropped: less than
 MAPPED = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
 Layers = dict[str, tuple[int, ...]]  # path of a stacked block -> the absolute layers it holds
 
-# Orbax's threads log each failure with its traceback before `save` or `wait` raises it.
-logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
+# Orbax's threads log each failure with its traceback before `save` or `wait` raises it, and it
+# does not take a plain zarr folder for data.
+NOISE = ("_SignalingThread", "TensorStore data files not found")
+logging.getLogger("absl").addFilter(lambda record: not any(n in record.getMessage() for n in NOISE))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +73,8 @@ class Manager:
     are plain arrays (no typed PRNG keys), none of them empty.
     """
 
-    def __init__(self, directory: str | pathlib.Path, config: Checkpoint, layers: Layers):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: str | Path, config: Checkpoint, layers: Layers):
+        self.directory = located(directory).absolute()
         self._config, self._layers = config, layers
         self._last, self._bad = None, set()  # the step written or restored last; damaged ones
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -81,6 +85,7 @@ class Manager:
             raise InputError(f"{self.directory}: cannot be made ({error.strerror})") from None
         if jax.process_index() == 0:
             integrity.remove_leftovers(self.directory)
+        self._attempt = objects.attempt() if isinstance(self.directory, Object) else 0
 
     def save(self, step: int, state: Any, *, position: int, config: dict, files: dict) -> None:
         """Copy `state` to the host and write it in the background, with `files` {name: bytes}.
@@ -93,22 +98,35 @@ class Manager:
             return
         arrays = _to_disk(state, self._layers)
         files = files | _description(step, position, arrays, config)
-        partial = self.directory / f"{step}.saving"
         try:
-            with _context():  # Orbax copies what it is given before it returns
-                response = ocp.save_async(partial, unflatten_dict(arrays, sep="/"))
+            write = self._begun(step, arrays, files)
         except Exception as error:
             raise self._failure(step, error) from error
-        self._writing = self._writer.submit(self._finish, step, partial, response, files)
+        self._writing = self._writer.submit(self._finish, step, write)
         if not self._config.asynchronous:
             self.wait()
 
-    def _finish(self, step: int, partial: pathlib.Path, response: Any, files: dict) -> None:
-        whole = self.directory / str(step)
-        try:
+    def _begun(self, step: int, arrays: dict, files: dict) -> Callable[[], None]:
+        """What completes a save; `arrays` are copied by now."""
+        whole, partial = self.directory / str(step), self.directory / f"{step}.saving"
+        if isinstance(whole, Object):
+            found = objects.contents(arrays)
+            if jax.process_index() == 0:
+                found |= files | _orbax_files(arrays)
+            return functools.partial(objects.write, whole, found, self._attempt)
+        with _context():  # Orbax copies what it is given before it returns
+            response = ocp.save_async(partial, unflatten_dict(arrays, sep="/"))
+
+        def complete() -> None:
             response.result()
             if jax.process_index() == 0:
                 _complete(partial, whole, files)
+
+        return complete
+
+    def _finish(self, step: int, write: Callable[[], None]) -> None:
+        try:
+            write()
             self._last = step
             self._bad.discard(step)
             if jax.process_index() == 0:
@@ -124,6 +142,8 @@ class Manager:
         """The error to raise for a save that failed; its partial directory goes."""
         if jax.process_index() == 0:
             integrity.remove_leftovers(self.directory, str(step))
+        if isinstance(self.directory, Object):
+            return error
         reason = " ".join(str(error).split())
         if "no space left" in reason.lower() or "quota" in reason.lower():
             reason = "the disk is full"
@@ -174,9 +194,9 @@ class Manager:
         return Restored(step, state, meta["position"], read_config(path))
 
 
-def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
     """The config that a checkpoint was trained with; `path` is what `resolve` gave."""
-    return core_config.read_json(pathlib.Path(path) / "config.json")
+    return core_config.read_json(located(path) / "config.json")
 
 
 def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) -> Any:
@@ -245,7 +265,7 @@ def _to_disk(state: Any, layers: Layers) -> dict[str, Any]:
     return arrays
 
 
-def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
+def _from_disk(path: Path, abstract: Any, layers: Layers, prefix: str) -> tuple[Any, dict]:
     """What a verified checkpoint holds under `prefix`, shaped like `abstract`, and its meta.json.
 
     Leaves without a sharding come to the first local device.
@@ -277,8 +297,11 @@ def _from_disk(path: pathlib.Path, abstract: Any, layers: Layers, prefix: str) -
             print(f"warning: {path}: {DROPPED}", file=sys.stderr)
     if difference := tree.difference({name: x.shape for name, x in wanted.items()}, theirs):
         raise InputError(f"{path}: this checkpoint is of another model or optimizer: {difference}")
-    with _context():
-        loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
+    if isinstance(path, Object):
+        loaded = objects.load(path, wanted)
+    else:
+        with _context():
+            loaded = tree.flatten(ocp.load(path, unflatten_dict(wanted, sep="/")))
     values = []
     for name, (rows, sharding) in places.items():  # popped: stacked rows are freed as they go
         if anew and name.startswith(REST):
@@ -324,13 +347,8 @@ def _leaf_piece(name: str, source: Source) -> Piece:
     rows = 1 if experts else math.ceil(length / math.ceil(size / BUFFER))
 
     def begin(path: pathlib.Path) -> None:
-        spec = {
-            "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": {"chunk_key_encoding": {"name": "v2"}},
-        }  # fmt: skip
-        layout = tensorstore.ChunkLayout(chunk_shape=[rows, *inner])
-        kind = {"dtype": tensorstore.dtype(dtype), "shape": source.shape, "chunk_layout": layout}
-        tensorstore.open(spec, create=True, **kind).result()
+        path.mkdir()
+        (path / "zarr.json").write_bytes(objects.zarr_json(source.shape, dtype, (rows, *inner)))
 
     def fill(number: int, values: np.ndarray, path: pathlib.Path) -> dict[str, Any]:
         file, digest = path / ".".join([str(number), *"0" * len(inner)]), hashlib.sha256()
@@ -353,7 +371,7 @@ def _leaf_piece(name: str, source: Source) -> Piece:
     return Piece(folder, begin, each if experts else [(size, rest)])
 
 
-def _orbax_files(leaves: dict[str, Source]) -> dict[str, bytes]:
+def _orbax_files(leaves: Iterable[str]) -> dict[str, bytes]:
     """What Orbax 0.12 writes beside the arrays, for plain zarr folders of NumPy arrays."""
     handler = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
     tables = {"item_handlers": {"state": handler}, "metrics": {}, "performance_metrics": {}}

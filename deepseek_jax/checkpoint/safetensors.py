@@ -24,6 +24,7 @@ from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.checkpoint.parts import BUFFER, Piece, reserve, write_at
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
+from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.sources import one_line
 
 DTYPES = {
@@ -78,9 +79,9 @@ def open_scales(directory: str | pathlib.Path) -> dict[str, Tensor]:
     return {n.removesuffix(SCALE): tensor for n, tensor in found.items() if n.endswith(SCALE)}
 
 
-def is_folder_of_tensors(directory: str | pathlib.Path) -> bool:
+def is_folder_of_tensors(directory: str | Path) -> bool:
     """Whether this looks like a Hugging Face checkpoint rather than one of ours."""
-    path = pathlib.Path(directory)
+    path = located(directory)
     held = any(next(path.glob(kind), None) for kind in ("*.safetensors*", "pytorch_model*"))
     return held and (path / "config.json").exists()
 

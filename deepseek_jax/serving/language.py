@@ -313,7 +313,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
     """
     leave_absent_tpus()
     if is_folder_of_tensors(path):
-        return _load_folder(pathlib.Path(path))
+        return _load_folder(huggingface.fetched(path))
     directory = manager.resolve(path)
     config = manager.read_config(directory)
     decoder = dataclasses.replace(from_dict(Decoder, config["model"], "model"), scan=False)

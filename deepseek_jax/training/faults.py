@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.core.storage import Path, in_bucket, located, nearby
+
 HUNG = 75  # the exit code of a process whose watchdog ended it: try again (sysexits' EX_TEMPFAIL)
 TICK = 0.1  # seconds between two looks at the clock; the file is written at every tenth
 PATIENCE = 3  # logged steps in a row until a straggler is named
@@ -38,7 +40,11 @@ class Faults:
     straggler_factor: float = 1.25
     """A process is named when for 3 logged steps it alone made steps this many times longer."""
     heartbeat_dir: str = ""
-    """Where processes write <index>.json; empty: $HEARTBEAT_DIR, or heartbeats in the run_dir."""
+    """Where processes write <index>.json; empty: $HEARTBEAT_DIR, or heartbeats in the run_dir (of a
+    run in a bucket: on the host's own disk, in $TMPDIR)."""
+
+    lease_seconds: float = 60.0
+    """How long after its last sign of life a run in a bucket may be taken over."""
 
     local_save_every: int = 0
     """Steps between emergency checkpoints in local_dir, besides the durable ones; 0: none."""
@@ -57,11 +63,16 @@ class Faults:
                 f"faults.watchdog_seconds ({self.watchdog_seconds}) must be at least 0, and "
                 f"straggler_factor ({self.straggler_factor}) above 1."
             )
+        if self.lease_seconds <= 0 or in_bucket(self.heartbeat_dir) or in_bucket(self.local_dir):
+            raise ValueError(
+                f"faults.lease_seconds ({self.lease_seconds}) must be above 0, heartbeat_dir "
+                f"({self.heartbeat_dir!r}) and local_dir ({self.local_dir!r}) folders on a disk."
+            )
 
-    def folder(self, run_dir: str | pathlib.Path) -> pathlib.Path:
+    def folder(self, run_dir: str | Path) -> pathlib.Path:
         """The heartbeats' directory of a run."""
         given = self.heartbeat_dir or os.environ.get("HEARTBEAT_DIR")
-        return pathlib.Path(given) if given else pathlib.Path(run_dir) / "heartbeats"
+        return pathlib.Path(given) if given else nearby(located(run_dir), "heartbeats")
 
 
 class Heartbeat:

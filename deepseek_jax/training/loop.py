@@ -13,7 +13,6 @@ of several stops all of them after the same step. A second signal kills at once.
 
 import dataclasses
 import io
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.storage import located
 from deepseek_jax.data.loader import Dataset, batches, open_data
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
@@ -71,7 +71,8 @@ def train(config: TrainConfig, lent: Lent, trace: tuple[int, int] | None = None)
     mesh = make_mesh(config.mesh)
     for stage in config.filled_stages():
         check_batch(mesh, stage.sizes(), stage.sequence_length)
-    alone = integrity.lock_run(config.run_dir) if jax.process_index() == 0 else nullcontext()
+    lock = integrity.lock_run(config.run_dir, config.faults.lease_seconds)
+    alone = lock if jax.process_index() == 0 else nullcontext()
     with alone, jax.set_mesh(mesh), closing(_Run(config, mesh, lent, trace)) as run:
         return run.go()
 
@@ -81,7 +82,7 @@ class _Run:
 
     def __init__(self, config, mesh, lent, trace):
         self.config, self.mesh, self.lent = config, mesh, lent
-        self.run_dir = pathlib.Path(config.run_dir)
+        self.run_dir = located(config.run_dir)
         self.stages = config.filled_stages()
         self.total = sum(stage.steps for stage in self.stages)
         self.model = build(config.model, config.precision)
@@ -146,6 +147,8 @@ class _Run:
                         self.progress.say(table)
                     if evaluate:
                         self._evaluate(state, step, size)
+                    if save or near:
+                        self.log.flush()
                     if save:
                         self._save(state, step, position)
                     if near:
@@ -205,9 +208,7 @@ class _Run:
             state, position = self._fresh(abstract, optimizer), 0
         self.log.cut_back(int(state.step))
         if jax.process_index() == 0:
-            temporary = recorded.with_suffix(".tmp")
-            core_config.save_json(self.config, temporary)
-            temporary.replace(recorded)  # a kill leaves the old one or the new one
+            core_config.save_json(self.config, recorded)
         return state, position
 
     def _fresh(self, abstract: TrainState, optimizer: Any) -> TrainState:
@@ -226,10 +227,11 @@ class _Run:
     def _given(self, abstract: Any) -> Any:
         """The parameters of `init_from`; indexers that it has not start anew."""
         config, model, added, note = self.config, self.model, {}, ""
-        folder = is_folder_of_tensors(config.init_from) and huggingface.open_folder(
-            config.init_from
-        )
-        source = None if folder else integrity.resolve(config.init_from)
+        folder, source = None, None
+        if is_folder_of_tensors(config.init_from):
+            folder = huggingface.open_folder(huggingface.fetched(config.init_from))
+        else:
+            source = integrity.resolve(config.init_from)
         if folder:
             theirs = folder.config
         else:

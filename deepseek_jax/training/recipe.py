@@ -4,7 +4,6 @@ The top-level fields are the defaults of the stages, of which there is one by de
 """
 
 import dataclasses
-import pathlib
 from typing import TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
@@ -12,6 +11,7 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.loader import Data
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.parallel.mesh import MeshShape
@@ -20,10 +20,6 @@ from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
-NO_OBJECTS = (
-    "object storage can be neither appended to, locked nor renamed in, and runs do all three; give "
-    "a directory that every process sees (NFS, Filestore, Lustre) and copy the checkpoints from it"
-)
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 FREE = ("model/remat", "model/unroll", "model/scan", "model/moe/exchange/")
 
@@ -90,9 +86,10 @@ class TrainConfig:
     """Steps between checks of what must hold (training/invariants), the first step and every save
     included; a run that fails one stops. 0: none."""
     run_dir: str = ""
-    """Where everything is written; empty: runs/<name of the config file>."""
+    """Where everything is written, a folder or gs://bucket/name; empty: runs/<name of the config
+    file>."""
     init_from: str | None = None
-    """A run, checkpoint or Hugging Face folder whose parameters this run starts from."""
+    """A run, checkpoint or Hugging Face folder (or gs://) whose parameters this run starts from."""
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
@@ -107,8 +104,10 @@ class TrainConfig:
                 "(0 switches them off)."
             )
         for name, path in {"run_dir": self.run_dir, "init_from": self.init_from}.items():
-            if "://" in (path or ""):
-                raise ValueError(f"{name} is {path}: {NO_OBJECTS}.")
+            try:
+                located(path or "")
+            except InputError as error:
+                raise ValueError(f"{name}: {error}.") from None
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         filled = self.filled_stages()
@@ -151,7 +150,7 @@ def _check_stage(stage: Stage, where: str) -> None:
             )
 
 
-def check_model(recorded: pathlib.Path, config: TrainConfig) -> None:
+def check_model(recorded: Path, config: TrainConfig) -> None:
     """InputError when the run directory belongs to another model; says what differs."""
     old, new = (
         tree.flatten({"model": model}, is_leaf=lambda value: value is None)

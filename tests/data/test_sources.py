@@ -173,7 +173,7 @@ def test_bad_files(tmp_path):
         "no such file": TextFiles(paths=(f"{root}/*.md",)),
         "a folder; give its files": TextFiles(paths=(root,)),
         "''.*no such file": TextFiles(paths=()),
-        "gs://b/x: data are read from files": TextFiles(paths=("gs://b/x",)),
+        "s3://b/x: not a gs://bucket/name": TextFiles(paths=("s3://b/x",)),
         r"empty\.txt: no text here": TextFiles(paths=(f"{root}/*.txt",)),
         "not a Parquet file": Parquet(paths=(f"{root}/not.parquet",)),
         "no column 'text', only n, l": Parquet(paths=(f"{root}/n.parquet",)),

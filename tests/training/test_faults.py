@@ -35,6 +35,10 @@ def test_bad_settings_are_refused():
         Faults(local_save_every=5)
     with pytest.raises(ValueError, match="straggler_factor \\(1\\) above 1"):
         Faults(straggler_factor=1)
+    with pytest.raises(ValueError, match="lease_seconds \\(0\\) must be above 0"):
+        Faults(lease_seconds=0)
+    with pytest.raises(ValueError, match="local_dir \\('gs://b/x'\\) folders on a disk"):
+        Faults(local_dir="gs://b/x")
 
 
 def test_heartbeats_lie_where_the_launcher_looks(monkeypatch, tmp_path):

@@ -69,8 +69,8 @@ def test_batches_grow_along_the_ramp():
         ({"save_every": -1}, r"save_every \(-1\)"),
         ({"seed": -1}, r"seed \(-1\) must lie in"),
         ({"stages": ()}, "stages not be empty"),
-        ({"run_dir": "gs://bucket/run"}, "run_dir is gs://bucket/run: object storage can be"),
-        ({"init_from": "gs://bucket/run"}, "init_from is gs://bucket/run: object storage"),
+        ({"run_dir": "s3://bucket/run"}, "run_dir: s3://bucket/run: not a gs://bucket/name"),
+        ({"init_from": "hdfs://a/run"}, "init_from: hdfs://a/run: not a gs://bucket/name"),
         ({"stages": (Stage(), Stage(steps=0))}, r"stages\[1\]: steps is 0"),
         (
             {"stages": (Stage(batch_ramp=(BatchStep(step=0, batch_size=8),)),)},
