@@ -12,7 +12,8 @@ import numpy as np
 
 from deepseek_jax.checkpoint import families, huggingface
 from deepseek_jax.checkpoint.integrity import MANIFEST, resolve
-from deepseek_jax.checkpoint.manager import read_config, read_params, write_params
+from deepseek_jax.checkpoint.manager import read_config
+from deepseek_jax.checkpoint.params import read_params, write_params
 from deepseek_jax.checkpoint.parts import check_new
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict, num_bytes

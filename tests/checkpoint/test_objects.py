@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
 from deepseek_jax.checkpoint import integrity, objects
-from deepseek_jax.checkpoint.manager import Checkpoint, Manager, read_params
+from deepseek_jax.checkpoint.manager import Checkpoint, Manager
+from deepseek_jax.checkpoint.params import read_params
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import Object
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh

@@ -26,7 +26,8 @@ from orbax.checkpoint.experimental import v1 as ocp
 from safetensors.torch import load_file
 
 from deepseek_jax import convert
-from deepseek_jax.checkpoint import huggingface, integrity, manager, parts, safetensors
+from deepseek_jax.checkpoint import huggingface, integrity, manager, params, parts, safetensors
+from deepseek_jax.checkpoint.params import read_params
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
@@ -124,7 +125,7 @@ def test_what_is_whole_is_not_written_again(folders, tmp_path, monkeypatch, kind
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module in (manager, safetensors):
+    for module in (params, safetensors):
         monkeypatch.setattr(module, "write_at", counted)
     command = commands(folders, tmp_path / "new")[kind]
     with monkeypatch.context() as patch:
@@ -224,7 +225,7 @@ def test_two_processes_do_not_write_the_same_part(folders, tmp_path, capsys):
 
 def test_orbax_opens_a_converted_checkpoint_as_it_opens_a_saved_one(folders, tmp_path, monkeypatch):
     """Leaves of several files and a last one that is not full included."""
-    monkeypatch.setattr(manager, "BUFFER", 1000)
+    monkeypatch.setattr(params, "BUFFER", 1000)
     convert.main(commands(folders, tmp_path / "new")["ours"])
     assert len(list((tmp_path / "new/state/params.embedding.weight").glob("*.0"))) > 10
     assert "does not match" not in integrity.damage(tmp_path / "new")
@@ -232,12 +233,12 @@ def test_orbax_opens_a_converted_checkpoint_as_it_opens_a_saved_one(folders, tmp
     model = build(folder.config, Precision(compute="float32"))
     expected = manager._to_disk(huggingface.load_params(folder, model, model.shapes), layers(model))
     loaded = manager.tree.flatten(ocp.load(tmp_path / "new")["params"])
-    params = manager.read_params(tmp_path / "new")
-    assert loaded.keys() == expected.keys() == params.keys()
+    stored = read_params(tmp_path / "new")
+    assert loaded.keys() == expected.keys() == stored.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(loaded[name], array)
-        np.testing.assert_array_equal(params[name].read(()), array)
-        np.testing.assert_array_equal(params[name].read((1,)), array[1])
+        np.testing.assert_array_equal(stored[name].read(()), array)
+        np.testing.assert_array_equal(stored[name].read((1,)), array[1])
     back = manager.load_params(tmp_path / "new", model.shapes, layers(model))
     theirs = huggingface.load_params(folder, model, model.shapes)
     jax.tree.map(np.testing.assert_array_equal, back, theirs)
@@ -256,7 +257,7 @@ def test_training_s_own_checkpoints_are_read_leaf_by_leaf(folders, tmp_path):
     saver.save(3, {"params": params}, position=3, config={"type": "X"}, files={})
     saver.close()
     assert (tmp_path / "3/state/manifest.ocdbt").exists()
-    found = manager.read_params(tmp_path / "3")
+    found = read_params(tmp_path / "3")
     for name, array in manager._to_disk(params, layers(model)).items():
         np.testing.assert_array_equal(found[name].read(()), array)
         np.testing.assert_array_equal(found[name].read((1,)), array[1])
@@ -291,8 +292,8 @@ def test_one_file_of_pytorch(tmp_path, monkeypatch, name):
         file for file in contents(tmp_path / "safe") if not file.endswith("safetensors")
     }
     convert.main(["from-hf", str(tmp_path / "torch"), str(tmp_path / "again")])
-    for leaf, source in manager.read_params(tmp_path / "ours").items():
-        again = manager.read_params(tmp_path / "again")[leaf].read(())
+    for leaf, source in read_params(tmp_path / "ours").items():
+        again = read_params(tmp_path / "again")[leaf].read(())
         assert again.tobytes() == source.read(()).tobytes(), leaf
 
 
@@ -301,7 +302,7 @@ def killed(kind, source, target, more):
     code = """
         import sys, time
         from deepseek_jax import convert
-        from deepseek_jax.checkpoint import manager, parts
+        from deepseek_jax.checkpoint import parts
 
         sync = parts.sync
         parts.sync = lambda path: (time.sleep(0.02), sync(path))  # or it were done too soon
@@ -347,9 +348,9 @@ def test_killed_a_dozen_times_the_result_is_the_same(tmp_path):
 MEASURED = """
     import pathlib, sys, threading, time
     from deepseek_jax import convert
-    from deepseek_jax.checkpoint import manager, parts, safetensors
+    from deepseek_jax.checkpoint import params, parts, safetensors
 
-    for module in (manager, parts, safetensors):
+    for module in (params, parts, safetensors):
         module.BUFFER = 2**22
     own = lambda: int(pathlib.Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
     peak, start, at_work = 0, own(), True
@@ -439,7 +440,7 @@ def test_a_mesh_reads_what_its_devices_need(tmp_path):
     back = manager.load_params(tmp_path / "ours", abstract, layers(model))
     assert size <= bytes_read() - before < size * 1.02  # not eight times the shared ones
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    for leaf, source in manager.read_params(tmp_path / "ours").items():
+    for leaf, source in read_params(tmp_path / "ours").items():
         if "/experts/" in leaf:
             before = bytes_read()
             source.read((3,))
