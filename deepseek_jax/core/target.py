@@ -23,6 +23,12 @@ PEAKS = {
     "L40S": 362, "L40": 181, "L4": 121,
 }  # fmt: skip
 
+# What the TPU compiler only does when asked: other work while tokens travel to experts and back.
+ASYNCHRONOUS = {
+    "xla_tpu_enable_async_all_to_all": True,
+    "xla_tpu_enable_async_ragged_all_to_all": True,
+}
+
 PCI = pathlib.Path("/sys/bus/pci/devices")
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 GOOGLE = "0x1ae0"  # the vendor of every TPU there
@@ -49,6 +55,11 @@ def platform() -> str:
     """cpu, gpu or tpu."""
     described = _DESCRIBED.get()
     return described[0].platform if described else jax.default_backend()
+
+
+def compiler_options() -> dict[str, bool]:
+    """What `jax.jit` should tell the compiler of these devices."""
+    return ASYNCHRONOUS if platform() == "tpu" else {}
 
 
 def partitioned() -> bool:

@@ -47,7 +47,7 @@ from deepseek_jax.training import invariants, slices
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
-from deepseek_jax.training.stages import stage_step
+from deepseek_jax.training.stages import overwriting, stage_step
 from deepseek_jax.training.state import TrainState, abstract_state, initial_state
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
@@ -305,10 +305,8 @@ class _Run:
             self.progress.say(Pipeline(stages, chunks, size.accumulation_steps).describe())
         if self.config.mesh.slice_gradients == "int4":
             self.progress.say(slices.describe(self.mesh, self.model))
-        shardings = jax.tree.map(lambda x: x.sharding, state)
         step = stage_step(self.config, self.model, stage, size, first)
-        step = self.peers.telling(step)
-        return stored(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))
+        return stored(overwriting(self.peers.telling(step), state))
 
     def _log(self, done: tuple[int, dict, int, Stage] | None) -> None:
         """Wait for a dispatched step and write what it measured."""

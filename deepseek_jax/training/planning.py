@@ -24,7 +24,7 @@ from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import Stage, TrainConfig
-from deepseek_jax.training.stages import stage_step
+from deepseek_jax.training.stages import overwriting, stage_step
 from deepseek_jax.training.state import abstract_state
 
 
@@ -183,8 +183,7 @@ def compile_step(
     by_slice = config.mesh.slice_gradients == "int4"
     state = abstract_state(model, optimizer, mesh, stage.optimizer.memory, by_slice)
     step = stage_step(config, model, stage, size, first=0)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = overwriting(step, state)
     batch = abstract_batch(mesh, size.batch_size, stage.sequence_length, config)
     with jax.set_mesh(mesh):
         program = compile_program(compiled.lower(state, batch), mesh, quick)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.core import target
 from deepseek_jax.models.build import Model
 from deepseek_jax.training.language import make_language
 from deepseek_jax.training.optimizer import make_optimizer, make_schedule
@@ -42,3 +43,14 @@ def stage_step(
         return train_step(on_device(state), batch, key)
 
     return run_step
+
+
+def overwriting(step: Callable, state: TrainState) -> Any:
+    """The step as a program that overwrites the state it is given, which lies like `state`."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=target.compiler_options(),
+    )
