@@ -306,7 +306,7 @@ class _Run:
         if self.config.mesh.slice_gradients == "int4":
             self.progress.say(slices.describe(self.mesh, self.model))
         step = stage_step(self.config, self.model, stage, size, first)
-        return stored(overwriting(self.peers.telling(step), state))
+        return stored(overwriting(self.peers.telling(step), state, self.model))
 
     def _log(self, done: tuple[int, dict, int, Stage] | None) -> None:
         """Wait for a dispatched step and write what it measured."""

@@ -183,7 +183,7 @@ def compile_step(
     by_slice = config.mesh.slice_gradients == "int4"
     state = abstract_state(model, optimizer, mesh, stage.optimizer.memory, by_slice)
     step = stage_step(config, model, stage, size, first=0)
-    compiled = overwriting(step, state)
+    compiled = overwriting(step, state, model)
     batch = abstract_batch(mesh, size.batch_size, stage.sequence_length, config)
     with jax.set_mesh(mesh):
         program = compile_program(compiled.lower(state, batch), mesh, quick)

@@ -45,12 +45,12 @@ def stage_step(
     return run_step
 
 
-def overwriting(step: Callable, state: TrainState) -> Any:
+def overwriting(step: Callable, state: TrainState, model: Model) -> Any:
     """The step as a program that overwrites the state it is given, which lies like `state`."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    moe = model.config.moe
+    travel = moe and moe.exchange.kind in ("padded", "ragged", "two_hop")  # tokens do, to experts
+    options = target.ASYNCHRONOUS if travel and target.platform() == "tpu" else {}
     return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-        compiler_options=target.compiler_options(),
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
     )
