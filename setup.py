@@ -40,6 +40,7 @@ setup(
             "beartype>=0.19",
             "hypothesis>=6",
             "pytest>=8",
+            "pytest-xdist>=3",
             "pyyaml",
             "scipy>=1.14",
             "jupytext",

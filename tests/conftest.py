@@ -24,7 +24,9 @@ from jaxtyping import install_import_hook
 from deepseek_jax.core import precision, storage
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Each process has its own: JAX writes an entry in place, and another would read half of it.
 _cache = pathlib.Path(tempfile.gettempdir()) / "deepseek_jax_test_compilation"
+_cache /= os.environ.get("PYTEST_XDIST_WORKER", "alone")
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -59,14 +61,25 @@ def pytest_addoption(parser):
     parser.addoption("--write-families", action="store_true", help="write docs/families.md")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite takes two processes, a part of it one."""
+    return min(2, os.cpu_count()) if family_table.is_whole(config) else 0
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    if call.when == "call" and call.excinfo is None:
-        family_table.note(item)
+    report = yield
+    if report.when == "call" and report.passed:
+        report.user_properties.append(("shown", family_table.shows(item)))
+    return report
 
 
-def pytest_deselected(items):
-    family_table.miss(items)
+def pytest_runtest_logreport(report):
+    family_table.note(report)
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name == "test_families.py")  # it reads what others showed
+def pytest_sessionfinish(session, exitstatus):
+    done = exitstatus == 0 and not hasattr(session.config, "workerinput")
+    if done and (wrong := family_table.difference(session.config)):
+        print(f"\n{wrong}")
+        session.exitstatus = 1

@@ -2,7 +2,7 @@
 
 A test marked `shows("logits", "gradients")` fills these columns for the family of its case: of the
 parameter `name` ("v2-lite-yarn" is of V2-Lite), or as the mark says (`family="V3"`). conftest.py
-calls `note` and `miss`; test_families.py holds the page against a whole run, or writes it.
+calls these functions; a whole run that passed holds the page against what it showed, or writes it.
 """
 
 import pathlib
@@ -15,7 +15,6 @@ PAGE = TESTS.parent / "docs" / "families.md"
 COLUMNS = ("load", "logits", "gradients", "generate", "train", "export", "FP8", "chat")
 LABELS = {"v1": "DeepSeekMoE", "v32": "V3.2"}
 SHOWN: set[tuple[str, str, str]] = set()  # family, column, test
-MISSED: list[str] = []  # marked tests that this run leaves out
 INTRODUCTION = """# What the tests show of each family
 
 Tiny random models of transformers, in its own files, against this package in float32. A number is a
@@ -35,23 +34,38 @@ def family(case: str) -> str:
     return LABELS.get(kind, kind.title())
 
 
-def note(item: pytest.Item) -> None:
-    """A test passed: take down what it shows."""
-    test = item.nodeid.partition("[")[0]
+def shows(item: pytest.Item) -> list[tuple[str, str, str]]:
+    """What a test shows when it passes, for `note`, which may be another process's."""
+    test, found = item.nodeid.partition("[")[0], []
     for mark in item.iter_markers("shows"):
         of = mark.kwargs.get("family") or (mark.args and family(item.callspec.params["name"]))
-        SHOWN.update((of, column, test) for column in mark.args)
+        found += [(of, column, test) for column in mark.args]
+    return found
 
 
-def miss(items: list[pytest.Item]) -> None:
-    """Tests will not run: take down those that show something."""
-    MISSED.extend(item.nodeid for item in items if item.get_closest_marker("shows"))
+def note(report: pytest.TestReport) -> None:
+    """Take down what a report says that its test showed."""
+    for name, rows in report.user_properties:
+        if name == "shown":
+            SHOWN.update(map(tuple, rows))
 
 
 def is_whole(config: pytest.Config) -> bool:
     """Whether this run holds every marked test."""
     asked = {pathlib.Path(config.invocation_params.dir, name).resolve() for name in config.args}
-    return not MISSED and bool(asked & {TESTS, TESTS.parent})
+    chosen = config.option.keyword or config.option.deselect or config.option.lf
+    of_all = config.option.markexpr in ("", "shows")
+    return of_all and not chosen and bool(asked & {TESTS, TESTS.parent})
+
+
+def difference(config: pytest.Config) -> str:
+    """What is wrong with the page after a run that passed; writes it where that is asked for."""
+    if not is_whole(config):
+        return ""
+    if config.getoption("--write-families"):
+        PAGE.write_text(page(SHOWN))
+    same = PAGE.read_text() == page(SHOWN)
+    return "" if same else f"{PAGE}: not what the tests show; pytest -m shows --write-families"
 
 
 def page(shown: set[tuple[str, str, str]]) -> str:
