@@ -62,8 +62,8 @@ def pytest_addoption(parser):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """The whole suite takes two processes, a part of it one."""
-    return min(2, os.cpu_count()) if family_table.is_whole(config) else 0
+    """Runs over all files take two processes, others one."""
+    return min(2, os.cpu_count()) if family_table.takes_all_files(config) else 0
 
 
 @pytest.hookimpl(wrapper=True)

@@ -50,12 +50,17 @@ def note(report: pytest.TestReport) -> None:
             SHOWN.update(map(tuple, rows))
 
 
+def takes_all_files(config: pytest.Config) -> bool:
+    """Whether this run collects from all files of tests."""
+    asked = {pathlib.Path(config.invocation_params.dir, name).resolve() for name in config.args}
+    return bool(asked & {TESTS, TESTS.parent})
+
+
 def is_whole(config: pytest.Config) -> bool:
     """Whether this run holds every marked test."""
-    asked = {pathlib.Path(config.invocation_params.dir, name).resolve() for name in config.args}
     chosen = config.option.keyword or config.option.deselect or config.option.lf
     of_all = config.option.markexpr in ("", "shows")
-    return of_all and not chosen and bool(asked & {TESTS, TESTS.parent})
+    return of_all and not chosen and takes_all_files(config)
 
 
 def difference(config: pytest.Config) -> str:
