@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.parallel.compile import compile_program
 from deepseek_jax.parallel.manual import per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.parallel.pipeline import AXIS, Parts, Pipeline, deal, one_forward_one_backward
+from deepseek_jax.parallel.pipeline import AXIS, Parts, Pipeline, one_forward_one_backward
 
 SIZES = (  # stages, chunks, microbatches
     (2, 2, 8), (4, 1, 4), (4, 1, 16), (4, 2, 16), (4, 4, 16), (8, 1, 8),
@@ -72,12 +72,10 @@ def main() -> None:
         runs, forward, backward = counted(pipeline)
         real = forward + backward
         assert (real == real[0]).all()
-        longest = max(map(len, deal(LAYERS, *sizes[:2])))
-        empty = 1 - LAYERS / (longest * pipeline.stages * pipeline.chunks)
         idle, work = 1 - real[0] / runs, (pipeline.stages - 1) / pipeline.turns
         print(
             f"| {' | '.join(map(str, sizes))} | {runs} | {real[0]:.0f} | {idle:.1%} | "
-            f"{pipeline.bubble:.1%} | {work:.1%} | {empty:.1%} |"
+            f"{pipeline.bubble:.1%} | {work:.1%} | {pipeline.empty(LAYERS):.1%} |"
         )
 
 

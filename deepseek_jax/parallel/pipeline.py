@@ -38,6 +38,11 @@ class Pipeline(NamedTuple):
         """
         return (self.stages - 1) / (self.turns + self.stages - 1)
 
+    def empty(self, num_layers: int) -> float:
+        """The part of all slots for layers that holds none, as devices get unequal numbers."""
+        length = max(map(len, deal(num_layers, self.stages, self.chunks)))
+        return 1 - num_layers / (length * self.stages * self.chunks)
+
     def describe(self) -> str:
         """What its devices do and how long they wait, in a line."""
         runs = f" of {self.chunks} runs of layers each" if self.chunks > 1 else ""

@@ -88,6 +88,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "params": total,
         "active_params": active,
         "bubble": pipeline.bubble,
+        "empty": pipeline.empty(config.model.num_layers),
         "remat": config.model.remat,
         "params_dtype": config.precision.params,
         "moments": [optimizer.momentum_dtype, optimizer.variance_dtype],
@@ -108,12 +109,13 @@ def forecast(
 ) -> dict[str, Any]:
     """Bounds in seconds, which of them binds, the step at best, and its MFU.
 
-    A pipeline makes every stage's forward pass again, and its devices wait for the first and last.
+    A pipeline makes every stage's forward pass again; its devices wait for the first and last, and
+    for those that have a layer more.
     """
     flops, whole = known["model_flops"], known["devices"] * place.peak
     again = 1.0 if known["bubble"] else RECOMPUTED[known["remat"]]
     bounds = {
-        "compute": flops * (1 + again / 3) / whole / (1 - known["bubble"]),
+        "compute": flops * (1 + again / 3) / whole / (1 - known["bubble"]) / (1 - known["empty"]),
         "memory": moved / place.chip.bandwidth,
         **network,
     }

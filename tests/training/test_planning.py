@@ -9,9 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.parallel.chips import chip
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.training.planning import forecast, held
 
-KNOWN = {"model_flops": 600.0, "devices": 2, "bubble": 0.0, "remat": "none"}
+KNOWN = {"model_flops": 600.0, "devices": 2, "bubble": 0.0, "empty": 0.0, "remat": "none"}
 PLACE = SimpleNamespace(peak=100.0, chip=chip("TPU v5 lite")._replace(bandwidth=50.0))
 
 
@@ -21,6 +22,7 @@ PLACE = SimpleNamespace(peak=100.0, chip=chip("TPU v5 lite")._replace(bandwidth=
         ({}, 3.0),
         ({"remat": "full"}, 4.0),  # a third of the products once more
         ({"bubble": 0.2}, 5.0),  # stages make theirs again, and wait a fifth of the step
+        ({"bubble": 0.2, "empty": 0.5}, 10.0),  # for others that have twice the layers, too
     ],
 )
 def test_products_again_and_waits_take_time(fields, seconds):
@@ -30,6 +32,12 @@ def test_products_again_and_waits_take_time(fields, seconds):
     )
     assert (found["bound"], found["step_seconds"]) == ("compute", pytest.approx(seconds))
     assert found["mfu"] == pytest.approx(3.0 / seconds)
+
+
+def test_layers_that_do_not_split_evenly_leave_slots_empty():
+    assert Pipeline(1, 1, 1).empty(61) == 0
+    assert Pipeline(4, 1, 8).empty(61) == pytest.approx(3 / 64)
+    assert Pipeline(2, 2, 8).empty(8) == 0
 
 
 def test_the_slowest_bound_binds():
