@@ -23,6 +23,12 @@ class Pipeline(NamedTuple):
     chunks: int
     microbatches: int
 
+    @classmethod
+    def on(cls, mesh: Any, chunks: int, microbatches: int) -> "Pipeline":
+        """That of a mesh, whose one stage holds all layers in one run whatever `chunks` says."""
+        stages = mesh.shape[AXIS]
+        return cls(stages, chunks if stages > 1 else 1, microbatches)
+
     @property
     def turns(self) -> int:
         """Forward passes of a chunk that a device does in a step."""

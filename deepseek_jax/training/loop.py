@@ -300,9 +300,10 @@ class _Run:
 
     def _compiled(self, stage: Stage, size: BatchStep, first: int, state: TrainState) -> Any:
         """The train step as one program that overwrites the state it is given."""
-        if (stages := self.mesh.shape["stage"]) > 1:
-            chunks = self.config.mesh.stage_chunks
-            self.progress.say(Pipeline(stages, chunks, size.accumulation_steps).describe())
+        chunks = self.config.mesh.stage_chunks
+        pipeline = Pipeline.on(self.mesh, chunks, size.accumulation_steps)
+        if pipeline.stages > 1:
+            self.progress.say(pipeline.describe())
         if self.config.mesh.slice_gradients == "int4":
             self.progress.say(slices.describe(self.mesh, self.model))
         step = stage_step(self.config, self.model, stage, size, first)

@@ -126,7 +126,7 @@ def make_mesh_gradients(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or (mesh.shape[AXIS] == 1 and not (by_slice and mesh.shape["slice"] > 1)):
             return plain(params, batch, key, scale)
-        pipeline = Pipeline(mesh.shape[AXIS], chunks, steps)
+        pipeline = Pipeline.on(mesh, chunks, steps)
         check_pipeline(model, config, pipeline)
         shown = model.dense() if config.indexer_warmup else model
         automatic = ("tensor",) if mesh.shape["tensor"] > 1 else ()

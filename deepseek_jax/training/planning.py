@@ -79,7 +79,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
     rows, tokens = stage.batch_size, stage.batch_size * stage.sequence_length
     total, active = num_params(model)
     optimizer = stage.optimizer
-    pipeline = Pipeline(mesh.shape["stage"], config.mesh.stage_chunks, stage.accumulation_steps)
+    pipeline = Pipeline.on(mesh, config.mesh.stage_chunks, stage.accumulation_steps)
     return {
         "device": place.kind,
         "devices": len(place.devices),
