@@ -68,7 +68,7 @@ def dry_run(config: TrainConfig) -> str:
     total, active = num_params(model)
     resolved = json.dumps(core_config.to_dict(config), indent=2)
     optimizer = make_optimizer(config.filled_stages()[0].optimizer, model.specs)
-    by_slice, mesh = config.mesh.slice_gradients == "int4", make_mesh(config.mesh)
+    mesh, by_slice = make_mesh(config.mesh), config.mesh.by_slice
     table = memory_table(abstract_state(model, optimizer, mesh, by_slice=by_slice))
     return f"{resolved}\n{table}\nparameters: {total:,} in total, {active:,} active a token"
 

@@ -65,9 +65,10 @@ def is_whole(config: pytest.Config) -> bool:
 
 def difference(config: pytest.Config) -> str:
     """What is wrong with the page after a run that passed; writes it where that is asked for."""
+    writes = config.getoption("--write-families")
     if not is_whole(config):
-        return ""
-    if config.getoption("--write-families"):
+        return f"{PAGE}: not written, as this run leaves tests out" if writes else ""
+    if writes:
         PAGE.write_text(page(SHOWN))
     same = PAGE.read_text() == page(SHOWN)
     return "" if same else f"{PAGE}: not what the tests show; pytest -m shows --write-families"

@@ -8,15 +8,17 @@ because the compiler goes on in a thread that only the process's end stops.
 
 import json
 import os
-import pathlib
 import re
 import sys
 
 import jax
 
 from deepseek_jax.core import config as core_config
-from deepseek_jax.parallel import compile as compiling
-from deepseek_jax.training.planning import plan
+from deepseek_jax.core.target import compiling_for
+from deepseek_jax.models.build import build
+from deepseek_jax.parallel.chips import described
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.planning import compile_step
 from deepseek_jax.training.recipe import TrainConfig
 
 FLAGS = [
@@ -47,20 +49,17 @@ def overlaps(text: str) -> list[dict]:
 
 
 def main(flags: list[str]) -> None:
-    """Plan V2-Lite's mixture of experts and read its schedule."""
+    """Compile a step of V2-Lite's mixture of experts and read its schedule."""
     jax.config.update("jax_platforms", "cpu")
-    texts, read = [], compiling._dumped
-
-    def keep(folder: pathlib.Path, pattern: str) -> str:
-        text = read(folder, pattern)
-        texts.append(text)
-        return text
-
-    compiling._dumped = keep
     config = core_config.load_config("configs/deepseek_v2_lite.py", TrainConfig)
     config = core_config.override(config, [*FLAGS, *flags], prog="overlap", description="")
-    plan(config, "v5p:2x2x2", quick=True)
-    print(json.dumps(overlaps(max(texts, key=len))), flush=True)
+    place = described("v5p:2x2x2")
+    mesh = make_mesh(config.mesh, place.devices)
+    with compiling_for(place.devices):
+        model = build(config.model, config.precision)
+        stage = config.filled_stages()[0]
+        program, _ = compile_step(config, model, stage, mesh, quick=True)
+    print(json.dumps(overlaps(program.text)), flush=True)
     os._exit(0)
 
 

@@ -29,3 +29,12 @@ def test_a_page_that_says_more_is_found(monkeypatch, tmp_path, request):
     assert "not what the tests show" in family_table.difference(request.config)
     (tmp_path / "families.md").write_text(family_table.page({row}))
     assert not family_table.difference(request.config)
+
+
+def test_a_part_of_the_tests_writes_no_page(monkeypatch, tmp_path, request):
+    monkeypatch.setattr(family_table, "PAGE", tmp_path / "families.md")
+    monkeypatch.setattr(family_table, "is_whole", lambda config: False)
+    assert not family_table.difference(request.config)
+    monkeypatch.setattr(request.config.option, "write_families", True)
+    assert "not written" in family_table.difference(request.config)
+    assert not family_table.PAGE.exists()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # `segment_0/block_0/attention/q/weight` from a jax key path.
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -18,6 +19,17 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """`jax.tree.map` whose function gets the path's name first."""
     return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
+
+
+def added_up(function: Callable[[Any], Any], items: Any) -> Any:
+    """The sum of function(item) over the items' first dimension, one after another (a scan)."""
+
+    def add(total: Any, item: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(item)), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], items))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zero, items)[0]
 
 
 def difference(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 5) -> str:

@@ -24,7 +24,7 @@ from deepseek_jax.layers.moe import MoE, Routing
 from deepseek_jax.ops.ring import zigzag, zigzag_order
 from deepseek_jax.ops.rope import rotation
 from deepseek_jax.parallel.manual import per_device
-from deepseek_jax.parallel.sharding import constrain, tokens_spec, weight_spec
+from deepseek_jax.parallel.sharding import constrain, names_of, tokens_spec, weight_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def own_rows(spec: PartitionSpec, dtype: Any, tokens: Array, table: Array) -> Ar
     columns for all tokens of its fsdp group, which then trade them.
     """
     rows, columns = (*spec, None, None)[:2]
-    columns = (columns,) if isinstance(columns, str) else columns or ()
+    columns = names_of(columns)
     others = tuple(axis for axis in columns if axis in BATCH_AXES)  # with other tokens
     if others:
         tokens = jax.lax.all_gather(tokens, others, tiled=True)

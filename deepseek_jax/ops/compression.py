@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 BLOCK = 64  # values that share a scale
 LARGEST = 7  # of four bits, symmetric
+WIRE = BLOCK // 2 + 2  # bytes of a block: two values a byte, and the scale
 
 
 def packed(x: jax.Array) -> jax.Array:
-    """float32 [..., n], n a multiple of BLOCK, as uint8 [..., n / BLOCK, BLOCK / 2 + 2].
+    """float32 [..., n], n a multiple of BLOCK, as uint8 [..., n / BLOCK, WIRE].
 
     Two values a byte, rounded to the nearest, and their block's scale in bfloat16. A block with a
     value that is not finite comes back as NaN.
@@ -42,7 +43,7 @@ def unpacked(wire: jax.Array) -> jax.Array:
 
 def wire_bytes(size: int, devices: int) -> int:
     """Bytes of `size` values on the wire, those that fill up the last blocks included."""
-    return devices * math.ceil(size / (devices * BLOCK)) * (BLOCK // 2 + 2)
+    return devices * math.ceil(size / (devices * BLOCK)) * WIRE
 
 
 def summed(x: jax.Array, left_out: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:

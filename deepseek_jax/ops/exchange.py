@@ -43,6 +43,11 @@ class Exchange:
     chunks: int = 1
     """Parts of a device's tokens; one's exchange overlaps the other's products."""
 
+    @property
+    def all_to_all(self) -> bool:
+        """Whether tokens go to experts in all-to-alls."""
+        return self.kind in ("padded", "ragged", "two_hop")
+
     def __post_init__(self):
         if self.slack <= 0 or self.chunks < 1:
             raise ValueError(

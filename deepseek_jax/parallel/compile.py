@@ -56,6 +56,8 @@ class Program(NamedTuple):
     """Bytes that the refused program needs of a device's memory, as it says; else 0."""
     remarks: tuple[str, ...]
     """Warnings about shardings that it could not follow."""
+    text: str
+    """The program as it is scheduled; empty if there is none."""
 
 
 def compile_program(lowered: jax.stages.Lowered, mesh: Mesh, quick: bool = False) -> Program:
@@ -99,7 +101,7 @@ def compile_program(lowered: jax.stages.Lowered, mesh: Mesh, quick: bool = False
     memory = _memory(compiled.memory_analysis()) if compiled else memory_of(buffers)
     found = () if refusal else collectives(text, mesh)
     remarks = tuple(dict.fromkeys(line for line in said if "rematerialization" in line))
-    return Program(seconds, memory, found, refusal, needed_bytes(refusal), remarks)
+    return Program(seconds, memory, found, refusal, needed_bytes(refusal), remarks, text)
 
 
 PROGRAM, BUFFERS = "*after_optimizations.txt", "*after_optimizations-buffer-assignment.txt"

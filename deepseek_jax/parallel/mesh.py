@@ -39,6 +39,11 @@ class MeshShape:
     slice_gradients: Literal["float32", "int4"] = "float32"
     """How gradients cross the slow network: exactly, or in four bits with error feedback."""
 
+    @property
+    def by_slice(self) -> bool:
+        """Whether a step has each slice's gradients apart before it adds them up."""
+        return self.slice_gradients == "int4"
+
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:

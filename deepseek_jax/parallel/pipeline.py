@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.core import tree
+
 AXIS = "stage"
 
 
@@ -91,12 +93,12 @@ def deal(num_layers: int, stages: int, chunks: int) -> list[range]:
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def _at(tree: Any, index: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+def _at(values: Any, index: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), values)
 
 
-def _chosen(condition: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
+def _chosen(condition: Any, values: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), values)
 
 
 def _added(total: Any, part: Any) -> Any:
@@ -107,8 +109,8 @@ def _added_at(total: Any, index: Any, part: Any) -> Any:
     return jax.tree.map(lambda a, b: a.at[index].add(b.astype(a.dtype)), total, part)
 
 
-def _zeros(tree: Any, dtype: Any = None) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), tree)
+def _zeros(values: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), values)
 
 
 def one_forward_one_backward(
@@ -243,9 +245,5 @@ def one_after_another(
         grads, reports = jax.grad(loss, has_aux=True)((first, chunks, last), batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), reports
 
-    def add(total, batch):
-        return jax.tree.map(jnp.add, total, of_part(batch)), None
-
-    zero = _zeros(jax.eval_shape(of_part, _at(batches, 0)))
-    grads, (layers, report) = jax.lax.scan(add, zero, batches)[0]
+    grads, (layers, report) = tree.added_up(of_part, batches)
     return grads, layers, report

@@ -38,12 +38,11 @@ def _weight_spec(
     used: set[str] = set()
     for name, size in zip(axes, shape, strict=True):
         wanted = WEIGHTS.get(name, ())
-        split = (wanted,) if isinstance(wanted, str) else wanted
-        split = tuple(axis for axis in split if sizes[axis] > 1 and axis not in used)
+        split = tuple(axis for axis in names_of(wanted) if sizes[axis] > 1 and axis not in used)
         while size % num_parts(sizes, split):
             split = split[:-1]  # the inner axis first
         used |= {*split}
-        entries.append(split if len(split) > 1 else split[0] if split else None)
+        entries.append(entry_of(split))
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
@@ -51,7 +50,29 @@ def _weight_spec(
 
 def num_parts(sizes: Mapping[str, int], axes: str | tuple[str, ...]) -> int:
     """Devices along a mesh axis, or along several together."""
-    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(sizes[axis] for axis in names_of(axes))
+
+
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def entry_of(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """The entry of a PartitionSpec for these mesh axes."""
+    return names if len(names) > 1 else names[0] if names else None
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes of a PartitionSpec."""
+    return tuple(axis for entry in spec for axis in names_of(entry))
+
+
+def without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The spec, other axes alone."""
+    return PartitionSpec(
+        *(entry_of(tuple(a for a in names_of(entry) if a not in axes)) for entry in spec)
+    )
 
 
 def tree_shardings(mesh: Mesh, specs: Any, shapes: Any) -> Any:

@@ -184,7 +184,7 @@ class _Run:
         """The newest good checkpoint's state and data position, or a fresh start."""
         recorded, config = self.run_dir / "config.json", self.config
         optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
-        memory, by_slice = self.stages[0].optimizer.memory, config.mesh.slice_gradients == "int4"
+        memory, by_slice = self.stages[0].optimizer.memory, config.mesh.by_slice
         abstract = abstract_state(self.model, optimizer, self.mesh, memory, by_slice)
         newest = self.manager.newest()
         if (faults := self.config.faults).local_save_every:
@@ -304,7 +304,7 @@ class _Run:
         pipeline = Pipeline.on(self.mesh, chunks, size.accumulation_steps)
         if pipeline.stages > 1:
             self.progress.say(pipeline.describe())
-        if self.config.mesh.slice_gradients == "int4":
+        if self.config.mesh.by_slice:
             self.progress.say(slices.describe(self.mesh, self.model))
         step = stage_step(self.config, self.model, stage, size, first)
         return stored(overwriting(self.peers.telling(step), state, self.model))

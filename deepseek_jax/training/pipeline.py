@@ -34,7 +34,7 @@ from deepseek_jax.parallel.pipeline import (
     one_after_another,
     one_forward_one_backward,
 )
-from deepseek_jax.parallel.sharding import weight_spec
+from deepseek_jax.parallel.sharding import names_of, weight_spec, without
 from deepseek_jax.training.language import Language, block_terms, of_tokens
 from deepseek_jax.training.slices import share_of_slice, shares
 from deepseek_jax.training.step import (
@@ -132,11 +132,11 @@ def make_mesh_gradients(
         automatic = ("tensor",) if mesh.shape["tensor"] > 1 else ()
         shapes = tree.flatten(model.shapes)
         lies = {
-            path: _without(weight_spec(spec.axes, shapes[path].shape), automatic)
+            path: without(weight_spec(spec.axes, shapes[path].shape), automatic)
             for path, spec in tree.flatten(model.specs).items()
         }
         across = shares(mesh, model.specs, model.shapes) if by_slice else dict.fromkeys(lies)
-        out = {p: _without(s.spec, automatic) if s else lies[p] for p, s in across.items()}
+        out = {p: without(s.spec, automatic) if s else lies[p] for p, s in across.items()}
         parts = microbatches(batch, steps)
         weights = total_weights(objective, parts)
         run = functools.partial(_of_this_device, config, shown, objective, pipeline, lies, across)
@@ -148,17 +148,6 @@ def make_mesh_gradients(
         return unflatten_dict(grads, sep="/"), means, routing
 
     return gradients
-
-
-def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    """The spec, other axes alone."""
-
-    def left(entry):
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        names = tuple(name for name in names if name not in axes)
-        return names if len(names) > 1 else names[0] if names else None
-
-    return PartitionSpec(*map(left, spec))
 
 
 def _of_this_device(
@@ -188,7 +177,7 @@ def _of_this_device(
         """One layer's leaves whole, but for experts that tokens travel to."""
         keep = (home, *home, "tensor")
         return {
-            name: gathered(x, _without(PartitionSpec(*lies[names[name]][1:]), (AXIS,)), keep)
+            name: gathered(x, without(PartitionSpec(*lies[names[name]][1:]), (AXIS,)), keep)
             for name, x in leaves.items()
         }
 
@@ -301,7 +290,7 @@ def _of_this_device(
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * size, size, 1)
         else:
             x = jax.lax.all_to_all(x, AXIS, 1, 0, tiled=True)
-        return gathered(x, _without(spec, (AXIS,)))
+        return gathered(x, without(spec, (AXIS,)))
 
     def prepared(params):
         own = [
@@ -376,6 +365,6 @@ def _runs(plan: Layout) -> list[tuple[range, tuple[int, ...]]]:
 def _stage_dimension(spec: PartitionSpec) -> int | None:
     """Which dimension of a leaf the stages split."""
     for dimension, entry in enumerate(spec):
-        if AXIS in ((entry,) if isinstance(entry, str) else entry or ()):
+        if AXIS in names_of(entry):
             return dimension
     return None

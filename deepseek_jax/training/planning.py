@@ -182,8 +182,8 @@ def compile_step(
     """A filled stage's first train step on a mesh, from shapes alone, and `kinds_of_bytes`."""
     size = stage.batch_at(0)
     optimizer = make_optimizer(stage.optimizer, model.specs)
-    by_slice = config.mesh.slice_gradients == "int4"
-    state = abstract_state(model, optimizer, mesh, stage.optimizer.memory, by_slice)
+    memory = stage.optimizer.memory
+    state = abstract_state(model, optimizer, mesh, memory, config.mesh.by_slice)
     step = stage_step(config, model, stage, size, first=0)
     compiled = overwriting(step, state, model)
     batch = abstract_batch(mesh, size.batch_size, stage.sequence_length, config)

@@ -158,7 +158,7 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
     found = []
     for mesh in meshes(config, len(place.devices)):
-        given = given_bytes(model, stage, mesh, config.mesh.slice_gradients)
+        given = given_bytes(model, stage, mesh, config.mesh.by_slice)
         gathered, largest = weight_bytes(model, mesh)
         narrow = model.dtypes.compute.itemsize
         gathered_layer = narrow * gathered / config.model.num_layers
@@ -200,15 +200,12 @@ def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
     return found
 
 
-def given_bytes(
-    model: Model, stage: Stage, mesh: dict[str, int], slice_gradients: str = "float32"
-) -> int:
+def given_bytes(model: Model, stage: Stage, mesh: dict[str, int], by_slice: bool = False) -> int:
     """A device's bytes of the train state, exactly but for padding."""
     abstract = AbstractMesh(
         tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
     )
     optimizer = make_optimizer(stage.optimizer, model.specs)
-    by_slice = slice_gradients == "int4"
     return held(abstract_state(model, optimizer, abstract, stage.optimizer.memory, by_slice))
 
 

@@ -17,7 +17,14 @@ from deepseek_jax.core.axes import MESH_AXES, Spec
 from deepseek_jax.models.build import Model
 from deepseek_jax.ops import compression
 from deepseek_jax.parallel.manual import per_device
-from deepseek_jax.parallel.sharding import num_parts, weight_sharding
+from deepseek_jax.parallel.sharding import (
+    axes_of,
+    entry_of,
+    names_of,
+    num_parts,
+    weight_sharding,
+    without,
+)
 
 AXIS = "slice"
 
@@ -46,7 +53,7 @@ def shares(mesh: Mesh, specs: Any, shapes: Any) -> dict[str, Share | None]:
 
 def _share(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> Share | None:
     lies = weight_sharding(mesh, spec, shape).spec
-    entries, taken = [_names(entry) for entry in lies], _axes(lies)
+    entries, taken = [names_of(entry) for entry in lies], axes_of(lies)
     entries += [()] * (len(shape) - len(entries))
     if mesh.shape[AXIS] == 1 or AXIS in taken or not (spec.reduced or "vocab" in spec.axes):
         return None
@@ -58,19 +65,7 @@ def _share(mesh: Mesh, spec: Spec, shape: tuple[int, ...]) -> Share | None:
     if dimension is not None:
         entries[dimension] += same
     entries.insert(at, (AXIS,))
-    return Share(at, dimension, PartitionSpec(*(_entry(names) for names in entries)))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def _axes(spec: PartitionSpec) -> tuple[str, ...]:
-    return tuple(axis for entry in spec for axis in _names(entry))
-
-
-def _entry(names: tuple[str, ...]) -> Any:
-    return names if len(names) > 1 else names[0] if names else None
+    return Share(at, dimension, PartitionSpec(*(entry_of(names) for names in entries)))
 
 
 def abstract_left_out(mesh: Mesh, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
@@ -92,7 +87,7 @@ def share_of_slice(
 ) -> jax.Array:
     """Within a per-device function: a device's gradient, as it lies by `spec`, added up over `axes`
     but for what its share leaves to slices."""
-    split = _axes(spec)
+    split = axes_of(spec)
     inside = tuple(a for a in MESH_AXES if a in axes and a not in split and a != AXIS)
     if share is None:
         grad = jax.lax.psum(grad, inside) if inside else grad
@@ -123,7 +118,7 @@ def add_slices(
         }
 
     leaves = tree.flatten(grads)
-    whole = {p: PartitionSpec(*(None if e == AXIS else e for e in s)) for p, s in specs.items()}
+    whole = {path: without(spec, (AXIS,)) for path, spec in specs.items()}
     apply = per_device(add, (specs, specs, PartitionSpec()), (whole, specs))
     sums, left_out = apply({p: leaves[p] for p in found}, dict(left_out), scale)
     sums = {p: jnp.squeeze(x, found[p].at) for p, x in sums.items()}
@@ -139,8 +134,8 @@ def describe(mesh: Mesh, model: Model) -> str:
     for path, share in shares(mesh, model.specs, model.shapes).items():
         shape, count = shapes[path].shape, slices if share else 1
         spec = share.spec if share else weight_sharding(mesh, specs[path], shape).spec
-        size = math.prod(shape) * count // num_parts(mesh.shape, _axes(spec))
-        if share or AXIS not in _axes(spec):
+        size = math.prod(shape) * count // num_parts(mesh.shape, axes_of(spec))
+        if share or AXIS not in axes_of(spec):
             plain += 4 * size
             sent += compression.wire_bytes(size, slices) if share else 4 * size
     factor = 2 * (slices - 1) / slices

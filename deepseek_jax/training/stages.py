@@ -26,7 +26,7 @@ def stage_step(
     objective = make_language(stage.objective, model)
     schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
     scaled = model.dtypes.compute == jnp.float16
-    by_slice = config.mesh.slice_gradients == "int4"
+    by_slice = config.mesh.by_slice
     parts = size.accumulation_steps, config.mesh.stage_chunks
     train_step = make_train_step(
         make_mesh_gradients(stage.objective, model, objective, *parts, by_slice),
@@ -49,7 +49,7 @@ def overwriting(step: Callable, state: TrainState, model: Model) -> Any:
     """The step as a program that overwrites the state it is given, which lies like `state`."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     moe = model.config.moe
-    travel = moe and moe.exchange.kind in ("padded", "ragged", "two_hop")  # tokens do, to experts
+    travel = moe and moe.exchange.all_to_all
     options = target.ASYNCHRONOUS if travel and target.platform() == "tpu" else {}
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options

@@ -70,15 +70,10 @@ def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradien
             grads, rest = differentiate(params, part, key, weights, scale)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), rest
 
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, of_part(part)), None
-
         if accumulation_steps == 1:
             grads, (sums, aux) = differentiate(params, batch, key, weights, scale)
         else:
-            shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            grads, (sums, aux) = jax.lax.scan(add, zero, parts)[0]
+            grads, (sums, aux) = tree.added_up(of_part, parts)
         return grads, {term: total / weights[term] for term, total in sums.items()}, aux
 
     return gradients
