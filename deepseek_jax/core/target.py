@@ -23,12 +23,10 @@ PEAKS = {
     "L40S": 362, "L40": 181, "L4": 121,
 }  # fmt: skip
 
-# What the TPU compiler only does when asked: other work while an all-to-all is on its way. It takes
-# memory, which nothing is gained for where only small ones are (0.9 of 99 GB, DeepSeek-V3).
-ASYNCHRONOUS = {
-    "xla_tpu_enable_async_all_to_all": True,
-    "xla_tpu_enable_async_ragged_all_to_all": True,
-}
+# What the TPU compiler only does when asked: other work while an all-to-all is on its way (beside
+# ragged ones it does so anyway). It takes memory, for nothing where all of them are small: 0.9 of
+# 99 GB of DeepSeek-V3.
+ASYNCHRONOUS = {"xla_tpu_enable_async_all_to_all": True}
 
 PCI = pathlib.Path("/sys/bus/pci/devices")
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"

@@ -45,8 +45,8 @@ class Exchange:
 
     @property
     def all_to_all(self) -> bool:
-        """Whether tokens go to experts in all-to-alls."""
-        return self.kind in ("padded", "ragged", "two_hop")
+        """Whether tokens go to experts in all-to-alls of even parts."""
+        return self.kind in ("padded", "two_hop")
 
     def __post_init__(self):
         if self.slack <= 0 or self.chunks < 1:
