@@ -46,6 +46,8 @@ class Family(NamedTuple):
     """Tensors that are no weights, or serve nothing here."""
     prefix: str = ""
     """What published checkpoints put before the names that transformers now writes."""
+    places: Callable[[Any, int], tuple[int, ...]] = lambda config, number: (number,)
+    """Our config, a layer's number -> what stands for {0}, {1}, ... in its names."""
 
 
 class Row(NamedTuple):
@@ -79,7 +81,7 @@ def table(family: Family, config: Any, ours: Mapping[str, Leaf]) -> list[Row]:
             if (there := modules.get(module)) is None:
                 raise InputError(f"this family of encoders has no weight like {path}")
             named = Named(f"{there}.{'bias' if last == 'bias' else 'weight'}")
-        name = named.name.format(*(number.groups() if number else ()))
+        name = named.name.format(*(family.places(config, int(number[1])) if number else ()))
         shape = (1,) * named.ones + _turned(np.empty(leaf.shape, np.void), leaf).shape
         if name in rows:
             before = rows[name]

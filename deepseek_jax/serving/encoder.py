@@ -17,6 +17,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
+from deepseek_jax.models.swin import Swin
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.serving import language
 
@@ -53,7 +54,18 @@ def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
     return {"images": pixels.transpose(0, 2, 3, 1)}
 
 
-INPUTS = {ViT: images_of}
+def images_of_any_size(config: Swin, pixels: Any) -> dict[str, np.ndarray]:
+    """Pixels [B, C, H, W] as a Swin's inputs."""
+    pixels = np.asarray(pixels, np.float32)
+    fits = pixels.ndim == 4 and pixels.size and pixels.shape[1] == config.num_channels
+    if not fits or (config.absolute_positions and pixels.shape[2:] != config.image_size):
+        sizes = config.image_size if config.absolute_positions else ("H", "W")
+        wanted = ", ".join(map(str, ("B", config.num_channels, *sizes)))
+        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [{wanted}]")
+    return {"images": pixels.transpose(0, 2, 3, 1)}
+
+
+INPUTS = {ViT: images_of, Swin: images_of_any_size}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
