@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checkpoint import image_encoders, swin_encoders
+from deepseek_jax.checkpoint import image_encoders, swin_encoders, video_encoders
 from deepseek_jax.checkpoint.tables import Family
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.encoder import EncoderConfig
 
-FAMILIES: dict[str, Family] = {**image_encoders.FAMILIES, **swin_encoders.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **image_encoders.FAMILIES,
+    **swin_encoders.FAMILIES,
+    **video_encoders.FAMILIES,
+}
 
 
 def family_of(original: Mapping[str, Any]) -> Family | None:

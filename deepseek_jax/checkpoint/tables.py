@@ -181,6 +181,7 @@ def only(given: Mapping[str, Any], what: str, **fixed: Any) -> None:
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {

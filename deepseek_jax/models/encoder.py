@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import swin, vit
+from deepseek_jax.models import swin, video, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -24,8 +24,9 @@ class Kind(NamedTuple):
 KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
     swin.Swin: Kind(swin.SwinTransformer, swin.example),
+    video.Video: Kind(video.VideoTransformer, video.example),
 }
-EncoderConfig: TypeAlias = vit.ViT | swin.Swin
+EncoderConfig: TypeAlias = vit.ViT | swin.Swin | video.Video
 
 
 @dataclasses.dataclass(frozen=True)

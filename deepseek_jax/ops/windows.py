@@ -4,6 +4,8 @@ Feature maps are [B, H, W, C]. A shift turns the map around itself, so that a wi
 holds pieces from opposite sides: `shift_mask` keeps these apart.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def windows(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B M S C"]:
 def from_windows(x: Float[Array, "B M S C"], grid: tuple[int, int]) -> Float[Array, "B H W C"]:
     """The feature map of `grid` (height, width) that `windows` cut."""
     batch, _, area, channels = x.shape
-    size = int(area**0.5)
+    size = math.isqrt(area)
     rows, columns = grid[0] // size, grid[1] // size
     cut = x.reshape(batch, rows, columns, size, size, channels)
     return cut.swapaxes(2, 3).reshape(batch, *grid, channels)
@@ -40,10 +42,13 @@ def relative_index(size: int, largest: int) -> Int[np.ndarray, "S S"]:
 
 
 def shift_mask(grid: tuple[int, int], size: int, shift: int) -> Bool[np.ndarray, "M S S"]:
-    """Which places of each window lie on one side of the map's border, after the shift."""
-    regions = [(np.arange(n) >= n - size).astype(int) + (np.arange(n) >= n - shift) for n in grid]
-    one = regions[0][:, None] * 3 + regions[1][None]
-    cut = one.reshape(grid[0] // size, size, grid[1] // size, size).swapaxes(1, 2)
+    """Which pairs of places in each window are neighbours, after the shift.
+
+    Only the last windows hold what came around the border: in their last `shift` rows or columns.
+    """
+    came = [np.arange(n) >= n - shift for n in grid]
+    sides = came[0][:, None] * 2 + came[1][None]
+    cut = sides.reshape(grid[0] // size, size, grid[1] // size, size).swapaxes(1, 2)
     cut = cut.reshape(-1, size * size)
     return cut[:, :, None] == cut[:, None]
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.swin import Swin
+from deepseek_jax.models.video import Video
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.serving import language
 
@@ -35,7 +38,8 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W], normalized. Raises InputError for another shape.
+        Pixels [B, C, H, W] or frames [B, T, C, H, W], normalized. Raises InputError for another
+        shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -65,7 +69,38 @@ def images_of_any_size(config: Swin, pixels: Any) -> dict[str, np.ndarray]:
     return {"images": pixels.transpose(0, 2, 3, 1)}
 
 
-INPUTS = {ViT: images_of, Swin: images_of_any_size}
+def clips_of(
+    config: Video, frames: Any, bool_masked_pos: Any | None = None
+) -> dict[str, np.ndarray]:
+    """Frames [B, T, C, H, W] as a video encoder's inputs.
+
+    `bool_masked_pos` [B, N] says which tubelets are left out, as many in every clip.
+    """
+    frames = np.asarray(frames, np.float32)
+    wanted = (config.num_frames, config.num_channels, *config.image_size)
+    if frames.ndim != 5 or frames.shape[1:] != wanted or not frames.shape[0]:
+        whole = ", ".join(map(str, ("B", *wanted)))
+        raise InputError(f"frames have shape {frames.shape}; this encoder takes [{whole}]")
+    given = {"clips": frames.transpose(0, 1, 3, 4, 2)}
+    if bool_masked_pos is None:
+        return given
+    visible = ~np.asarray(bool_masked_pos, bool)
+    shape = (len(frames), math.prod(config.grid))
+    counts = {*visible.sum(1).tolist()} if visible.shape == shape else {0}
+    if len(counts) > 1 or 0 in counts:
+        raise InputError(
+            f"bool_masked_pos has shape {visible.shape}; it must be {shape} and leave as many "
+            "tubelets in every clip, at least one"
+        )
+    kept = np.nonzero(visible)[1].reshape(len(frames), -1)
+    return given | {"visible": kept.astype(np.int32)}
+
+
+INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {
+    ViT: images_of,
+    Swin: images_of_any_size,
+    Video: clips_of,
+}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
