@@ -176,7 +176,9 @@ def write_encoder(
     entries = []
     for row in tables.table(family, network.config, ours):
         made = tables.joined(row, ours, [arrays[path] for path in row.ours])
-        entries.append(Entry(row.theirs, made.shape, made.dtype, lambda made=made: made))
+        entries.append(
+            Entry(row.theirs, made.shape, made.dtype, lambda made=made: np.atleast_1d(made))
+        )
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
     config = original | family.fields(network.config) | {"dtype": str(entries[0].dtype)}

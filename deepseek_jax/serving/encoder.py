@@ -17,6 +17,8 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
+from deepseek_jax.models.text_tower import TextTower
+from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.serving import language
 
@@ -53,7 +55,52 @@ def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
     return {"images": pixels.transpose(0, 2, 3, 1)}
 
 
-INPUTS = {ViT: images_of}
+def texts_of(config: TextTower, tokens: Any, attention_mask: Any = None) -> dict[str, np.ndarray]:
+    """Rows of token ids [B, T], and which are real, as a text tower's inputs."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+    if tokens.shape[1] > config.max_length:
+        most = config.max_length
+        raise InputError(f"texts have {tokens.shape[1]} tokens; this tower takes {most} at most")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        found = f"tokens lie in {tokens.min()}..{tokens.max()}"
+        raise InputError(f"{found}, outside this tower's vocabulary 0..{config.vocab_size - 1}")
+    inputs = {"tokens": tokens.astype(np.int32)}
+    if attention_mask is not None:
+        mask = np.asarray(attention_mask, bool)
+        if mask.shape != tokens.shape:
+            raise InputError(f"attention_mask has shape {mask.shape}, and tokens {tokens.shape}")
+        inputs["mask"] = mask
+    return inputs
+
+
+INPUTS = {ViT: images_of, TextTower: texts_of}
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowerModel:
+    """Two towers with their weights."""
+
+    towers: Towers
+    params: Any
+    config: TwoTower
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json that it comes from."""
+
+    def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
+        return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
+
+    def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of rows of token ids [B, T]."""
+        given = texts_of(self.config.text, tokens, attention_mask)
+        return _embed(self.towers, "embed_text", self.params, given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(towers: Towers, method: str, params: Any, inputs: dict[str, Any]) -> Array:
+    return getattr(towers, method)(params, **inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -69,8 +116,8 @@ def is_encoder(path: str | pathlib.Path) -> bool:
     return encoders.family_of(original) is not None
 
 
-def load_encoder(path: str | pathlib.Path) -> EncoderModel:
-    """The encoder of a Hugging Face folder.
+def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
+    """The encoder, or the two towers, of a Hugging Face folder.
 
     On a CPU it computes in float32. Raises InputError when it is no encoder that is known here, or
     its tensors are not what its config says.
@@ -83,12 +130,16 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel:
     precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":
         precision = Precision(compute="float32")
+    if isinstance(folder.config, TwoTower):
+        towers = build_towers(folder.config, precision)
+        params = huggingface.load_encoder(folder, towers, towers.shapes)
+        return TwoTowerModel(towers, params, folder.config, folder.original)
     encoder = build_encoder(folder.config, precision)
     params = huggingface.load_encoder(folder, encoder, encoder.shapes)
     return EncoderModel(encoder, params, folder.config, folder.original)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | language.LanguageModel:
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
     """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
 
     See `load_encoder` and `serving.language.load`.
