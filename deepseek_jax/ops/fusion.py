@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from deepseek_jax.ops.attention import MASKED
 from deepseek_jax.ops.matmul import dot
 
 BOTTLENECK = -1  # the stream of tokens through which the other streams exchange what they know
@@ -34,11 +35,9 @@ def present_softmax(
 
     Zeros for a row without any, and zero gradients.
     """
-    scores = jnp.where(present, scores.astype(jnp.float32), -jnp.inf)
+    scores = jnp.where(present, scores.astype(jnp.float32), MASKED)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    # Absent ones give exp(0), so that slopes are finite, and are then left out.
-    terms = jnp.exp(jnp.where(present, scores - jnp.where(jnp.isfinite(top), top, 0.0), 0.0))
-    terms = jnp.where(present, terms, 0.0)
+    terms = jnp.where(present, jnp.exp(scores - top), 0.0)
     total = terms.sum(-1, keepdims=True)
     return terms / jnp.where(total > 0, total, 1.0)
 

@@ -33,11 +33,11 @@ from deepseek_jax.ops.fusion import (
 
 B, M, D = 3, 4, 5
 QUERY = jnp.asarray(np.random.default_rng(1).normal(size=(B, D)), jnp.float32)
-WEIGHTS = {  # of features [B, M, D] and who is present
-    "gate": lambda x, present: present_softmax(x[..., 0], present),
-    "entropy": entropy_weights,
-    "energy": energy_weights,
-    "attention": lambda x, present: attention_weights(QUERY, x, present),
+WEIGHTS = {  # of features [B, M, D], who is present, and a query
+    "gate": lambda x, present, _: present_softmax(x[..., 0], present),
+    "entropy": lambda x, present, _: entropy_weights(x, present),
+    "energy": lambda x, present, _: energy_weights(x, present),
+    "attention": lambda x, present, query: attention_weights(query, x, present),
 }
 FEATURES = arrays.arrays(
     np.float32, (B, M, D), elements=st.floats(-50, 50, width=32), fill=st.nothing()
@@ -47,16 +47,16 @@ PRESENT = arrays.arrays(bool, (B, M))
 
 @functools.cache
 def run(kind):
-    """(features, present) -> weights, the fused features, and the gradient of a sum of both."""
+    """(features, present) -> weights, fused features, and a sum's gradients in x, query."""
 
-    def both(x, present):
-        weights = WEIGHTS[kind](x, present)
+    def both(x, query, present):
+        weights = WEIGHTS[kind](x, present, query)
         out = fused(x, weights, present)
         return (out * jnp.arange(1.0, D + 1)[None]).sum() + (weights**2).sum(), (weights, out)
 
     def apply(x, present):
-        slope, found = jax.grad(both, has_aux=True)(x, present)
-        return *found, slope
+        slopes, found = jax.grad(both, (0, 1), has_aux=True)(x, QUERY, present)
+        return *found, *slopes
 
     compiled = jax.jit(apply)
     return lambda *given: [np.asarray(part) for part in compiled(*map(jnp.asarray, given))]
@@ -66,17 +66,18 @@ def run(kind):
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(x=FEATURES, present=PRESENT, order=st.permutations(range(M)))
 def test_weights_keep_their_rules(kind, x, present, order):
-    weights, out, slope = run(kind)(x, present)
+    weights, out, slope, query_slope = run(kind)(x, present)
     assert (weights >= 0).all()
     assert not weights[~present].any()
     np.testing.assert_allclose(weights.sum(1), present.any(1), atol=1e-6)
     assert not out[~present.any(1)].any()
     assert np.isfinite(slope).all()
+    assert np.isfinite(query_slope).all()
     assert not slope[~present].any()
     # What is absent may be anything.
     for anything in (np.nan, np.inf, -3e38, 7.0):
         others = run(kind)(np.where(present[..., None], x, np.float32(anything)), present)
-        for mine, other in zip(others, (weights, out, slope), strict=True):
+        for mine, other in zip(others, (weights, out, slope, query_slope), strict=True):
             np.testing.assert_array_equal(mine, other)
     turned = run(kind)(x[:, order], present[:, order])
     np.testing.assert_allclose(turned[0], weights[:, order], atol=1e-6)
@@ -87,13 +88,13 @@ def test_weights_are_those_of_torch_and_scipy():
     x = np.random.default_rng(2).normal(size=(B, M, D)) * 3
     present = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0]], bool)
     inputs = torch.tensor(x, requires_grad=True)
+    query = torch.tensor(np.float64(QUERY), requires_grad=True)
     hole = torch.tensor(~present)
     scores = {
         "gate": inputs[..., 0],
         "entropy": -torch.distributions.Categorical(logits=inputs).entropy(),
         "energy": torch.logsumexp(inputs, -1).detach() / 10,
-        "attention": torch.einsum("bd,bmd->bm", torch.tensor(np.array(QUERY)).double(), inputs)
-        / D**0.5,
+        "attention": torch.einsum("bd,bmd->bm", query, inputs) / D**0.5,
     }
     for kind, score in scores.items():
         weights = torch.softmax(score.masked_fill(hole, -torch.inf), -1)
@@ -101,7 +102,9 @@ def test_weights_are_those_of_torch_and_scipy():
         inputs.grad = None
         ((out * torch.arange(1.0, D + 1)).sum() + (weights**2).sum()).backward()
         found = run(kind)(x.astype(np.float32), present)
-        for mine, other in zip(found, (weights, out, inputs.grad), strict=True):
+        in_query = query.grad if kind == "attention" else torch.zeros_like(query)
+        expected = weights, out, inputs.grad, in_query
+        for mine, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(mine, other.detach(), rtol=1e-3, atol=1e-5, err_msg=kind)
     p = scipy.special.softmax(x, -1)
     np.testing.assert_allclose(
