@@ -166,17 +166,19 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
             total = stream.seek(0, 2)
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-                name = checked_name(member.name, path)
+                if member.offset_data <= end or member.size < 0:
+                    raise InputError(
+                        f"{path}: refused: {member.name!r:.80} overlaps another member"
+                    )
+                end = member.offset_data
                 if member.isdir():
                     continue
+                name = checked_name(member.name, path)
                 if not member.isreg() or member.issparse():
                     raise InputError(
                         f"{path}: refused: {name} is no plain file but a link or device"
                     )
-                if member.offset_data < end or member.size < 0:
-                    raise InputError(f"{path}: refused: {name} overlaps what stands before it")
-                end = member.offset_data + member.size
-                if end > total:
+                if (end := end + member.size) > total:
                     raise InputError(f"{path}: truncated in {name}; copy it again")
                 if member.size > MAX_MEDIUM:
                     raise InputError(f"{path}: {name} has {member.size:,} bytes, more than 1 GiB")
@@ -184,22 +186,19 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
             stream.seek(tar.offset)  # tarfile takes any broken header for the end
             if stream.read(512) != bytes(512):
                 raise InputError(f"{path}: broken or cut off at byte {tar.offset}; copy it again")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # hostile headers make tarfile raise nearly anything
+        what = f"not a tar file that can be read ({one_line(error)})"
         hint = "unpack .gz and .xz: a compressed shard cannot be read by number"
-        raise InputError(
-            f"{path}: not a tar file that can be read ({one_line(error)}); {hint}"
-        ) from None
+        raise InputError(f"{path}: {what}; {hint}") from None
 
 
 def open_parquet(found: list[File], texts: tuple[str, ...], group: str) -> Opened:
     """The rows of Parquet files with columns image, audio, video (bytes, or {bytes, path})."""
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     refused = (arrow.ArrowException, OSError, UnicodeDecodeError)
-    places: list[
-        tuple[int, int, int]
-    ] = []  # of each row group: its file, its number, its first row
+    places: list[tuple[int, int, int]] = []  # of each row group: file, number, first row
     starts, hashes, total = array.array("q"), array.array("Q"), 0
     for number, file in enumerate(found):
         try:

@@ -246,6 +246,38 @@ def test_damaged_shards_are_refused_by_name(tmp_path):
             Media(MediaShards(paths=(f"{tmp_path}/{name}",)))
 
 
+def _header(kind: bytes, size: bytes) -> bytes:
+    """A tar header that claims anything."""
+    head = bytearray(b"a.png".ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2)
+    head += size + b"00000000000\0" + b" " * 8 + kind
+    head = head.ljust(257, b"\0") + b"ustar\00000"
+    head = head.ljust(512, b"\0")
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def test_shards_that_would_never_end_are_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    sizes = [b"\xff" * 10 + b"\xfc\x00", b"\xff" * 10 + b"\xfe\x00", b"\x80\xff" + b"\0" * 10]
+    nothing = b"00000000000\0"
+    cases = [_header(b"0", nothing) + _header(kind, size) for kind in (b"0", b"x", b"L")
+             for size in sizes]  # fmt: skip
+    for content in [*cases, _header(b"x", nothing) * 5000]:
+        path.write_bytes(content + bytes(1024))
+        with pytest.raises(InputError, match="a.tar: "):
+            Media(MediaShards(paths=(str(path),)))
+
+
+def test_shards_made_of_a_folder(tmp_path):
+    """`tar cf a.tar .` has the folder itself as a member."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"1")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "in", ".")
+    media = Media(MediaShards(paths=(f"{tmp_path}/a.tar",)))
+    assert len(media) == 1 and media.example(0).media == {"image": b"1"}
+
+
 def test_examples_that_cannot_be_told_apart_or_read(tmp_path):
     path = tmp_path / "a.tar"
     source = MediaShards(paths=(str(path),))
