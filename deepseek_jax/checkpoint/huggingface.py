@@ -157,6 +157,12 @@ def load_encoder(folder: Folder, network: Network, abstract: Any) -> Any:
     return placed(found, network.layers, abstract)
 
 
+def load_any(folder: Folder, network: Network, abstract: Any) -> Any:
+    """The weights of a folder of any known model: see `load_params` and `load_encoder`."""
+    load = load_encoder if encoders.family_of(folder.original) else load_params
+    return load(folder, network, abstract)
+
+
 def write_encoder(
     target: pathlib.Path, network: Network, params: Any, original: dict[str, Any]
 ) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.linear import Dtypes, Projection, weight
 from deepseek_jax.models import text_tower, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
@@ -45,6 +46,16 @@ class TwoTower:
     def text_dim(self) -> int:
         """Width of the text tower's vector."""
         return self.text.head_dim or self.text.transformer.embed_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Of both towers."""
+        return self.image.transformer.num_layers + self.text.transformer.num_layers
+
+    @property
+    def remat(self) -> Remat:
+        """The image tower's."""
+        return self.image.transformer.remat
 
     @property
     def vocab_size(self) -> int:
