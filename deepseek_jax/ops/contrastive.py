@@ -198,15 +198,17 @@ def _block(first, groups, valid, second, key_groups, key_valid):
     return dot("bd,kd->bk", first, second), negative
 
 
-def _after(kind, met, logits, cosines, negative):
-    top = jnp.maximum(met.top, jnp.where(negative, logits, MASKED).max(1))
+def _after(kind, met, logits, cosines, negative, axis):
+    """What rows (of axis 1), or columns (of axis 0), have met after this block."""
+    top = jnp.maximum(met.top, jnp.where(negative, logits, MASKED).max(axis))
     if kind == "softmax":
-        terms, total = jnp.exp(logits - top[:, None]), met.total * jnp.exp(met.top - top)
+        terms = jnp.exp(logits - jnp.expand_dims(top, axis))
+        total = met.total * jnp.exp(met.top - top)
     else:
         terms, total = jax.nn.softplus(logits), met.total
-    total = total + jnp.where(negative, terms, 0.0).sum(1)
-    cosines = met.cosines + jnp.where(negative, cosines, 0.0).sum(1)
-    return _Met(top, total, cosines, met.count + negative.sum(1).astype(jnp.float32))
+    total = total + jnp.where(negative, terms, 0.0).sum(axis)
+    cosines = met.cosines + jnp.where(negative, cosines, 0.0).sum(axis)
+    return _Met(top, total, cosines, met.count + negative.sum(axis).astype(jnp.float32))
 
 
 def _forward(kind, axes, chunk, first, second, scale, bias, groups, valid):
@@ -219,9 +221,8 @@ def _forward(kind, axes, chunk, first, second, scale, bias, groups, valid):
     def visit(rows, met):
         keys, columns = met
         cosines, negative = _block(first, groups, valid, *keys)
-        logits = scale * cosines + bias
-        rows = _after(kind, rows, logits, cosines, negative)
-        return rows, _after(kind, columns, logits.T, cosines.T, negative.T)
+        block = scale * cosines + bias, cosines, negative
+        return _after(kind, rows, *block, 1), _after(kind, columns, *block, 0)
 
     size = first.shape[0]
     rows, columns = _around(axes, visit, start(size), keys, start(keys[0].shape[:2]))

@@ -12,12 +12,14 @@ from deepseek_jax.core.axes import BATCH_AXES
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.contrastive import contrastive_terms
 from deepseek_jax.ops import contrastive
+from deepseek_jax.parallel.manual import per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 
 ROWS, WIDTH = 24, 5
 RNG = np.random.default_rng(0)
 FIRST, SECOND = (jnp.asarray(RNG.normal(size=(ROWS, WIDTH)), jnp.float32) for _ in range(2))
 GROUPS, VALID = jnp.asarray(RNG.integers(0, 9, ROWS)), jnp.asarray(RNG.random(ROWS) < 0.8)
+VALID = VALID.at[3:6].set(False)  # one of 8 devices has padding alone
 LEARNED = {"softmax": (1.5,), "sigmoid": (1.5, -1.0)}
 MESHES = {
     "8": {"data": 8},
@@ -45,8 +47,11 @@ def on_one_device(kind, masked):
     return given, *slopes, jax.jit(terms)(*given)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("mesh", "kind"),
+    [(mesh, kind) for mesh in ("8", "4x2", "2x2x2") for kind in LEARNED]
+    + [("2x2 and tensor", "sigmoid"), ("no rows split", "softmax")],
+)
 def test_the_ring_is_the_dense_form_in_values_and_gradients(mesh, kind):
     masked = mesh != "4x2"  # there without groups and padding
     given, value, slopes, alone = on_one_device(kind, masked)
@@ -69,6 +74,29 @@ def test_the_ring_is_the_dense_form_in_values_and_gradients(mesh, kind):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=2e-5)
     for name, pair in alone.items():
         np.testing.assert_allclose(terms[name], pair, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_slopes_taken_on_each_device_add_up():
+    kind = "sigmoid"
+    given, _, slopes, _ = on_one_device(kind, True)
+    axes = ("data", "expert")
+
+    def of_one(first, second, groups, valid, *learned):
+        def loss(first, second, scale, bias=None):
+            terms = contrastive.contrastive_terms(
+                first, second, scale, bias, groups, valid, kind=kind, axes=axes, chunk=2
+            )
+            return terms["loss"][0] * 3
+
+        own = jax.grad(loss, range(len(given)))(first, second, *learned)
+        return *own[:2], *(jax.lax.psum(x, axes) for x in own[2:])
+
+    rows, whole = PartitionSpec(axes), [PartitionSpec()] * (len(given) - 2)
+    with jax.set_mesh(make_mesh(MeshShape(data=4, expert=2))):
+        run = jax.jit(per_device(of_one, (*[rows] * 4, *whole), (rows, rows, *whole)))
+        grads = run(*given[:2], GROUPS, VALID, *given[2:])
+    for mine, other in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=2e-5)
 
 
 def test_no_device_has_the_other_devices_rows_or_logits():
