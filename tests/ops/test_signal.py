@@ -97,7 +97,11 @@ def test_what_lies_past_a_row_changes_nothing(centered):
 @pytest.mark.parametrize("area", [True, False])
 @pytest.mark.parametrize(
     ("num_mels", "size", "rate", "low", "high"),
-    [(80, 400, 16_000, 0.0, None), (128, 400, 16_000, 0.0, 8000.0), (20, 512, 22_050, 60.0, 7600.0)],
+    [
+        (80, 400, 16_000, 0.0, None),
+        (128, 400, 16_000, 0.0, 8000.0),
+        (20, 512, 22_050, 60.0, 7600.0),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # transformers': with htk some of 128 filters are empty
 def test_filters_are_those_of_transformers(num_mels, size, rate, low, high, scale, area):
