@@ -9,6 +9,8 @@ MEDIA = [
     "resvg-py>=0.5",
     "emoji>=2.16",
     "scikit-learn>=1.6",
+    "av>=14",
+    "soxr>=0.5",
 ]
 CHAT = ["jinja2>=3.1.6"]  # older ones have holes in their sandbox
 
@@ -39,6 +41,7 @@ setup(
         "data": DATA,
         "chat": CHAT,
         "media": MEDIA,
+        "speech": ["espeakng-loader>=0.2.4", "soxr>=0.5"],  # its library is GPL-3
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "notebook": ["jupytext", "nbclient", "ipykernel"],
