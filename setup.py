@@ -52,6 +52,7 @@ setup(
             "pytest-xdist>=3",
             "pyyaml",
             "scipy>=1.14",
+            "scikit-learn>=1.5",
             "jupytext",
             "nbclient",
             "ipykernel",

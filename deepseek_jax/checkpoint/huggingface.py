@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax.checkpoint import families, names
+from deepseek_jax.checkpoint import encoders, families, names, tables
 from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.parts import THREADS, in_parts, turn
@@ -25,6 +25,7 @@ from deepseek_jax.checkpoint.safetensors import (
     BLOCK,
     FLOAT8,
     SCALE,
+    WHOLE,
     Entry,
     Source,
     Tensor,
@@ -46,8 +47,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
-from deepseek_jax.models.build import Model
-from deepseek_jax.models.decoder import Decoder, layer_table
+from deepseek_jax.models.build import Model, Network
 
 KEPT = (  # as patterns
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -67,7 +67,8 @@ class Folder(NamedTuple):
     """A Hugging Face checkpoint, its weights not read yet."""
 
     directory: pathlib.Path
-    config: Decoder
+    config: Any
+    """A `Decoder`, or an encoder's config."""
     original: dict[str, Any]
     """config.json as it stands."""
     tensors: dict[str, Tensor]
@@ -86,6 +87,8 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     directory = pathlib.Path(directory)
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
+    if encoders.family_of(original):
+        return Folder(directory, encoders.config_of(original), original, tensors)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}
@@ -120,9 +123,15 @@ def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
 
 def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
     """The weights as arrays with `abstract`'s dtypes and shardings; each device reads its own."""
-    found, layers = params_of(folder, model), layer_table(model.config)
+    return placed(params_of(folder, model), model.layers, abstract)
 
-    def placed(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+
+def placed(
+    found: Mapping[str, Source], layers: Mapping[str, tuple[int, ...]], abstract: Any
+) -> Any:
+    """Weights by their names on disk as arrays with `abstract`'s dtypes and shardings."""
+
+    def whole(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         rows = disk_names(path, leaf.shape, layers)
         source = names.stacked([found[row] for row in rows]) if rows else found[path]
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
@@ -135,7 +144,45 @@ def load_params(folder: Folder, model: Model, abstract: Any) -> Any:
 
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 
-    return tree.map_with_path(placed, abstract)
+    return tree.map_with_path(whole, abstract)
+
+
+def load_encoder(folder: Folder, network: Network, abstract: Any) -> Any:
+    """An encoder's weights as arrays with `abstract`'s dtypes and shardings.
+
+    Raises InputError when the tensors do not fit the config.
+    """
+    family = encoders.family_of(folder.original)
+    found = tables.sources(family, folder.config, tables.leaves(network), folder.tensors)
+    return placed(found, network.layers, abstract)
+
+
+def write_encoder(
+    target: pathlib.Path, network: Network, params: Any, original: dict[str, Any]
+) -> None:
+    """Write an encoder as a folder that transformers loads; `original` is its config.json so far.
+
+    Raises InputError when `original` names no family that has such weights.
+    """
+    family, ours = encoders.family_of(original), tables.leaves(network)
+    if family is None:
+        raise InputError(f"model_type {original.get('model_type')!r} is no encoder known here")
+    arrays = {}
+    for path, leaf in tree.flatten(params).items():
+        rows = disk_names(path, leaf.shape, network.layers)
+        arrays |= (
+            dict(zip(rows, np.asarray(leaf), strict=True)) if rows else {path: np.asarray(leaf)}
+        )
+    entries = []
+    for row in tables.table(family, network.config, ours):
+        made = tables.joined(row, ours, [arrays[path] for path in row.ours])
+        entries.append(
+            Entry(row.theirs, made.shape, made.dtype, lambda made=made: np.atleast_1d(made))
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    write_shard(target / WHOLE, entries)
+    config = original | family.fields(network.config) | {"dtype": str(entries[0].dtype)}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def recorded(folder: Folder, precision: Precision) -> dict[str, Any]:

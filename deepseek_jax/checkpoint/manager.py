@@ -226,10 +226,15 @@ def _rests(shapes: dict[str, tuple]) -> dict[str, tuple]:
 
 
 def disk_names(name: str, shape: tuple[int, ...], layers: Layers) -> list[str] | None:
-    """The names on disk of a stacked leaf's layers; None when the leaf is not one."""
+    """The names on disk of a stacked leaf's layers; None when the leaf is not one.
+
+    A stack is called segment_0/block, and in a model of several parts image/segment_0/block.
+    """
     for block, held in layers.items():
         if f"/{block}/" in f"/{name}/" and shape and shape[0] == len(held):
-            return [f"/{name}/".replace(f"/{block}/", f"/layer_{i}/", 1)[1:-1] for i in held]
+            *part, _, _ = block.split("/")
+            there = ["/".join(["", *part, f"layer_{i}", ""]) for i in held]
+            return [f"/{name}/".replace(f"/{block}/", one, 1)[1:-1] for one in there]
     return None
 
 

@@ -9,10 +9,11 @@ MESH_AXES = ("slice", "stage", "data", "fsdp", "context", "expert", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
 # `layers` are stacked repeats of a block, scanned over; `head` is the width of one head, `router` a
-# router's outputs: experts or groups, never sharded.
+# router's outputs: experts or groups, never sharded; nor are `patch` (a pixel of a patch, a
+# convolution's tap or channel) and `position` (a place in an image or a row).
 WEIGHT_AXES = {
     "layers", "vocab", "embed", "heads", "kv_heads", "head", "q_rank", "kv_rank", "mlp",
-    "experts", "experts_over_slices", "expert_mlp", "router",
+    "experts", "experts_over_slices", "expert_mlp", "router", "patch", "position",
 }  # fmt: skip
 
 

@@ -71,16 +71,17 @@ class Block(nn.Module):
         return x + y, (cache, None, selection)
 
 
-def stacked(repeats: int, remat: Remat, unroll: int) -> Any:
+def stacked(repeats: int, remat: Remat, unroll: int, block: type[nn.Module] = Block) -> Any:
     """A module class that runs `repeats` blocks in a scan; every leaf gains a leading dimension.
 
-    Called as module(x, cache, place) -> (x, (cache, routing, selection)), these stacked too.
+    Called as module(x, cache, place) -> (x, (cache, routing, selection)), these stacked too; with
+    another kind of block as that is called: its second argument has a part for each repeat.
     """
-    block, at_once = Block, min(unroll, repeats)
+    at_once = min(unroll, repeats)
     if remat != "none":
         # XLA opens a loop of one turn, and would then merge what is computed twice: no remat.
         single = at_once == repeats
-        block = nn.remat(Block, policy=POLICIES[remat], prevent_cse=single)
+        block = nn.remat(block, policy=POLICIES[remat], prevent_cse=single)
     return nn.scan(
         block,
         variable_axes={"params": 0},

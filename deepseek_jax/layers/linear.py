@@ -14,7 +14,7 @@ from deepseek_jax.ops.experts import feed_forward
 from deepseek_jax.ops.matmul import matmul, scaled, thickened
 from deepseek_jax.parallel.sharding import flat_tokens
 
-Init = Literal["normal", "ones", "zeros"]
+Init = Literal["normal", "ones", "zeros"] | float  # a number: that everywhere
 
 
 @dataclasses.dataclass(frozen=True)

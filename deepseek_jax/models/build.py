@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import zlib
 from typing import Any
 
@@ -19,14 +20,14 @@ from deepseek_jax.ops.matmul import dot, thickened
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A language model's functions. Parameters are nested dicts of arrays, given to every call."""
+class Network:
+    """A model as functions. Parameters are nested dicts of arrays, given to every call."""
 
-    config: Decoder
+    config: Any
     dtypes: Dtypes
     declared: Any = dataclasses.field(compare=False)  # a dict: not part of the hash that jit needs
     """Like the parameters: each leaf's shape, dtype, meaning and start (`Declared`)."""
-    module: LanguageDecoder
+    module: Any
 
     @property
     def specs(self) -> Any:
@@ -38,6 +39,23 @@ class Model:
         """Like the parameters: each leaf's shape and dtype, no arrays."""
         return nn.meta.unbox(self.declared)
 
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Which layers each stack of blocks holds, as `models.decoder.layer_table` says it.
+
+        A stack is the leaves under PART/segment_N/block; each part counts its layers from 0.
+        """
+        table: dict[str, tuple[int, ...]] = {}
+        counts: dict[str, int] = {}
+        for path, leaf in tree.flatten(self.shapes).items():
+            if found := STACK.match(path):
+                stack, part = found[0], found[1]
+                if stack not in table:
+                    first = counts.get(part, 0)
+                    counts[part] = first + leaf.shape[0]
+                    table[stack] = tuple(range(first, counts[part]))
+        return table
+
     def init(self, key: Array) -> Any:
         """Fresh parameters. A leaf depends on the key and its own path alone."""
 
@@ -46,16 +64,29 @@ class Model:
             for path, leaf in leaves.items():
                 if leaf.init == "normal":
                     alike.setdefault(leaf.value.shape, []).append(path)
-            values = {p: jnp.full_like(d.value, float(d.init == "ones")) for p, d in leaves.items()}
+            values = {
+                path: jnp.full_like(leaf.value, STARTS.get(leaf.init, leaf.init))
+                for path, leaf in leaves.items()
+                if leaf.init != "normal"
+            }
             for shape, paths in alike.items():  # compiled once for all leaves of a shape
                 names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
                 drawn = jax.vmap(lambda own, shape=shape: jax.random.normal(own, shape))(keys)
                 for path, value in zip(paths, drawn * self.config.init_scale, strict=True):
                     values[path] = value.astype(leaves[path].value.dtype)
-            return jax.tree.unflatten(jax.tree.structure(self.shapes), values.values())
+            ordered = [values[path] for path in leaves]
+            return jax.tree.unflatten(jax.tree.structure(self.shapes), ordered)
 
         return jax.jit(make)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Network):
+    """A language model's functions."""
+
+    config: Decoder
+    module: LanguageDecoder
 
     def apply(
         self,
@@ -129,16 +160,30 @@ class Model:
         return self.logits(params, hidden), cache
 
 
+STACK = re.compile(r"(.*?)segment_\d+/block(?=/)")
+STARTS = {"ones": 1.0, "zeros": 0.0}
+
+
 def _is_declared(node: Any) -> bool:
     return isinstance(node, Declared)
 
 
 def build(config: Decoder, precision: Precision = Precision()) -> Model:
     """The model of a config: no parameters are made, only their shapes."""
-    dtypes = Dtypes(jnp.dtype(precision.params), compute_dtype(precision)[0])
+    dtypes = dtypes_of(precision)
     module = LanguageDecoder(config, dtypes)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     following = jax.ShapeDtypeStruct((1, 2, config.num_mtp_layers), jnp.int32)
+    declared = declarations(module, tokens=tokens, next_tokens=following)
+    return Model(config, dtypes, declared, module)
+
+
+def dtypes_of(precision: Precision) -> Dtypes:
+    """What modules need to know of a precision."""
+    return Dtypes(jnp.dtype(precision.params), compute_dtype(precision)[0])
+
+
+def declarations(module: nn.Module, **inputs: Any) -> Any:
+    """What a module declares when it is called with inputs (shapes will do): see `Network`."""
     init = functools.partial(module.init, jax.random.key(0))
-    declared = jax.eval_shape(init, tokens, next_tokens=following)
-    return Model(config, dtypes, declared["params"], module)
+    return jax.eval_shape(init, **inputs)["params"]

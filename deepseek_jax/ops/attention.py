@@ -41,7 +41,7 @@ def masked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
-    mask: Bool[Array, "_ T S"],
+    mask: Bool[Array, "_ _ S"],
     scale: float,
 ) -> Float[Array, "B T N Hv"]:
     """Attention under an explicit mask, softmax in float32. Query head n reads kv head n // G."""
@@ -52,6 +52,31 @@ def masked_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = dot("bkgts,bskh->btkgh", weights, v)
     return out.reshape(*out.shape[:2], num_heads, v.shape[-1]).astype(v.dtype)
+
+
+def full_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "B S"] | None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Attention of every token to all tokens that `mask` calls real, or the earlier of them.
+
+    A row without a real token attends to all alike. On GPU cuDNN's kernel where it can, else
+    `masked_attention`: encoders' rows are short.
+    """
+    seen = jnp.ones((1, 1, k.shape[1]), bool) if mask is None else mask[:, None, :]
+    if preferred(q) == "cudnn":
+        seen = None if mask is None else seen[:, None]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=seen, scale=scale, is_causal=causal, implementation="cudnn"
+        )
+    if causal:
+        seen = seen & causal_mask(None, q.shape[1], None)
+    return masked_attention(q, k, v, seen, scale)
 
 
 def causal_attention(

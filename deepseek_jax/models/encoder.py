@@ -1,0 +1,44 @@
+"""Encoders as functions: one table of the kinds, each a config, a module and inputs of one row."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.layers.encoder import Encoded
+from deepseek_jax.models import text_tower, vit
+from deepseek_jax.models.build import Network, declarations, dtypes_of
+
+
+class Kind(NamedTuple):
+    """What belongs to one kind of config."""
+
+    module: type[nn.Module]
+    example: Callable[[Any], dict[str, Array]]
+    """config -> the module's inputs by name, of one row, zeros: shapes for declaring weights."""
+
+
+KINDS: dict[type, Kind] = {
+    vit.ViT: Kind(vit.VisionTransformer, vit.example),
+    text_tower.TextTower: Kind(text_tower.TextTransformer, text_tower.example),
+}
+EncoderConfig: TypeAlias = vit.ViT | text_tower.TextTower
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder(Network):
+    """An encoder's functions."""
+
+    def apply(self, params: Any, *, keep: bool = False, **inputs: Any) -> Encoded:
+        """What the module makes of its inputs; with `keep` every block's output too."""
+        return self.module.apply({"params": params}, **inputs, keep=keep)
+
+
+def build_encoder(config: EncoderConfig, precision: Precision = Precision()) -> Encoder:
+    """The encoder of a config: no parameters are made, only their shapes."""
+    dtypes, kind = dtypes_of(precision), KINDS[type(config)]
+    module = kind.module(config, dtypes)
+    return Encoder(config, dtypes, declarations(module, **kind.example(config)), module)

@@ -1,0 +1,147 @@
+"""An encoder to use: a Hugging Face folder's, fed with arrays in Hugging Face's own layout."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from deepseek_jax.checkpoint import encoders, huggingface
+from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.layers.encoder import Encoded
+from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
+from deepseek_jax.models.text_tower import TextTower
+from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
+from deepseek_jax.models.vit import ViT
+from deepseek_jax.serving import language
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderModel:
+    """An encoder with its weights."""
+
+    encoder: Encoder
+    params: Any
+    config: EncoderConfig
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json that it comes from."""
+
+    def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
+        """The last hidden state, float32, of a batch as Hugging Face's processors make it.
+
+        Pixels [B, C, H, W], normalized. Raises InputError for another shape.
+        """
+        return self.encoded(inputs, **more).hidden.astype(jnp.float32)
+
+    def encoded(self, inputs: Any, *, keep: bool = False, **more: Any) -> Encoded:
+        """The same with what else there is: a pooled vector, a mask, with `keep` all layers."""
+        given = INPUTS[type(self.config)](self.config, inputs, **more)
+        return _apply(self.encoder, self.params, given, keep)
+
+
+def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
+    """Pixels [B, C, H, W] as a ViT's inputs."""
+    pixels = np.asarray(pixels, np.float32)
+    wanted = (config.num_channels, *config.image_size)
+    if pixels.ndim != 4 or pixels.shape[1:] != wanted or not pixels.shape[0]:
+        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {wanted}]")
+    return {"images": pixels.transpose(0, 2, 3, 1)}
+
+
+def texts_of(config: TextTower, tokens: Any, attention_mask: Any = None) -> dict[str, np.ndarray]:
+    """Rows of token ids [B, T], and which are real, as a text tower's inputs."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+    if tokens.shape[1] > config.max_length:
+        most = config.max_length
+        raise InputError(f"texts have {tokens.shape[1]} tokens; this tower takes {most} at most")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        found = f"tokens lie in {tokens.min()}..{tokens.max()}"
+        raise InputError(f"{found}, outside this tower's vocabulary 0..{config.vocab_size - 1}")
+    inputs = {"tokens": tokens.astype(np.int32)}
+    if attention_mask is not None:
+        mask = np.asarray(attention_mask, bool)
+        if mask.shape != tokens.shape:
+            raise InputError(f"attention_mask has shape {mask.shape}, and tokens {tokens.shape}")
+        inputs["mask"] = mask
+    return inputs
+
+
+INPUTS = {ViT: images_of, TextTower: texts_of}
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowerModel:
+    """Two towers with their weights."""
+
+    towers: Towers
+    params: Any
+    config: TwoTower
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json that it comes from."""
+
+    def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
+        return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
+
+    def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of rows of token ids [B, T]."""
+        given = texts_of(self.config.text, tokens, attention_mask)
+        return _embed(self.towers, "embed_text", self.params, given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(towers: Towers, method: str, params: Any, inputs: dict[str, Any]) -> Array:
+    return getattr(towers, method)(params, **inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _apply(encoder: Encoder, params: Any, inputs: dict[str, Any], keep: bool) -> Encoded:
+    return encoder.apply(params, keep=keep, **inputs)
+
+
+def is_encoder(path: str | pathlib.Path) -> bool:
+    """Whether a path is a Hugging Face folder of an encoder that is known here."""
+    if not is_folder_of_tensors(path):
+        return False
+    original = huggingface.read_optional(pathlib.Path(path), "config.json")
+    return encoders.family_of(original) is not None
+
+
+def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
+    """The encoder, or the two towers, of a Hugging Face folder.
+
+    On a CPU it computes in float32. Raises InputError when it is no encoder that is known here, or
+    its tensors are not what its config says.
+    """
+    leave_absent_tpus()
+    folder = huggingface.open_folder(path)
+    if encoders.family_of(folder.original) is None:
+        raise InputError(f"{path}: model_type {folder.original.get('model_type')!r} is no encoder")
+    dtype = next(iter(folder.tensors.values())).dtype
+    precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
+    if jax.default_backend() == "cpu":
+        precision = Precision(compute="float32")
+    if isinstance(folder.config, TwoTower):
+        towers = build_towers(folder.config, precision)
+        params = huggingface.load_encoder(folder, towers, towers.shapes)
+        return TwoTowerModel(towers, params, folder.config, folder.original)
+    encoder = build_encoder(folder.config, precision)
+    params = huggingface.load_encoder(folder, encoder, encoder.shapes)
+    return EncoderModel(encoder, params, folder.config, folder.original)
+
+
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
+    """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
+
+    See `load_encoder` and `serving.language.load`.
+    """
+    return load_encoder(path) if is_encoder(path) else language.load(path)

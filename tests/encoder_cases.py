@@ -1,0 +1,99 @@
+"""Encoders against transformers' own: what every family's test file does with a tiny random model.
+
+`agrees` saves the torch model as transformers does, opens the folder here, and compares the last
+hidden state, the pooled vector, the slopes of every weight, and what is written back.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from deepseek_jax.checkpoint import encoders, huggingface, tables
+from deepseek_jax.checkpoint.manager import disk_names
+from deepseek_jax.core import tree
+from deepseek_jax.serving.encoder import INPUTS, EncoderModel, load_encoder
+
+
+def randomized(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:
+    """The model in float32 and evaluation mode, no weight left at a neutral value."""
+    torch.manual_seed(seed)
+    for name, weight in model.named_parameters():
+        neutral = 1.0 if weight.dim() == 1 and name.endswith("weight") else 0.0
+        weight.data = neutral + scale * torch.randn_like(weight)
+    return model.float().eval()
+
+
+def agrees(
+    model: torch.nn.Module,
+    folder: pathlib.Path,
+    inputs: Any,
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    **more: Any,
+) -> EncoderModel:
+    """Ours of the saved model. `run(model, torch inputs, **more)` gives (hidden, pooled or None).
+
+    Forward within 1e-4 of the largest value, slopes of a random sum of all outputs within 1e-3.
+    """
+    model.save_pretrained(folder)
+    ours = load_encoder(folder)
+    tensor = torch.from_numpy(np.asarray(inputs))
+    theirs = [x for x in run(model, tensor, **more) if x is not None]
+    found = ours.encoded(inputs, **more)
+    made = [x for x in (found.hidden, found.pooled) if x is not None][: len(theirs)]
+    assert len(made) == len(theirs)
+    rng = np.random.default_rng(1)
+    slopes = [rng.normal(size=x.shape).astype(np.float32) for x in theirs]
+    for mine, other in zip(made, theirs, strict=True):
+        other = other.detach().numpy()
+        np.testing.assert_allclose(np.asarray(mine), other, atol=1e-4 * abs(other).max(), rtol=0)
+
+    model.zero_grad()
+    sum((x * torch.from_numpy(s)).sum() for x, s in zip(theirs, slopes, strict=True)).backward()
+    given = jax.tree.map(jnp.asarray, INPUTS[type(ours.config)](ours.config, inputs, **more))
+
+    def total(params):
+        found = ours.encoder.apply(params, **given)
+        outputs = [x for x in (found.hidden, found.pooled) if x is not None][: len(theirs)]
+        return sum(jnp.vdot(x, s) for x, s in zip(outputs, slopes, strict=True))
+
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), ours.params)
+    grads = on_disk(jax.jit(jax.grad(total))(params), ours.encoder.layers)
+    leaves = tables.leaves(ours.encoder)
+    family = encoders.family_of(ours.original)
+    named, compared = dict(model.named_parameters()), 0
+    # What is 0 in exact arithmetic (a key's bias) is rounding of sums as large as the largest.
+    noise = 1e-6 * max(abs(w.grad).max().item() for w in named.values() if w.grad is not None)
+    for row in tables.table(family, ours.config, leaves):
+        name = row.theirs if row.theirs in named else family.prefix + row.theirs
+        if name not in named:  # on disk under another name than in memory
+            continue
+        mine = tables.joined(row, leaves, [grads[path] for path in row.ours])
+        other = named[name].grad
+        other = np.zeros_like(mine) if other is None else other.numpy()
+        atol = max(1e-3 * abs(other).max(), noise)
+        np.testing.assert_allclose(mine, other, atol=atol, rtol=0, err_msg=row.theirs)
+        compared += 1
+    assert compared >= len(named) // 2, "hardly any slope was compared"
+
+    again = folder / "again"
+    huggingface.write_encoder(again, ours.encoder, ours.params, ours.original)
+    other, info = type(model).from_pretrained(again, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    return ours
+
+
+def on_disk(params: Any, layers: Any) -> dict[str, np.ndarray]:
+    """Leaves by their names on disk, stacks as layers."""
+    found = {}
+    for path, leaf in tree.flatten(params).items():
+        rows = disk_names(path, leaf.shape, layers)
+        array = np.asarray(leaf)
+        found |= dict(zip(rows, array, strict=True)) if rows else {path: array}
+    return found
