@@ -51,7 +51,7 @@ def test_containers(kind):
 
 
 def test_transparency_lies_over_the_background():
-    layers = _photo(channels=4)
+    layers = _photo(600, 5, channels=4)
     color, alpha = layers[..., :3].astype(np.float64), layers[..., 3:] / 255
     for background in [(255, 255, 255), (10, 200, 0)]:
         expected = np.round(color * alpha + np.array(background).reshape(1, 1, 3) * (1 - alpha))
