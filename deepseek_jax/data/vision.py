@@ -9,6 +9,7 @@ processors, bit for bit.
 
 import dataclasses
 import io
+import logging
 import pathlib
 import re
 import struct
@@ -48,6 +49,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientatio
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: np.rot90(pixels),
 }
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it writes of damage to stderr
 _PILLOW = ("ignore", None, Warning, re.compile(r"PIL\b"), 0)
 
 

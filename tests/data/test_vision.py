@@ -154,6 +154,16 @@ def test_refusals_name_the_file_and_the_reason(data, message):
         assert message in str(raised.value)
 
 
+def test_pillow_says_nothing(capfd):
+    """Of damage that it logs: a TIFF that claims 44,292 samples a pixel."""
+    data = bytearray(_bytes(_photo(), "TIFF"))
+    tag = data.index(struct.pack("<HHI", 277, 3, 1))
+    data[tag + 8 : tag + 10] = struct.pack("<H", 44292)
+    with pytest.raises(InputError, match="a: not an image"):
+        decode_image(bytes(data), "a")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_bomb_is_refused_without_its_memory(monkeypatch):
     def loads(*_):
         raise AssertionError("decoded")
