@@ -1,8 +1,8 @@
 """Handwritten digits that pip brings (scikit-learn's 1,797 of 8 x 8), still and moving.
 
-Pixels are uint8, 0 the background: digits [n, 8, 8], clips [T, S, S]. The digits are the test set of
-UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak). A clip is a pure function
-of (seed, row): video with captions and true positions, as much as one wants.
+Pixels are uint8, 0 the background: digits [n, 8, 8], clips [T, S, S]. The digits are the test set
+of UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak). A clip is a pure
+function of (seed, row): video with captions and true positions, as much as one wants.
 """
 
 import functools

@@ -9,6 +9,7 @@ processors, bit for bit.
 
 import dataclasses
 import io
+import logging
 import pathlib
 import re
 import struct
@@ -48,6 +49,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientatio
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: np.rot90(pixels),
 }
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it writes of damage to stderr
 _PILLOW = ("ignore", None, Warning, re.compile(r"PIL\b"), 0)
 
 
@@ -168,7 +170,7 @@ def _pixels(image: Any, name: str, background: Color) -> np.ndarray:
 def _rgb(image: Any, name: str, background: Color) -> np.ndarray:
     mode = image.mode
     if mode.startswith("I"):  # gray of 16 bits, also where Pillow keeps it in 32
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise InputError(f"{name}: gray values outside 16 bits; store it with 8 or 16")
         return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=-1)
@@ -177,11 +179,19 @@ def _rgb(image: Any, name: str, background: Color) -> np.ndarray:
             f"{name}: floating-point pixels, whose range is unknown; store 8 or 16 bits"
         )
     if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        layers = np.asarray(image.convert("RGBA")).astype(np.uint32)
-        alpha = layers[..., 3:]
-        under = np.array(background, np.uint32).reshape(1, 1, 3)
-        return ((layers[..., :3] * alpha + under * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return _composited(np.asarray(image.convert("RGBA")), background)
     return np.asarray(image.convert("RGB"))
+
+
+def _composited(layers: np.ndarray, background: Color) -> np.ndarray:
+    """uint8 [H, W, 4] over a color, rounded to the nearest, uint8 [H, W, 3]."""
+    out = np.empty((*layers.shape[:2], 3), np.uint8)
+    under = np.array(background, np.uint16).reshape(1, 1, 3)
+    for top in range(0, len(layers), 256):  # bands: large images would take many times their size
+        band = layers[top : top + 256].astype(np.uint16)
+        alpha = band[..., 3:]  # the sum stays below 2**16
+        out[top : top + 256] = (band[..., :3] * alpha + under * (255 - alpha) + 127) // 255
+    return out
 
 
 def resized(pixels: np.ndarray, height: int, width: int, method: Method = "bicubic") -> np.ndarray:

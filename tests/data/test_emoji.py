@@ -8,7 +8,6 @@ import pytest
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data import emoji
-from deepseek_jax.data.corpus import held_out, key_hash
 from deepseek_jax.data.emoji import captions, group, open_emoji
 
 TONE = re.compile(r",( (light|medium-light|medium|medium-dark|dark) skin tone,?)+")
@@ -111,11 +110,11 @@ def test_what_differs_in_tone_or_gender_is_split_together(drawings):
 
 
 def test_a_fifth_of_the_concepts_is_held_out(drawings):
-    hashes = np.array([key_hash(base) for base in drawings.groups], np.uint64)
-    out = held_out(hashes, 0.2)
-    sides = [{base for base, away in zip(drawings.groups, out, strict=True) if away is side}
-             for side in (np.True_, np.False_)]  # fmt: skip
-    assert 0.15 < len(sides[0]) / len(set(drawings.groups)) < 0.25
+    train, out = (drawings.numbers(0.2, training) for training in (True, False))
+    assert sorted([*train, *out]) == list(range(4128))
+    seen, unseen = ({drawings.groups[number] for number in side} for side in (train, out))
+    assert not seen & unseen
+    assert 0.15 < len(unseen) / len(seen | unseen) < 0.25
 
 
 def test_bad_drawings_and_sizes(tmp_path, cache):

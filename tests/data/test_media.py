@@ -112,6 +112,7 @@ def test_every_format_has_the_same_examples(tmp_path, make):
         assert decode_image(found.media["image"], found.name)[0, 0, 0] == number
     train, out = media.numbers(0.4, training=True), media.numbers(0.4, training=False)
     assert sorted([*train, *out]) == list(range(10)) and len(out)
+    assert media.hashes[out].max() < media.hashes[train].min()  # small ones are held out
     assert not {number // 2 for number in train} & {number // 2 for number in out}
     again = pickle.loads(pickle.dumps(media))
     assert again.fingerprint == media.fingerprint and again.example(4) == media.example(4)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import struct
 import zlib
 
@@ -51,7 +52,7 @@ def test_containers(kind):
 
 
 def test_transparency_lies_over_the_background():
-    layers = _photo(channels=4)
+    layers = _photo(600, 5, channels=4)
     color, alpha = layers[..., :3].astype(np.float64), layers[..., 3:] / 255
     for background in [(255, 255, 255), (10, 200, 0)]:
         expected = np.round(color * alpha + np.array(background).reshape(1, 1, 3) * (1 - alpha))
@@ -137,6 +138,7 @@ def _png_header(width: int, height: int) -> bytes:
         (_png_header(0, 5), "an image of 0 x 5 pixels"),
         (_png_header(20_000, 20_000), "400000000 pixels"),
         (_png_header(9_000, 9_000), "9000 x 9000 = 81,000,000 pixels, more than max_pixels = 67"),
+        (_png_header(10_000, 10_000), "100,000,000 pixels, more than"),  # here Pillow would warn
         (_png_header(2_000_000_000, 2_000_000_000), "pixels"),
         (_png_header(20_000, 1), "20000 x 1 pixels, more than max_aspect = 200"),
         (_png_header(100, 100), "a broken or truncated image (image file is truncated"),
@@ -151,6 +153,17 @@ def test_refusals_name_the_file_and_the_reason(data, message):
             decode(data, "some/file.png", limits=limits)
         assert str(raised.value).startswith("some/file.png: ")
         assert message in str(raised.value)
+
+
+def test_pillow_says_nothing(capfd, monkeypatch):
+    """Of damage that it logs: a TIFF that claims 44,292 samples a pixel."""
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's
+    data = bytearray(_bytes(_photo(), "TIFF"))
+    tag = data.index(struct.pack("<HHI", 277, 3, 1))
+    data[tag + 8 : tag + 10] = struct.pack("<H", 44292)
+    with pytest.raises(InputError, match="a: not an image"):
+        decode_image(bytes(data), "a")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_bomb_is_refused_without_its_memory(monkeypatch):
