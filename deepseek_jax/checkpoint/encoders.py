@@ -3,13 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checkpoint import image_encoders, swin_encoders, video_encoders
+from deepseek_jax.checkpoint import (
+    image_encoders,
+    pair_encoders,
+    swin_encoders,
+    video_encoders,
+)
 from deepseek_jax.checkpoint.tables import Family
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.encoder import EncoderConfig
+from deepseek_jax.models.two_tower import TwoTower
 
 FAMILIES: dict[str, Family] = {
     **image_encoders.FAMILIES,
+    **pair_encoders.FAMILIES,
     **swin_encoders.FAMILIES,
     **video_encoders.FAMILIES,
 }
@@ -20,7 +27,7 @@ def family_of(original: Mapping[str, Any]) -> Family | None:
     return FAMILIES.get(original.get("model_type", ""))
 
 
-def config_of(original: Mapping[str, Any]) -> EncoderConfig:
+def config_of(original: Mapping[str, Any]) -> EncoderConfig | TwoTower:
     """Our config of an encoder's config.json; InputError for what has no equal here."""
     family = family_of(original)
     if family is None:

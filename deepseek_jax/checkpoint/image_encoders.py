@@ -7,11 +7,11 @@ from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
     activation,
+    clip_transformer,
     only,
     square,
     transformer_fields,
 )
-from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.vit import ViT
 
 CLIP_LAYER = {
@@ -21,23 +21,13 @@ CLIP_LAYER = {
 }  # fmt: skip
 
 
-def _clip_transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
-    return Transformer(
-        num_layers=hf["num_hidden_layers"],
-        embed_dim=hf["hidden_size"],
-        num_heads=hf["num_attention_heads"],
-        mlp_dim=hf["intermediate_size"],
-        **own,
-    )
-
-
 def clip_vision(hf: Mapping[str, Any]) -> ViT:
     """CLIP's image tower."""
     filled = CLIP_VISION | hf
     only(filled, "CLIP", attention_dropout=0.0, num_channels=3)
-    own = {"activation": activation(filled, "hidden_act", ""), "norm_eps": filled["layer_norm_eps"]}
+    own = {"activation": activation(filled, "hidden_act"), "norm_eps": filled["layer_norm_eps"]}
     return ViT(
-        transformer=_clip_transformer(filled, **own),
+        transformer=clip_transformer(filled, **own),
         image_size=square(filled["image_size"]),
         patch_size=filled["patch_size"],
         patch_bias=False,

@@ -48,7 +48,7 @@ def swin(hf: Mapping[str, Any]) -> Swin:
         num_heads=tuple(filled["num_heads"]),
         window=filled["window_size"],
         mlp_ratio=filled["mlp_ratio"],
-        activation=activation(filled, "hidden_act", ""),
+        activation=activation(filled, "hidden_act"),
         qkv_bias=filled["qkv_bias"],
         absolute_positions=filled["use_absolute_embeddings"],
         norm_eps=filled["layer_norm_eps"],

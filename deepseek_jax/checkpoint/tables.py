@@ -104,11 +104,16 @@ def _order(leaf: Leaf) -> tuple[int, ...]:
     return (*leaf.spec.outputs, *leaf.spec.reduced)
 
 
+def _lies_alike(leaf: Leaf) -> bool:
+    """Whether a leaf has the same dimensions there: a number, a vector a position or a token."""
+    return not leaf.shape or leaf.spec.axes[0] in ("position", "vocab")
+
+
 def _turned(array: np.ndarray, leaf: Leaf) -> np.ndarray:
     """A leaf of ours as it lies there."""
+    if _lies_alike(leaf):
+        return array
     if not leaf.spec.reduced:
-        if leaf.spec.axes[0] == "position":  # one vector a position
-            return array
         return array.reshape(-1)
     turned = array.transpose(_order(leaf))
     if _is_convolution(leaf):
@@ -118,7 +123,7 @@ def _turned(array: np.ndarray, leaf: Leaf) -> np.ndarray:
 
 def _back(part: np.ndarray, leaf: Leaf) -> np.ndarray:
     """A part of their tensor as a leaf of ours."""
-    if not leaf.spec.reduced:
+    if _lies_alike(leaf) or not leaf.spec.reduced:
         return part.reshape(leaf.shape)
     order = _order(leaf)
     return part.reshape([leaf.shape[i] for i in order]).transpose(np.argsort(order))
@@ -127,15 +132,16 @@ def _back(part: np.ndarray, leaf: Leaf) -> np.ndarray:
 def joined(row: Row, ours: Mapping[str, Leaf], arrays: list[np.ndarray]) -> np.ndarray:
     """Their tensor from the weights of ours that lie in it."""
     turned = [_turned(array, ours[path]) for path, array in zip(row.ours, arrays, strict=True)]
-    return np.concatenate(turned).reshape(row.shape)
+    return (np.concatenate(turned) if len(turned) > 1 else turned[0]).reshape(row.shape)
 
 
 def _parts(row: Row, ours: Mapping[str, Leaf], tensor: Tensor) -> Iterator[tuple[str, Source]]:
     first = 0
     for path in row.ours:
         leaf = ours[path]
-        size = _turned(np.empty(leaf.shape, np.void), leaf).shape[0]
-        own, shared = slice(first, first + size), len(row.ours) > 1
+        shared = len(row.ours) > 1
+        size = _turned(np.empty(leaf.shape, np.void), leaf).shape[0] if shared else 0
+        own = slice(first, first + size)
         first += size
 
         def read(index: tuple, leaf=leaf, own=own, shared=shared) -> np.ndarray:
@@ -189,9 +195,9 @@ THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items
 }
 
 
-def activation(hf: Mapping[str, Any], name: str, default: str) -> str:
+def activation(hf: Mapping[str, Any], name: str) -> str:
     """Our name of the activation in field `name`."""
-    theirs = hf.get(name, default)
+    theirs = hf.get(name)
     if theirs not in ACTIVATIONS:
         raise InputError(f"{name} is {theirs!r}; understood are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[theirs]
@@ -200,6 +206,17 @@ def activation(hf: Mapping[str, Any], name: str, default: str) -> str:
 def square(size: int | list[int]) -> tuple[int, int]:
     """Height and width of a size that may be one number."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def clip_transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
+    """The transformer of a config with CLIP's names of fields, and what else is known of it."""
+    return Transformer(
+        num_layers=hf["num_hidden_layers"],
+        embed_dim=hf["hidden_size"],
+        num_heads=hf["num_attention_heads"],
+        mlp_dim=hf["intermediate_size"],
+        **own,
+    )
 
 
 def transformer_fields(t: Transformer) -> dict[str, Any]:
@@ -212,3 +229,8 @@ def transformer_fields(t: Transformer) -> dict[str, Any]:
         "hidden_act": THEIR_ACTIVATIONS[t.activation],
         "layer_norm_eps": t.norm_eps,
     }
+
+
+def under(modules: Mapping[str, str], ours: str, theirs: str) -> dict[str, str]:
+    """The modules of a part of a model, by their names in the whole."""
+    return {ours + o: theirs + t for o, t in modules.items()}

@@ -10,11 +10,11 @@ from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
     activation,
+    clip_transformer,
     only,
     square,
     transformer_fields,
 )
-from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.video import Video
 
 LAYER = {
@@ -41,12 +41,9 @@ VIVIT = SHARED | {
 
 def _video(hf: Mapping[str, Any], what: str, biases: str, **own: Any) -> Video:
     only(hf, what, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    transformer = Transformer(
-        num_layers=hf["num_hidden_layers"],
-        embed_dim=hf["hidden_size"],
-        num_heads=hf["num_attention_heads"],
-        mlp_dim=hf["intermediate_size"],
-        activation=activation(hf, "hidden_act", ""),
+    transformer = clip_transformer(
+        hf,
+        activation=activation(hf, "hidden_act"),
         norm_eps=hf["layer_norm_eps"],
         biases=biases,
     )

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import swin, video, vit
+from deepseek_jax.models import any_modality, swin, text_tower, video, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -23,10 +23,14 @@ class Kind(NamedTuple):
 
 KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
+    text_tower.TextTower: Kind(text_tower.TextTransformer, text_tower.example),
     swin.Swin: Kind(swin.SwinTransformer, swin.example),
     video.Video: Kind(video.VideoTransformer, video.example),
+    any_modality.AnyModality: Kind(any_modality.AnyTransformer, any_modality.example),
 }
-EncoderConfig: TypeAlias = vit.ViT | swin.Swin | video.Video
+EncoderConfig: TypeAlias = (
+    vit.ViT | text_tower.TextTower | swin.Swin | video.Video | any_modality.AnyModality
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +17,14 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
+from deepseek_jax.models.any_modality import AnyModality
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.swin import Swin
+from deepseek_jax.models.text_tower import TextTower
+from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.models.video import Video
 from deepseek_jax.models.vit import ViT
-from deepseek_jax.serving import language
+from deepseek_jax.serving import encoder_inputs, language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,49 +60,58 @@ def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
     return {"images": pixels.transpose(0, 2, 3, 1)}
 
 
-def images_of_any_size(config: Swin, pixels: Any) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a Swin's inputs."""
-    pixels = np.asarray(pixels, np.float32)
-    fits = pixels.ndim == 4 and pixels.size and pixels.shape[1] == config.num_channels
-    if not fits or (config.absolute_positions and pixels.shape[2:] != config.image_size):
-        sizes = config.image_size if config.absolute_positions else ("H", "W")
-        wanted = ", ".join(map(str, ("B", config.num_channels, *sizes)))
-        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [{wanted}]")
-    return {"images": pixels.transpose(0, 2, 3, 1)}
-
-
-def clips_of(
-    config: Video, frames: Any, bool_masked_pos: Any | None = None
-) -> dict[str, np.ndarray]:
-    """Frames [B, T, C, H, W] as a video encoder's inputs.
-
-    `bool_masked_pos` [B, N] says which tubelets are left out, as many in every clip.
-    """
-    frames = np.asarray(frames, np.float32)
-    wanted = (config.num_frames, config.num_channels, *config.image_size)
-    if frames.ndim != 5 or frames.shape[1:] != wanted or not frames.shape[0]:
-        whole = ", ".join(map(str, ("B", *wanted)))
-        raise InputError(f"frames have shape {frames.shape}; this encoder takes [{whole}]")
-    given = {"clips": frames.transpose(0, 1, 3, 4, 2)}
-    if bool_masked_pos is None:
-        return given
-    visible = ~np.asarray(bool_masked_pos, bool)
-    shape = (len(frames), math.prod(config.grid))
-    counts = {*visible.sum(1).tolist()} if visible.shape == shape else {0}
-    if len(counts) > 1 or 0 in counts:
-        raise InputError(
-            f"bool_masked_pos has shape {visible.shape}; it must be {shape} and leave as many "
-            "tubelets in every clip, at least one"
-        )
-    kept = np.nonzero(visible)[1].reshape(len(frames), -1)
-    return given | {"visible": kept.astype(np.int32)}
+def texts_of(config: TextTower, tokens: Any, attention_mask: Any = None) -> dict[str, np.ndarray]:
+    """Rows of token ids [B, T], and which are real, as a text tower's inputs."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+    if tokens.shape[1] > config.max_length:
+        most = config.max_length
+        raise InputError(f"texts have {tokens.shape[1]} tokens; this tower takes {most} at most")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        found = f"tokens lie in {tokens.min()}..{tokens.max()}"
+        raise InputError(f"{found}, outside this tower's vocabulary 0..{config.vocab_size - 1}")
+    inputs = {"tokens": tokens.astype(np.int32)}
+    if attention_mask is not None:
+        mask = np.asarray(attention_mask, bool)
+        if mask.shape != tokens.shape:
+            raise InputError(f"attention_mask has shape {mask.shape}, and tokens {tokens.shape}")
+        inputs["mask"] = mask
+    return inputs
 
 
 INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {
     ViT: images_of,
-    Swin: images_of_any_size,
-    Video: clips_of,
+    TextTower: texts_of,
+    Swin: encoder_inputs.images_of,
+    Video: encoder_inputs.clips_of,
+    AnyModality: encoder_inputs.mixed_of,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowerModel:
+    """Two towers with their weights."""
+
+    towers: Towers
+    params: Any
+    config: TwoTower
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json that it comes from."""
+
+    def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
+        return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
+
+    def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of rows of token ids [B, T]."""
+        given = texts_of(self.config.text, tokens, attention_mask)
+        return _embed(self.towers, "embed_text", self.params, given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(towers: Towers, method: str, params: Any, inputs: dict[str, Any]) -> Array:
+    return getattr(towers, method)(params, **inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -116,8 +127,8 @@ def is_encoder(path: str | pathlib.Path) -> bool:
     return encoders.family_of(original) is not None
 
 
-def load_encoder(path: str | pathlib.Path) -> EncoderModel:
-    """The encoder of a Hugging Face folder.
+def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
+    """The encoder, or the two towers, of a Hugging Face folder.
 
     On a CPU it computes in float32. Raises InputError when it is no encoder that is known here, or
     its tensors are not what its config says.
@@ -130,12 +141,16 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel:
     precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":
         precision = Precision(compute="float32")
+    if isinstance(folder.config, TwoTower):
+        towers = build_towers(folder.config, precision)
+        params = huggingface.load_encoder(folder, towers, towers.shapes)
+        return TwoTowerModel(towers, params, folder.config, folder.original)
     encoder = build_encoder(folder.config, precision)
     params = huggingface.load_encoder(folder, encoder, encoder.shapes)
     return EncoderModel(encoder, params, folder.config, folder.original)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | language.LanguageModel:
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
     """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
 
     See `load_encoder` and `serving.language.load`.
