@@ -47,7 +47,7 @@ def swin(hf: Mapping[str, Any]) -> Swin:
         depths=tuple(filled["depths"]),
         num_heads=tuple(filled["num_heads"]),
         window=filled["window_size"],
-        mlp_ratio=filled["mlp_ratio"],
+        mlp_ratio=float(filled["mlp_ratio"]),
         activation=activation(filled, "hidden_act"),
         qkv_bias=filled["qkv_bias"],
         absolute_positions=filled["use_absolute_embeddings"],
@@ -111,7 +111,8 @@ FAMILIES: dict[str, Family] = {
             )
             for kind, there in KINDS.items()
         },
-        ignored=r".*relative_position_index|classifier\..*",
+        # A classifier's head, a pretraining model's decoder and masked token.
+        ignored=r".*relative_position_index|classifier\..*|decoder\..*|embeddings\.mask_token",
         prefix="swin.",
         places=places,
     ),

@@ -18,6 +18,7 @@ from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection
 from deepseek_jax.models.decoder import Table
 from deepseek_jax.models.video import tubelets
 from deepseek_jax.ops.signal import frame_counts, hann, power_spectrum, valid
+from deepseek_jax.parallel.sharding import constrain
 
 MODALITIES = ("image", "video", "text", "audio")
 FAINT = 1e-20  # the least power whose root is taken: at 0 a root has no slope
@@ -121,7 +122,7 @@ class Stem(nn.Module):
             raise ValueError(f"the {self.name} has {x.shape[1]} tokens, and this stem {most}")
         positions = learned(self, "positions", (most, self.embed_dim))[: x.shape[1]]
         known = positions + learned(self, "modality", (self.embed_dim,))[None]
-        return x + known[None].astype(x.dtype), real
+        return constrain(x) + known[None].astype(x.dtype), real
 
     def _projected(self, equation: str, shape: tuple[int, ...], x: Array) -> Array:
         axes = ("patch",) * len(shape) + ("embed",)

@@ -113,11 +113,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_published_names(tmp_path):
-    """A classifier's folder: the encoder's names have a prefix, and its head is left out."""
-    config = transformers.SwinConfig(**SMALL | {"depths": [1], "num_heads": [2]})
-    model = transformers.SwinForImageClassification(config)
-    model = encoder_cases.randomized(model)
-    model.save_pretrained(tmp_path)
+    """A classifier's and a pretraining model's folders: a prefix, and what is left out."""
+    config = transformers.SwinConfig(**SMALL | {"depths": [1], "num_heads": [2]}, encoder_stride=2)
     x = pixels(1, 3, 16, 16)
-    hidden = model.swin(torch.from_numpy(x)).last_hidden_state.detach().numpy()
-    np.testing.assert_allclose(load_encoder(tmp_path).encode(x), hidden, atol=1e-4)
+    for kind in (transformers.SwinForImageClassification, transformers.SwinForMaskedImageModeling):
+        model = encoder_cases.randomized(kind(config))
+        model.save_pretrained(tmp_path / kind.__name__)
+        hidden = model.swin(torch.from_numpy(x)).last_hidden_state.detach().numpy()
+        mine = load_encoder(tmp_path / kind.__name__).encode(x)
+        np.testing.assert_allclose(mine, hidden, atol=1e-4)
