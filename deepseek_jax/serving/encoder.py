@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ def texts_of(config: TextTower, tokens: Any, attention_mask: Any = None) -> dict
     return inputs
 
 
-INPUTS = {ViT: images_of, TextTower: texts_of}
+INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {ViT: images_of, TextTower: texts_of}
 
 
 @dataclasses.dataclass(frozen=True)
