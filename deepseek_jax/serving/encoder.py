@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import encoders, huggingface
+from deepseek_jax.checkpoint import encoders, huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.data.pairs import Pairs, text_row
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.vision import ImageTransform, prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.text_tower import TextTower
@@ -87,11 +91,34 @@ class TwoTowerModel:
     params: Any
     config: TwoTower
     original: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The config.json that it comes from."""
+    """The config.json that it comes from; of a run, nothing."""
+    tokenizer: Tokenizer | None = None
+    """Of a run: what its captions were read with."""
+    transform: ImageTransform | None = None
+    """Of a run: how its images became the tower's input."""
 
     def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
         """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
         return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
+
+    def embed_pictures(self, pictures: Sequence[np.ndarray]) -> Float[Array, "B E"]:
+        """The same of pictures as they are: uint8 [H, W, 3], of any sizes (data/vision reads them).
+
+        Of a run, whose way with images is known; raises InputError for a folder.
+        """
+        if self.transform is None:
+            raise InputError("this model does not say how pictures are prepared: give embed_image")
+        return self.embed_image(prepared(pictures, self.transform))
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
+        """The same of texts, cut to the tower's length.
+
+        Of a run, whose tokenizer is known; raises InputError for a folder.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model brings no tokenizer: give tokens to embed_text")
+        rows = np.stack([text_row(self.tokenizer, x, self.config.text.max_length) for x in texts])
+        return self.embed_text(np.maximum(rows, 0), rows >= 0)
 
     def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
         """Normalized vectors, float32, of rows of token ids [B, T]."""
@@ -140,9 +167,34 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
     return EncoderModel(encoder, params, folder.config, folder.original)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
-    """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
+def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
+    """The two towers of a run or of a checkpoint of ours.
 
-    See `load_encoder` and `serving.language.load`.
+    On a CPU they compute in float32. Raises InputError when there is none, or it is not what its
+    config says.
     """
-    return load_encoder(path) if is_encoder(path) else language.load(path)
+    leave_absent_tpus()
+    directory = manager.resolve(path)
+    recorded = manager.read_config(directory)
+    config = from_dict(TwoTower, recorded["model"], "model")
+    precision = from_dict(Precision, recorded["precision"], "precision")
+    if precision.compute == "auto" and jax.default_backend() == "cpu":
+        precision = dataclasses.replace(precision, compute="float32")
+    towers = build_towers(config, precision)
+    params = manager.load_params(directory, towers.shapes, towers.layers)
+    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
+    data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
+    tokenizer = load_tokenizer(directory)
+    return TwoTowerModel(towers, params, config, {}, tokenizer, data.image)
+
+
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
+    """What a path holds, to use: an encoder or two towers, else a language model.
+
+    See `load_encoder`, `load_towers` and `serving.language.load`.
+    """
+    if is_folder_of_tensors(path):
+        return load_encoder(path) if is_encoder(path) else language.load(path)
+    recorded = manager.read_config(manager.resolve(path))
+    towers = recorded["model"].get("type") == TwoTower.__name__
+    return load_towers(path) if towers else language.load(path)
