@@ -88,7 +88,8 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
     if encoders.family_of(original):
-        return Folder(directory, encoders.config_of(original), original, tensors)
+        config = encoders.config_of(original, tensors)
+        return Folder(directory, config, original, tensors)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}

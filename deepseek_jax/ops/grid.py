@@ -104,7 +104,5 @@ def axial_rotation(
     """
     by_row = rotation(rows, dim // 2, theta, None)
     by_column = rotation(columns, dim // 2, theta, None)
-    cosine, sine = (
-        jnp.concatenate(pair, axis=-1) for pair in zip(by_row, by_column, strict=True)
-    )
+    cosine, sine = (jnp.concatenate(pair, axis=-1) for pair in zip(by_row, by_column, strict=True))
     return cosine, sine

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -17,7 +18,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
-from deepseek_jax.models.vit import ViT
+from deepseek_jax.models.vit import Learned, ViT
 from deepseek_jax.serving import language
 
 
@@ -34,7 +35,8 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W], normalized. Raises InputError for another shape.
+        Pixels [B, C, H, W], normalized; with `interpolate_pos_encoding` of any size, with
+        `bool_masked_pos` [B, patches] some hidden. Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -44,13 +46,36 @@ class EncoderModel:
         return _apply(self.encoder, self.params, given, keep)
 
 
-def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a ViT's inputs."""
+def images_of(
+    config: ViT, pixels: Any, *, interpolate_pos_encoding: bool = False, bool_masked_pos: Any = None
+) -> dict[str, np.ndarray]:
+    """Pixels [B, C, H, W] as a ViT's inputs; `more` is called as in transformers.
+
+    Raises InputError for pixels of another size than the config's, unless its positions are made
+    for any or are to be interpolated.
+    """
     pixels = np.asarray(pixels, np.float32)
     wanted = (config.num_channels, *config.image_size)
-    if pixels.ndim != 4 or pixels.shape[1:] != wanted or not pixels.shape[0]:
-        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {wanted}]")
-    return {"images": pixels.transpose(0, 2, 3, 1)}
+    fixed = isinstance(config.positions, Learned) and not config.positions.any_size
+    if fixed and not interpolate_pos_encoding:
+        fits, size = pixels.shape[1:] == wanted, f"{wanted}"
+    else:
+        least = config.patch_size
+        fits = pixels.shape[1:2] == wanted[:1] and min(pixels.shape[2:], default=0) >= least
+        size = f"{wanted[0]}, at least {least}, at least {least}"
+    if pixels.ndim != 4 or not fits or not pixels.shape[0]:
+        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {size}]")
+    inputs = {"images": pixels.transpose(0, 2, 3, 1)}
+    if bool_masked_pos is None:
+        return inputs
+    hidden = np.asarray(bool_masked_pos, bool)
+    count = math.prod(side // config.patch_size for side in pixels.shape[2:])
+    if not config.mask_token or hidden.shape != (pixels.shape[0], count):
+        raise InputError(
+            f"bool_masked_pos has shape {hidden.shape}; it must be {(pixels.shape[0], count)}, "
+            "and the encoder must have a mask token"
+        )
+    return inputs | {"hidden_patches": hidden}
 
 
 INPUTS = {ViT: images_of}

@@ -12,7 +12,13 @@ from deepseek_jax.ops.rope import rotate
 
 RNG = np.random.default_rng(0)
 # No new width of 1: there torch 2.13 on CPU, antialiasing, repeats the first row.
-SIZES = [((4, 4), (4, 4)), ((4, 6), (9, 5)), ((7, 5), (2, 13)), ((16, 16), (1, 3)), ((1, 2), (5, 3))]
+SIZES = [
+    ((4, 4), (4, 4)),
+    ((4, 6), (9, 5)),
+    ((7, 5), (2, 13)),
+    ((16, 16), (1, 3)),
+    ((1, 2), (5, 3)),
+]
 
 
 def interpolated(x, size, **how):
