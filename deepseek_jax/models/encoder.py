@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import vit
+from deepseek_jax.models import naflex, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -23,8 +23,9 @@ class Kind(NamedTuple):
 
 KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
+    naflex.NaFlex: Kind(naflex.NaFlexTransformer, naflex.example),
 }
-EncoderConfig: TypeAlias = vit.ViT
+EncoderConfig: TypeAlias = vit.ViT | naflex.NaFlex
 
 
 @dataclasses.dataclass(frozen=True)

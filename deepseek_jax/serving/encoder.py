@@ -18,6 +18,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
+from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.vit import Learned, ViT
 from deepseek_jax.serving import language
 
@@ -36,7 +37,8 @@ class EncoderModel:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
         Pixels [B, C, H, W], normalized; with `interpolate_pos_encoding` of any size, with
-        `bool_masked_pos` [B, patches] some hidden. Raises InputError for another shape.
+        `bool_masked_pos` [B, patches] some hidden. NaFlex: patches [B, T, X] with
+        `pixel_attention_mask` and `spatial_shapes`. Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -78,7 +80,30 @@ def images_of(
     return inputs | {"hidden_patches": hidden}
 
 
-INPUTS = {ViT: images_of}
+def patches_of(
+    config: NaFlex, patches: Any, *, pixel_attention_mask: Any, spatial_shapes: Any
+) -> dict[str, np.ndarray]:
+    """Patches [B, T, X], which are real [B, T], and each image's grid [B, 2] as NaFlex's inputs."""
+    patches = np.asarray(patches, np.float32)
+    if patches.ndim != 3 or patches.shape[2] != config.patch_dim or not patches.size:
+        raise InputError(
+            f"patches have shape {patches.shape}; this encoder takes [B, T, {config.patch_dim}]"
+        )
+    mask, shapes = np.asarray(pixel_attention_mask), np.asarray(spatial_shapes)
+    if mask.shape != patches.shape[:2] or shapes.shape != (len(patches), 2):
+        raise InputError(
+            f"of patches {patches.shape} pixel_attention_mask must have shape {patches.shape[:2]} "
+            f"and spatial_shapes {(len(patches), 2)}; they have {mask.shape} and {shapes.shape}"
+        )
+    if shapes.min() < 1 or shapes.prod(1).max() > patches.shape[1]:
+        raise InputError(
+            f"spatial_shapes {shapes.tolist()} must be at least 1, and height times width at most "
+            f"the {patches.shape[1]} patches of a row"
+        )
+    return {"patches": patches, "mask": mask.astype(bool), "shapes": shapes.astype(np.int32)}
+
+
+INPUTS = {ViT: images_of, NaFlex: patches_of}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
