@@ -81,9 +81,11 @@ def images_of(
 
 
 def patches_of(
-    config: NaFlex, patches: Any, *, pixel_attention_mask: Any, spatial_shapes: Any
+    config: NaFlex, patches: Any, *, pixel_attention_mask: Any = None, spatial_shapes: Any = None
 ) -> dict[str, np.ndarray]:
     """Patches [B, T, X], which are real [B, T], and each image's grid [B, 2] as NaFlex's inputs."""
+    if pixel_attention_mask is None or spatial_shapes is None:
+        raise InputError("NaFlex takes pixel_attention_mask and spatial_shapes beside the patches")
     patches = np.asarray(patches, np.float32)
     if patches.ndim != 3 or patches.shape[2] != config.patch_dim or not patches.size:
         raise InputError(

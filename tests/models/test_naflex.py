@@ -75,6 +75,8 @@ def test_padding_changes_nothing(encoder):
 
 def test_what_does_not_fit_is_refused(encoder):
     patches, more = batch()
+    with pytest.raises(InputError, match="takes pixel_attention_mask and spatial_shapes"):
+        encoder.encode(patches)
     with pytest.raises(InputError, match=r"takes \[B, T, 48\]"):
         encoder.encode(patches[..., :-1], **more)
     with pytest.raises(InputError, match=r"they have \(4, 13\) and \(4, 2\)"):
