@@ -163,11 +163,12 @@ def write_encoder(
 ) -> None:
     """Write an encoder as a folder that transformers loads; `original` is its config.json so far.
 
-    Raises InputError when `original` names no family that has such weights.
+    Raises InputError when `original` names no family that has such an encoder.
     """
     family, ours = encoders.family_of(original), tables.leaves(network)
     if family is None:
         raise InputError(f"model_type {original.get('model_type')!r} is no encoder known here")
+    config = original | family.fields(network.config)  # first: it may refuse
     arrays = {}
     for path, leaf in tree.flatten(params).items():
         rows = disk_names(path, leaf.shape, network.layers)
@@ -180,7 +181,7 @@ def write_encoder(
         entries.append(Entry(row.theirs, made.shape, made.dtype, lambda made=made: made))
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
-    config = original | family.fields(network.config) | {"dtype": str(entries[0].dtype)}
+    config |= {"dtype": str(entries[0].dtype)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

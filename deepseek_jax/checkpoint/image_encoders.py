@@ -3,6 +3,7 @@
 SigLIP2's stands in naflex_encoders.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.vit import Learned, ViT
 
+EMBEDDED = "embeddings.patch_embeddings.projection"
+NOT_HERE = r".*position_ids|classifier\..*"  # a head for classes is left behind
 CLIP_LAYER = {
     "attention_norm": "layer_norm1", "mlp_norm": "layer_norm2",
     **{f"attention/{n}": f"self_attn.{n}_proj" for n in "qkv"},
@@ -99,7 +102,7 @@ VIT = SIZES | {
 DINOV2 = SIZES | {
     "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0,
-    "mlp_ratio": 4, "layerscale_value": 1.0, "use_swiglu_ffn": False,
+    "mlp_ratio": 4, "layerscale_value": 1.0, "use_swiglu_ffn": False, "use_mask_token": True,
 }  # fmt: skip
 DINOV2_WITH_REGISTERS = DINOV2 | {"patch_size": 16, "num_register_tokens": 4}
 
@@ -142,10 +145,9 @@ def _dinov2_mlp(width: int, ratio: float, gated: bool) -> int:
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
-def dinov2(hf: Mapping[str, Any]) -> ViT:
-    """DINOv2, without and with registers."""
-    registers = hf.get("model_type") == "dinov2_with_registers"
-    filled = {"use_mask_token": True} | (DINOV2_WITH_REGISTERS if registers else DINOV2) | {**hf}
+def dinov2(hf: Mapping[str, Any], registers: bool = False) -> ViT:
+    """DINOv2, without or with registers."""
+    filled = (DINOV2_WITH_REGISTERS if registers else DINOV2) | hf
     fixed = dict.fromkeys(
         ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"), 0.0
     )
@@ -181,22 +183,22 @@ def _vit_fields(config: ViT) -> dict[str, Any]:
     return vit_fields(config) | own
 
 
-def _dinov2_fields(config: ViT) -> dict[str, Any]:
+def _dinov2_fields(config: ViT, registers: bool) -> dict[str, Any]:
     t = config.transformer
     ratios = (n for n in range(1, 65) if _dinov2_mlp(t.embed_dim, n, t.gated) == t.mlp_dim)
     if (ratio := next(ratios, None)) is None:
         raise InputError(f"DINOv2: no mlp_ratio gives an mlp_dim of {t.mlp_dim}")
     fields = vit_fields(config)
     del fields["intermediate_size"]
-    if t.gated:
-        fields["hidden_act"] = "gelu"  # not used, and silu is not what published configs say
-    own = {
+    own: dict[str, Any] = {
         "qkv_bias": "q" in t.biases,
         "mlp_ratio": ratio,
         "use_swiglu_ffn": t.gated,
-        "layerscale_value": t.layer_scale,
+        "layerscale_value": t.layer_scale or 0.0,
     }
-    if config.num_registers:
+    if t.gated:
+        own["hidden_act"] = "gelu"  # which is not used: the gate's is silu
+    if registers:
         own |= {"num_register_tokens": config.num_registers}
         return fields | own | {"architectures": ["Dinov2WithRegistersModel"]}
     own |= {"use_mask_token": config.mask_token, "architectures": ["Dinov2Model"]}
@@ -205,24 +207,59 @@ def _dinov2_fields(config: ViT) -> dict[str, Any]:
 
 def siglip_fields(architecture: str, fields: Callable[[Any], dict[str, Any]]) -> Callable:
     """Our config -> config.json of a tower that may have SigLIP's head."""
-    return lambda config: (
-        fields(config)
-        | {
-            "vision_use_head": config.pooling == "attention",
-            "architectures": [architecture],
-        }
-    )
+
+    def made(config: Any) -> dict[str, Any]:
+        head = config.pooling == "attention"
+        return fields(config) | {"vision_use_head": head, "architectures": [architecture]}
+
+    return made
 
 
-def _tower(layer: Mapping[str, str], there: str, **more: str) -> Callable[[Any], dict[str, str]]:
-    return lambda config: numbered(there, layer) | more
+def faithful(family: Family, unsaid: Callable[[Any], dict[str, Any]] = lambda config: {}) -> Family:
+    """The family, where `fields` refuses a config that its config.json cannot say.
+
+    `unsaid` are the fields that tensors say (`Family.optional`). How a config is initialized and
+    computed is nobody else's business.
+    """
+
+    def fields(config: Any) -> dict[str, Any]:
+        made = family.fields(config)
+        back = family.config(made | unsaid(config))
+        own = {"remat": back.transformer.remat, "unroll": back.transformer.unroll}
+        same = dataclasses.replace(
+            config,
+            transformer=dataclasses.replace(config.transformer, **own),
+            init_scale=back.init_scale,
+        )
+        wrong = [name for name, value in vars(same).items() if getattr(back, name) != value]
+        if wrong:
+            raise InputError(
+                f"{made['architectures'][0]} has no equal of this encoder's {', '.join(wrong)}"
+            )
+        return made
+
+    return family._replace(fields=fields)
 
 
-EMBEDDED = "embeddings.patch_embeddings.projection"
-NOT_HERE = r".*position_ids|classifier\..*"
+def siglip_modules(config: Any) -> dict[str, str]:
+    """The modules of SigLIP's and SigLIP2's image towers."""
+    del config
+    own = {"patch": "embeddings.patch_embedding", "final_norm": "post_layernorm"}
+    return numbered("encoder.layers", CLIP_LAYER) | own | SIGLIP_HEAD
 
 
-def _dinov2_family() -> Family:
+def clip_modules(config: ViT) -> dict[str, str]:
+    """The modules of CLIP's image tower."""
+    return siglip_modules(config) | {"pre_norm": "pre_layrnorm"}  # so spelled
+
+
+def _vit_modules(config: ViT) -> dict[str, str]:
+    del config
+    own = {"patch": EMBEDDED, "final_norm": "layernorm", "head": "pooler.dense"}
+    return numbered("encoder.layer", VIT_LAYER) | own
+
+
+def _dinov2_family(registers: bool) -> Family:
     scales = {
         f"layer/{part}_scale": Named(f"encoder.layer.{{}}.layer_scale{i}.lambda1")
         for i, part in enumerate(("attention", "mlp"), 1)
@@ -247,57 +284,61 @@ def _dinov2_family() -> Family:
         "positions": Named("embeddings.position_embeddings", 1),
         "registers": Named("embeddings.register_tokens", 1),
     }
-    optional = {"embeddings.mask_token": "use_mask_token"}
-    return Family(dinov2, _dinov2_fields, modules, leaves | scales, NOT_HERE, optional=optional)
+    return faithful(
+        Family(
+            lambda hf: dinov2(hf, registers),
+            lambda config: _dinov2_fields(config, registers),
+            modules,
+            leaves | scales,
+            NOT_HERE,
+            prefix="dinov2_with_registers." if registers else "dinov2.",
+            optional={"embeddings.mask_token": "use_mask_token"},
+        ),
+        lambda config: {"use_mask_token": config.mask_token},
+    )
 
 
 FAMILIES: dict[str, Family] = {
-    "clip_vision_model": Family(
-        clip_vision,
-        lambda config: vit_fields(config) | {"architectures": ["CLIPVisionModel"]},
-        _tower(
-            CLIP_LAYER,
-            "encoder.layers",
-            patch="embeddings.patch_embedding",
-            pre_norm="pre_layrnorm",  # so spelled
-            final_norm="post_layernorm",
+    "clip_vision_model": faithful(
+        Family(
+            clip_vision,
+            lambda config: vit_fields(config) | {"architectures": ["CLIPVisionModel"]},
+            clip_modules,
+            {
+                "class_token": Named("embeddings.class_embedding"),
+                "positions": Named("embeddings.position_embedding.weight"),
+            },
+            prefix="vision_model.",
+        )
+    ),
+    "siglip_vision_model": faithful(
+        Family(
+            siglip_vision,
+            siglip_fields("SiglipVisionModel", vit_fields),
+            siglip_modules,
+            SIGLIP_LEAVES,
+            prefix="vision_model.",
+        )
+    ),
+    "vit": faithful(
+        Family(
+            vit,
+            _vit_fields,
+            _vit_modules,
+            {
+                "class_token": Named("embeddings.cls_token", 2),
+                "mask_token": Named("embeddings.mask_token", 2),
+                "positions": Named("embeddings.position_embeddings", 1),
+            },
+            NOT_HERE,
+            prefix="vit.",
+            optional={
+                "pooler.dense.weight": "add_pooling_layer",
+                "embeddings.mask_token": "use_mask_token",
+            },
         ),
-        {
-            "class_token": Named("embeddings.class_embedding"),
-            "positions": Named("embeddings.position_embedding.weight"),
-        },
-        prefix="vision_model.",
+        lambda c: {"add_pooling_layer": c.pooling == "tanh", "use_mask_token": c.mask_token},
     ),
-    "siglip_vision_model": Family(
-        siglip_vision,
-        siglip_fields("SiglipVisionModel", vit_fields),
-        _tower(
-            CLIP_LAYER,
-            "encoder.layers",
-            patch="embeddings.patch_embedding",
-            final_norm="post_layernorm",
-            **SIGLIP_HEAD,
-        ),
-        SIGLIP_LEAVES,
-        prefix="vision_model.",
-    ),
-    "vit": Family(
-        vit,
-        _vit_fields,
-        _tower(VIT_LAYER, "encoder.layer", patch=EMBEDDED, final_norm="layernorm",
-               head="pooler.dense"),
-        {
-            "class_token": Named("embeddings.cls_token", 2),
-            "mask_token": Named("embeddings.mask_token", 2),
-            "positions": Named("embeddings.position_embeddings", 1),
-        },
-        NOT_HERE,
-        prefix="vit.",
-        optional={
-            "pooler.dense.weight": "add_pooling_layer",
-            "embeddings.mask_token": "use_mask_token",
-        },
-    ),
-    "dinov2": _dinov2_family()._replace(prefix="dinov2."),
-    "dinov2_with_registers": _dinov2_family()._replace(prefix="dinov2_with_registers."),
-}  # fmt: skip
+    "dinov2": _dinov2_family(registers=False),
+    "dinov2_with_registers": _dinov2_family(registers=True),
+}

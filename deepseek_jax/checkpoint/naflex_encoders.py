@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.checkpoint.image_encoders import (
-    CLIP_LAYER,
-    SIGLIP_HEAD,
     SIGLIP_LEAVES,
-    numbered,
+    faithful,
     patch_size,
     siglip_fields,
+    siglip_modules,
     transformer,
 )
 from deepseek_jax.checkpoint.tables import Family, only, transformer_fields
@@ -51,19 +50,14 @@ def naflex_fields(config: NaFlex) -> dict[str, Any]:
     return transformer_fields(config.transformer) | own
 
 
-def modules(config: NaFlex) -> dict[str, str]:
-    """The modules of SigLIP2's image tower."""
-    del config
-    own = {"patch": "embeddings.patch_embedding", "final_norm": "post_layernorm"}
-    return numbered("encoder.layers", CLIP_LAYER) | own | SIGLIP_HEAD
-
-
 FAMILIES: dict[str, Family] = {
-    "siglip2_vision_model": Family(
-        siglip2_vision,
-        siglip_fields("Siglip2VisionModel", naflex_fields),
-        modules,
-        SIGLIP_LEAVES,
-        prefix="vision_model.",
+    "siglip2_vision_model": faithful(
+        Family(
+            siglip2_vision,
+            siglip_fields("Siglip2VisionModel", naflex_fields),
+            siglip_modules,
+            SIGLIP_LEAVES,
+            prefix="vision_model.",
+        )
     ),
 }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,7 +106,7 @@ def patches_of(
     return {"patches": patches, "mask": mask.astype(bool), "shapes": shapes.astype(np.int32)}
 
 
-INPUTS = {ViT: images_of, NaFlex: patches_of}
+INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {ViT: images_of, NaFlex: patches_of}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
