@@ -7,8 +7,6 @@ from deepseek_jax.checkpoint import image_encoders
 from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
-    activation,
-    clip_transformer,
     only,
     transformer_fields,
     under,
@@ -28,11 +26,9 @@ def clip_text(hf: Mapping[str, Any]) -> TextTower:
     """CLIP's text tower."""
     filled = CLIP_TEXT | hf
     only(filled, "CLIP", attention_dropout=0.0)
-    act = activation(filled, "hidden_act")
-    own = {"activation": act, "norm_eps": filled["layer_norm_eps"], "causal": True}
     first = filled["eos_token_id"] == 2  # what the first releases say, and transformers honors
     return TextTower(
-        transformer=clip_transformer(filled, **own),
+        transformer=image_encoders.transformer(filled, causal=True),
         vocab_size=filled["vocab_size"],
         max_length=filled["max_position_embeddings"],
         pooling="end" if first else "first_end",

@@ -41,11 +41,15 @@ class Family(NamedTuple):
     modules: Callable[[Any], dict[str, str]]
     """Our config -> {module of ours: module of theirs}, a layer's number as {}."""
     leaves: Mapping[str, Named] = MappingProxyType({})
-    """Leaves of ours that are no module's weight, scale or bias there."""
+    """Leaves of ours that are no module's weight, scale or bias there; those that lie in one tensor
+    in their order there."""
     ignored: str = r".*position_ids"
     """Tensors that are no weights, or serve nothing here."""
     prefix: str = ""
     """What published checkpoints put before the names that transformers now writes."""
+    optional: Mapping[str, str] = MappingProxyType({})
+    """{a tensor of theirs: the field that `config` finds saying whether it is there}, where
+    config.json itself need not say."""
 
 
 class Row(NamedTuple):
@@ -71,8 +75,10 @@ def leaves(network: Network) -> dict[str, Leaf]:
 def table(family: Family, config: Any, ours: Mapping[str, Leaf]) -> list[Row]:
     """Their names of all of our weights. Raises InputError for one that has none there."""
     modules, rows = family.modules(config), {}
-    for path, leaf in ours.items():
-        pattern = re.sub(r"layer_\d+", "layer", path)
+    places = {pattern: i for i, pattern in enumerate(family.leaves)}
+    patterns = {path: re.sub(r"layer_\d+", "layer", path) for path in ours}
+    for path in sorted(ours, key=lambda path: places.get(patterns[path], -1)):
+        leaf, pattern = ours[path], patterns[path]
         number = re.search(r"layer_(\d+)", path)
         module, _, last = pattern.rpartition("/")
         if (named := family.leaves.get(pattern)) is None:
@@ -203,17 +209,6 @@ def activation(hf: Mapping[str, Any], name: str) -> str:
 def square(size: int | list[int]) -> tuple[int, int]:
     """Height and width of a size that may be one number."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def clip_transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
-    """The transformer of a config with CLIP's names of fields, and what else is known of it."""
-    return Transformer(
-        num_layers=hf["num_hidden_layers"],
-        embed_dim=hf["hidden_size"],
-        num_heads=hf["num_attention_heads"],
-        mlp_dim=hf["intermediate_size"],
-        **own,
-    )
 
 
 def transformer_fields(t: Transformer) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import text_tower, vit
+from deepseek_jax.models import naflex, text_tower, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -23,9 +23,10 @@ class Kind(NamedTuple):
 
 KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
+    naflex.NaFlex: Kind(naflex.NaFlexTransformer, naflex.example),
     text_tower.TextTower: Kind(text_tower.TextTransformer, text_tower.example),
 }
-EncoderConfig: TypeAlias = vit.ViT | text_tower.TextTower
+EncoderConfig: TypeAlias = vit.ViT | naflex.NaFlex | text_tower.TextTower
 
 
 @dataclasses.dataclass(frozen=True)
