@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checkpoint import image_encoders
+from deepseek_jax.checkpoint import audio_encoders, image_encoders
 from deepseek_jax.checkpoint.tables import Family
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.encoder import EncoderConfig
 
-FAMILIES: dict[str, Family] = {**image_encoders.FAMILIES}
+FAMILIES: dict[str, Family] = {**image_encoders.FAMILIES, **audio_encoders.FAMILIES}
 
 
 def family_of(original: Mapping[str, Any]) -> Family | None:

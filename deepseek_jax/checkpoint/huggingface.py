@@ -176,7 +176,8 @@ def write_encoder(
     entries = []
     for row in tables.table(family, network.config, ours):
         made = tables.joined(row, ours, [arrays[path] for path in row.ours])
-        entries.append(Entry(row.theirs, made.shape, made.dtype, lambda made=made: made))
+        name = family.written(network.config, row.theirs)
+        entries.append(Entry(name, made.shape, made.dtype, lambda made=made: made))
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
     config = original | family.fields(network.config) | {"dtype": str(entries[0].dtype)}

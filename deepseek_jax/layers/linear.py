@@ -14,7 +14,8 @@ from deepseek_jax.ops.experts import feed_forward
 from deepseek_jax.ops.matmul import matmul, scaled, thickened
 from deepseek_jax.parallel.sharding import flat_tokens
 
-Init = Literal["normal", "ones", "zeros"] | float  # a number: that everywhere
+# A number: that everywhere; sinusoids: of a row's places.
+Init = Literal["normal", "ones", "zeros", "sinusoids"] | float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.layers.encoder import Encoded
+from deepseek_jax.models.audio import Wav2Vec2, Whisper
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.serving import language
@@ -34,7 +35,8 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W], normalized. Raises InputError for another shape.
+        Pixels [B, C, H, W], normalized; Whisper's mel [B, M, frames]; waves [B, T], normalized,
+        with `attention_mask` [B, T] where rows are padded. Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -53,7 +55,43 @@ def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
     return {"images": pixels.transpose(0, 2, 3, 1)}
 
 
-INPUTS = {ViT: images_of}
+def mel_of(config: Whisper, mel: Any) -> dict[str, np.ndarray]:
+    """Log-mel frames [B, num_mels, 2 num_positions] as Whisper's inputs."""
+    mel = np.asarray(mel, np.float32)
+    wanted = (config.num_mels, 2 * config.num_positions)
+    if mel.ndim != 3 or mel.shape[1:] != wanted or not mel.shape[0]:
+        raise InputError(
+            f"mel has shape {mel.shape}; this encoder takes [B, {wanted}]: pad or cut the sound "
+            "first, as Whisper's feature extractor does"
+        )
+    return {"mel": mel.transpose(0, 2, 1)}
+
+
+def wave_of(config: Wav2Vec2, wave: Any, attention_mask: Any = None) -> dict[str, Any]:
+    """Waves [B, T] as wav2vec 2.0's inputs; `attention_mask` [B, T] is 1 on samples, then 0."""
+    wave = np.asarray(wave)
+    if wave.ndim != 2 or not wave.shape[0]:
+        raise InputError(f"waves have shape {wave.shape}; this encoder takes [B, T], one channel")
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise InputError(f"waves are {wave.dtype}; floats are wanted, normalized a row")
+    counts = None
+    if attention_mask is not None:
+        mask = np.asarray(attention_mask).astype(bool)
+        if mask.shape != wave.shape:
+            raise InputError(f"attention_mask has shape {mask.shape}, waves {wave.shape}")
+        counts = mask.sum(1)
+        if (mask != (np.arange(mask.shape[1]) < counts[:, None])).any():
+            raise InputError("attention_mask must be 1 on each row's samples, then 0 to its end")
+    shortest = wave.shape[1] if counts is None else counts.min()
+    if shortest < config.least_samples:
+        raise InputError(
+            f"a row has {shortest} samples; a frame takes {config.least_samples}: leave it out"
+        )
+    counts = None if counts is None else counts.astype(np.int32)
+    return {"wave": wave.astype(np.float32), "counts": counts}
+
+
+INPUTS = {ViT: images_of, Whisper: mel_of, Wav2Vec2: wave_of}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
