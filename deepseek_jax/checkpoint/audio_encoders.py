@@ -217,5 +217,6 @@ FAMILIES: dict[str, Family] = {
             r"\.conv\.weight_g$": ".conv.parametrizations.weight.original0",
             r"\.conv\.weight_v$": ".conv.parametrizations.weight.original1",
         },
+        written=wav2vec2_written,
     ),
 }

@@ -1,6 +1,7 @@
 """The one parameter maker, projections, norms, and the SwiGLU feed-forward part."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -134,7 +135,7 @@ class Projection(nn.Module):
             self.offset = weight(self, "bias", shape, axes, init="zeros")
 
     def __call__(self, x: Array) -> Array:
-        x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], -1)
+        x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], math.prod(x.shape[2:]))
         w = self.weight.reshape(x.shape[-1], -1)
         outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
         y = thickened(lambda x: matmul(x, w), x).reshape(*x.shape[:2], *outputs)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import audio, vit
+from deepseek_jax.models import audio, stream, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -25,8 +25,9 @@ KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
     audio.Whisper: Kind(audio.WhisperEncoder, audio.whisper_example),
     audio.Wav2Vec2: Kind(audio.WaveEncoder, audio.wave_example),
+    stream.Stream: Kind(stream.StreamEncoder, stream.stream_example),
 }
-EncoderConfig: TypeAlias = vit.ViT | audio.Whisper | audio.Wav2Vec2
+EncoderConfig: TypeAlias = vit.ViT | audio.Whisper | audio.Wav2Vec2 | stream.Stream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,16 +102,13 @@ def transcribed(
 
 
 def hidden_frames(
-    encoder: Encoder,
-    config: WavePretraining,
-    key: Key[Array, ""],
-    frames: Int[Array, " B"],
-    length: int,
+    config: WavePretraining, key: Key[Array, ""], frames: Int[Array, " B"], length: int
 ) -> tuple[Bool[Array, "B T"], Int[Array, "B T M"]]:
-    """Which frames are masked in a step, and each one's distractors: of the key and `frames`."""
+    """Which frames are masked in a step, and the distractors of each: of the key and `frames`."""
+    of_mask, of_others = jax.random.split(key)
     spans = {"share": config.mask_share, "span": config.mask_span, "least": 2}
-    masked = span_mask(key, frames, length, **spans)
-    return masked, distractors(key, masked, config.num_distractors)
+    masked = span_mask(of_mask, frames, length, **spans)
+    return masked, distractors(of_others, masked, config.num_distractors)
 
 
 def pretrained(
