@@ -3,7 +3,12 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from deepseek_jax.checkpoint import image_encoders, naflex_encoders, pair_encoders
+from deepseek_jax.checkpoint import (
+    audio_encoders,
+    image_encoders,
+    naflex_encoders,
+    pair_encoders,
+)
 from deepseek_jax.checkpoint.tables import Family
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.encoder import EncoderConfig
@@ -12,6 +17,7 @@ from deepseek_jax.models.two_tower import TwoTower
 FAMILIES: dict[str, Family] = {
     **image_encoders.FAMILIES,
     **naflex_encoders.FAMILIES,
+    **audio_encoders.FAMILIES,
     **pair_encoders.FAMILIES,
 }
 

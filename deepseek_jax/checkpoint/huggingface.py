@@ -184,9 +184,8 @@ def write_encoder(
     entries = []
     for row in tables.table(family, network.config, ours):
         made = tables.joined(row, ours, [arrays[path] for path in row.ours])
-        entries.append(
-            Entry(row.theirs, made.shape, made.dtype, lambda made=made: np.atleast_1d(made))
-        )
+        name = family.written(network.config, row.theirs)
+        entries.append(Entry(name, made.shape, made.dtype, lambda made=made: np.atleast_1d(made)))
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
     config |= {"dtype": str(entries[0].dtype)}

@@ -50,6 +50,10 @@ class Family(NamedTuple):
     optional: Mapping[str, str] = MappingProxyType({})
     """{a tensor of theirs: the field that `config` finds saying whether it is there}, where
     config.json itself need not say."""
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Patterns of names in older or larger checkpoints, and what stands for them in `modules`."""
+    written: Callable[[Any, str], str] = lambda config, name: name
+    """Our config and a name of `modules` -> the name that is written."""
 
 
 class Row(NamedTuple):
@@ -162,7 +166,7 @@ def sources(
 
     Raises InputError for tensors that match nothing, are missing, or have another shape.
     """
-    theirs = {name.removeprefix(family.prefix): tensor for name, tensor in theirs.items()}
+    theirs = {_plain(name, family): tensor for name, tensor in theirs.items()}
     rows = table(family, config, ours)
     wanted = {row.theirs: row.shape for row in rows}
     faults = [
@@ -180,6 +184,14 @@ def sources(
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise InputError(f"the tensors do not fit the config: {'; '.join(faults[:5])}{more}")
     return {path: part for row in rows for path, part in _parts(row, ours, theirs[row.theirs])}
+
+
+def _plain(name: str, family: Family) -> str:
+    """The name of a tensor as the family's table has it."""
+    name = name.removeprefix(family.prefix)
+    for pattern, new in family.renamed.items():
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def only(given: Mapping[str, Any], what: str, **fixed: Any) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import naflex, text_tower, vit
+from deepseek_jax.models import audio, naflex, stream, text_tower, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -25,8 +25,13 @@ KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
     naflex.NaFlex: Kind(naflex.NaFlexTransformer, naflex.example),
     text_tower.TextTower: Kind(text_tower.TextTransformer, text_tower.example),
+    audio.Whisper: Kind(audio.WhisperEncoder, audio.whisper_example),
+    audio.Wav2Vec2: Kind(audio.WaveEncoder, audio.wave_example),
+    stream.Stream: Kind(stream.StreamEncoder, stream.stream_example),
 }
-EncoderConfig: TypeAlias = vit.ViT | naflex.NaFlex | text_tower.TextTower
+EncoderConfig: TypeAlias = (
+    vit.ViT | naflex.NaFlex | text_tower.TextTower | audio.Whisper | audio.Wav2Vec2 | stream.Stream
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,11 +22,9 @@ from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.data.vision import ImageTransform, prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
-from deepseek_jax.models.naflex import NaFlex
-from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
-from deepseek_jax.models.vit import Learned, ViT
 from deepseek_jax.serving import language
+from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,9 @@ class EncoderModel:
 
         Pixels [B, C, H, W], normalized; with `interpolate_pos_encoding` of any size, with
         `bool_masked_pos` [B, patches] some hidden. NaFlex: patches [B, T, X] with
-        `pixel_attention_mask` and `spatial_shapes`. Raises InputError for another shape.
+        `pixel_attention_mask` and `spatial_shapes`. Whisper's mel [B, M, frames]; waves [B, T],
+        normalized, with `attention_mask` [B, T] where rows are padded. Token ids [B, T] likewise.
+        Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -53,58 +52,6 @@ class EncoderModel:
         """The same with what else there is: a pooled vector, a mask, with `keep` all layers."""
         given = INPUTS[type(self.config)](self.config, inputs, **more)
         return _apply(self.encoder, self.params, given, keep)
-
-
-def images_of(
-    config: ViT, pixels: Any, *, interpolate_pos_encoding: bool = False, bool_masked_pos: Any = None
-) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a ViT's inputs; `more` is called as in transformers.
-
-    Raises InputError for pixels of another size than the config's, unless its positions are made
-    for any or are to be interpolated.
-    """
-    pixels = np.asarray(pixels, np.float32)
-    wanted = (config.num_channels, *config.image_size)
-    fixed = isinstance(config.positions, Learned) and not config.positions.any_size
-    if fixed and not interpolate_pos_encoding:
-        fits, size = pixels.shape[1:] == wanted, f"{wanted}"
-    else:
-        least = config.patch_size
-        fits = pixels.shape[1:2] == wanted[:1] and min(pixels.shape[2:], default=0) >= least
-        size = f"{wanted[0]}, at least {least}, at least {least}"
-    if pixels.ndim != 4 or not fits or not pixels.shape[0]:
-        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {size}]")
-    inputs = {"images": pixels.transpose(0, 2, 3, 1)}
-    if bool_masked_pos is None:
-        return inputs
-    hidden = np.asarray(bool_masked_pos, bool)
-    count = math.prod(side // config.patch_size for side in pixels.shape[2:])
-    if not config.mask_token or hidden.shape != (pixels.shape[0], count):
-        raise InputError(
-            f"bool_masked_pos has shape {hidden.shape}; it must be {(pixels.shape[0], count)}, "
-            "and the encoder must have a mask token"
-        )
-    return inputs | {"hidden_patches": hidden}
-
-
-def texts_of(config: TextTower, tokens: Any, attention_mask: Any = None) -> dict[str, np.ndarray]:
-    """Rows of token ids [B, T], and which are real, as a text tower's inputs."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
-    if tokens.shape[1] > config.max_length:
-        most = config.max_length
-        raise InputError(f"texts have {tokens.shape[1]} tokens; this tower takes {most} at most")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        found = f"tokens lie in {tokens.min()}..{tokens.max()}"
-        raise InputError(f"{found}, outside this tower's vocabulary 0..{config.vocab_size - 1}")
-    inputs = {"tokens": tokens.astype(np.int32)}
-    if attention_mask is not None:
-        mask = np.asarray(attention_mask, bool)
-        if mask.shape != tokens.shape:
-            raise InputError(f"attention_mask has shape {mask.shape}, and tokens {tokens.shape}")
-        inputs["mask"] = mask
-    return inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,38 +100,6 @@ class TwoTowerModel:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed(towers: Towers, method: str, params: Any, inputs: dict[str, Any]) -> Array:
     return getattr(towers, method)(params, **inputs)
-
-
-def patches_of(
-    config: NaFlex, patches: Any, *, pixel_attention_mask: Any = None, spatial_shapes: Any = None
-) -> dict[str, np.ndarray]:
-    """Patches [B, T, X], which are real [B, T], and each image's grid [B, 2] as NaFlex's inputs."""
-    if pixel_attention_mask is None or spatial_shapes is None:
-        raise InputError("NaFlex takes pixel_attention_mask and spatial_shapes beside the patches")
-    patches = np.asarray(patches, np.float32)
-    if patches.ndim != 3 or patches.shape[2] != config.patch_dim or not patches.size:
-        raise InputError(
-            f"patches have shape {patches.shape}; this encoder takes [B, T, {config.patch_dim}]"
-        )
-    mask, shapes = np.asarray(pixel_attention_mask), np.asarray(spatial_shapes)
-    if mask.shape != patches.shape[:2] or shapes.shape != (len(patches), 2):
-        raise InputError(
-            f"of patches {patches.shape} pixel_attention_mask must have shape {patches.shape[:2]} "
-            f"and spatial_shapes {(len(patches), 2)}; they have {mask.shape} and {shapes.shape}"
-        )
-    if shapes.min() < 1 or shapes.prod(1).max() > patches.shape[1]:
-        raise InputError(
-            f"spatial_shapes {shapes.tolist()} must be at least 1, and height times width at most "
-            f"the {patches.shape[1]} patches of a row"
-        )
-    return {"patches": patches, "mask": mask.astype(bool), "shapes": shapes.astype(np.int32)}
-
-
-INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {
-    ViT: images_of,
-    NaFlex: patches_of,
-    TextTower: texts_of,
-}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
