@@ -8,6 +8,8 @@ from deepseek_jax.checkpoint import (
     image_encoders,
     naflex_encoders,
     pair_encoders,
+    swin_encoders,
+    video_encoders,
 )
 from deepseek_jax.checkpoint.tables import Family
 from deepseek_jax.core.errors import InputError
@@ -19,6 +21,8 @@ FAMILIES: dict[str, Family] = {
     **naflex_encoders.FAMILIES,
     **audio_encoders.FAMILIES,
     **pair_encoders.FAMILIES,
+    **swin_encoders.FAMILIES,
+    **video_encoders.FAMILIES,
 }
 
 

@@ -54,6 +54,8 @@ class Family(NamedTuple):
     """Patterns of names in older or larger checkpoints, and what stands for them in `modules`."""
     written: Callable[[Any, str], str] = lambda config, name: name
     """Our config and a name of `modules` -> the name that is written."""
+    places: Callable[[Any, int], tuple[int, ...]] = lambda config, number: (number,)
+    """Our config, a layer's number -> what stands for {0}, {1}, ... in its names."""
 
 
 class Row(NamedTuple):
@@ -89,7 +91,7 @@ def table(family: Family, config: Any, ours: Mapping[str, Leaf]) -> list[Row]:
             if (there := modules.get(module)) is None:
                 raise InputError(f"this family of encoders has no weight like {path}")
             named = Named(f"{there}.{'bias' if last == 'bias' else 'weight'}")
-        name = named.name.format(*(number.groups() if number else ()))
+        name = named.name.format(*(family.places(config, int(number[1])) if number else ()))
         shape = (1,) * named.ones + _turned(np.empty(leaf.shape, np.void), leaf).shape
         if name in rows:
             before = rows[name]
@@ -203,6 +205,7 @@ def only(given: Mapping[str, Any], what: str, **fixed: Any) -> None:
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.serving.encoder import load_encoder, patches_of
+from deepseek_jax.serving.encoder import load_encoder
+from deepseek_jax.serving.inputs import patches_of
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

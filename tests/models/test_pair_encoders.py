@@ -111,8 +111,8 @@ def test_texts_that_cannot_be_are_refused(tmp_path):
     ours = clip(tmp_path)[1]
     for tokens, why in (
         (np.zeros((2, 13), int), "texts have 13 tokens; this tower takes 12"),
-        (np.full((2, 4), 50), "outside this tower's vocabulary 0..49"),
-        (np.zeros((2, 4)), "tokens must be integers"),
+        (np.full((2, 4), 50), r"outside the vocabulary 0\.\.49"),
+        (np.zeros((2, 4)), "the text must be integers"),
     ):
         with pytest.raises(InputError, match=why):
             ours.embed_text(tokens)
