@@ -40,10 +40,10 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W], normalized (frames [B, T, C, H, W] of video); with `interpolate_pos_encoding` of any size, with
-        `bool_masked_pos` [B, patches] some hidden. NaFlex: patches [B, T, X] with
-        `pixel_attention_mask` and `spatial_shapes`. Whisper's mel [B, M, frames]; waves [B, T],
-        normalized, with `attention_mask` [B, T] where rows are padded. Token ids [B, T] likewise.
+        Pixels [B, C, H, W] or frames [B, T, C, H, W], normalized; of a ViT of any size with
+        `interpolate_pos_encoding`, some hidden with `bool_masked_pos`. NaFlex: patches [B, T, X]
+        with `pixel_attention_mask` and `spatial_shapes`. Whisper's mel [B, M, frames]; waves
+        [B, T], normalized, or token ids [B, T], with `attention_mask` where rows are padded.
         Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
