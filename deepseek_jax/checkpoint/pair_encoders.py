@@ -8,6 +8,7 @@ from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
     only,
+    transformer,
     transformer_fields,
     under,
 )
@@ -34,7 +35,7 @@ def clip_text(hf: Mapping[str, Any]) -> TextTower:
     only(filled, "CLIP", attention_dropout=0.0)
     first = filled["eos_token_id"] == 2  # what the first releases say, and transformers honors
     return TextTower(
-        transformer=image_encoders.transformer(filled, causal=True),
+        transformer=transformer(filled, causal=True),
         vocab_size=filled["vocab_size"],
         max_length=filled["max_position_embeddings"],
         pooling="end" if first else "first_end",
@@ -47,7 +48,7 @@ def siglip_text(hf: Mapping[str, Any]) -> TextTower:
     filled = SIGLIP_TEXT | hf
     only(filled, "SigLIP", attention_dropout=0.0)
     return TextTower(
-        transformer=image_encoders.transformer(filled),
+        transformer=transformer(filled),
         vocab_size=filled["vocab_size"],
         max_length=filled["max_position_embeddings"],
         pooling="last",

@@ -226,6 +226,20 @@ def square(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
+    """CLIP's, ViT's and SigLIP's fields of a transformer; `own` before them."""
+    common = {
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": hf["hidden_size"],
+        "num_heads": hf["num_attention_heads"],
+        "activation": activation(hf, "hidden_act"),
+        "norm_eps": hf["layer_norm_eps"],
+    }
+    if "mlp_dim" not in own:
+        common["mlp_dim"] = hf["intermediate_size"]
+    return Transformer(**(common | own))
+
+
 def transformer_fields(t: Transformer) -> dict[str, Any]:
     """What CLIP and its kin call the fields of a transformer."""
     return {
