@@ -88,7 +88,8 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
     if encoders.family_of(original):
-        return Folder(directory, encoders.config_of(original), original, tensors)
+        config = encoders.config_of(original, tensors)
+        return Folder(directory, config, original, tensors)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}
@@ -168,11 +169,12 @@ def write_encoder(
 ) -> None:
     """Write an encoder as a folder that transformers loads; `original` is its config.json so far.
 
-    Raises InputError when `original` names no family that has such weights.
+    Raises InputError when `original` names no family that has such an encoder.
     """
     family, ours = encoders.family_of(original), tables.leaves(network)
     if family is None:
         raise InputError(f"model_type {original.get('model_type')!r} is no encoder known here")
+    config = original | family.fields(network.config)  # first: it may refuse
     arrays = {}
     for path, leaf in tree.flatten(params).items():
         rows = disk_names(path, leaf.shape, network.layers)
@@ -182,12 +184,11 @@ def write_encoder(
     entries = []
     for row in tables.table(family, network.config, ours):
         made = tables.joined(row, ours, [arrays[path] for path in row.ours])
-        entries.append(
-            Entry(row.theirs, made.shape, made.dtype, lambda made=made: np.atleast_1d(made))
-        )
+        name = family.written(network.config, row.theirs)
+        entries.append(Entry(name, made.shape, made.dtype, lambda made=made: np.atleast_1d(made)))
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
-    config = original | family.fields(network.config) | {"dtype": str(entries[0].dtype)}
+    config |= {"dtype": str(entries[0].dtype)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Text towers and pairs of towers of Hugging Face: CLIP (transformers: models/clip)."""
+"""Text towers and pairs of towers of Hugging Face: CLIP and SigLIP (models/clip, models/siglip)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,8 @@ from deepseek_jax.checkpoint import image_encoders
 from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
-    activation,
-    clip_transformer,
     only,
+    transformer,
     transformer_fields,
     under,
 )
@@ -23,16 +22,20 @@ CLIP_TEXT = {  # transformers' defaults, which a config.json leaves out
     "eos_token_id": 49407,
 }  # fmt: skip
 
+SIGLIP_TEXT = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "vocab_size": 32000, "max_position_embeddings": 64,
+    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0,
+}  # fmt: skip
+
 
 def clip_text(hf: Mapping[str, Any]) -> TextTower:
     """CLIP's text tower."""
     filled = CLIP_TEXT | hf
     only(filled, "CLIP", attention_dropout=0.0)
-    act = activation(filled, "hidden_act")
-    own = {"activation": act, "norm_eps": filled["layer_norm_eps"], "causal": True}
     first = filled["eos_token_id"] == 2  # what the first releases say, and transformers honors
     return TextTower(
-        transformer=clip_transformer(filled, **own),
+        transformer=transformer(filled, causal=True),
         vocab_size=filled["vocab_size"],
         max_length=filled["max_position_embeddings"],
         pooling="end" if first else "first_end",
@@ -40,10 +43,27 @@ def clip_text(hf: Mapping[str, Any]) -> TextTower:
     )
 
 
+def siglip_text(hf: Mapping[str, Any]) -> TextTower:
+    """SigLIP's text tower: it sees all of a text, padding too, as it was trained."""
+    filled = SIGLIP_TEXT | hf
+    only(filled, "SigLIP", attention_dropout=0.0)
+    return TextTower(
+        transformer=transformer(filled),
+        vocab_size=filled["vocab_size"],
+        max_length=filled["max_position_embeddings"],
+        pooling="last",
+        head_dim=filled.get("projection_size") or filled["hidden_size"],
+    )
+
+
 def text_fields(config: TextTower) -> dict[str, Any]:
     """What CLIP and its kin call the fields of a text tower."""
     own = {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_length}
-    return transformer_fields(config.transformer) | own | {"eos_token_id": config.end_id}
+    if config.head_dim is not None:
+        own |= {"projection_size": config.head_dim}
+    elif config.pooling in ("end", "first_end"):
+        own |= {"eos_token_id": config.end_id}
+    return transformer_fields(config.transformer) | own
 
 
 def text_modules(config: TextTower) -> dict[str, str]:
@@ -79,6 +99,33 @@ def clip_fields(config: TwoTower) -> dict[str, Any]:
     return both | {"architectures": ["CLIPModel"]}
 
 
+def siglip(hf: Mapping[str, Any]) -> TwoTower:
+    """Both towers of SigLIP."""
+    return TwoTower(
+        image=image_encoders.siglip_vision(hf.get("vision_config") or {}),
+        text=siglip_text(hf.get("text_config") or {}),
+        shared_dim=None,
+        sigmoid=True,
+    )
+
+
+def siglip_fields(config: TwoTower) -> dict[str, Any]:
+    """The fields of SigLIP's config.json."""
+    image = image_encoders.FAMILIES["siglip_vision_model"].fields(config.image)
+    text = text_fields(config.text)
+    for fields, kind in ((image, "siglip_vision_model"), (text, "siglip_text_model")):
+        fields.pop("architectures", None)
+        fields["model_type"] = kind
+    return {"vision_config": image, "text_config": text, "architectures": ["SiglipModel"]}
+
+
+def siglip_pair_modules(config: TwoTower) -> dict[str, str]:
+    """The modules of SigLIP."""
+    image = image_encoders.FAMILIES["siglip_vision_model"].modules(config.image)
+    text = text_modules(config.text)
+    return under(image, "image/", "vision_model.") | under(text, "text/", "text_model.")
+
+
 def clip_pair_modules(config: TwoTower) -> dict[str, str]:
     """The modules of CLIP."""
     return {
@@ -103,6 +150,20 @@ FAMILIES: dict[str, Family] = {
         text_modules,
         TEXT_LEAVES,
         prefix="text_model.",
+    ),
+    "siglip_text_model": Family(
+        siglip_text,
+        lambda config: text_fields(config) | {"architectures": ["SiglipTextModel"]},
+        text_modules,
+        TEXT_LEAVES,
+        prefix="text_model.",
+    ),
+    "siglip": Family(
+        siglip,
+        siglip_fields,
+        siglip_pair_modules,
+        pair_leaves(image_encoders.FAMILIES["siglip_vision_model"].leaves)
+        | {"logit_scale": Named("logit_scale", 1), "logit_bias": Named("logit_bias", 1)},
     ),
     "clip": Family(
         clip,

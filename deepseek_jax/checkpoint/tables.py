@@ -41,11 +41,19 @@ class Family(NamedTuple):
     modules: Callable[[Any], dict[str, str]]
     """Our config -> {module of ours: module of theirs}, a layer's number as {}."""
     leaves: Mapping[str, Named] = MappingProxyType({})
-    """Leaves of ours that are no module's weight, scale or bias there."""
+    """Leaves of ours that are no module's weight, scale or bias there; those that lie in one tensor
+    in their order there."""
     ignored: str = r".*position_ids"
     """Tensors that are no weights, or serve nothing here."""
     prefix: str = ""
     """What published checkpoints put before the names that transformers now writes."""
+    optional: Mapping[str, str] = MappingProxyType({})
+    """{a tensor of theirs: the field that `config` finds saying whether it is there}, where
+    config.json itself need not say."""
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Patterns of names in older or larger checkpoints, and what stands for them in `modules`."""
+    written: Callable[[Any, str], str] = lambda config, name: name
+    """Our config and a name of `modules` -> the name that is written."""
     places: Callable[[Any, int], tuple[int, ...]] = lambda config, number: (number,)
     """Our config, a layer's number -> what stands for {0}, {1}, ... in its names."""
 
@@ -73,8 +81,10 @@ def leaves(network: Network) -> dict[str, Leaf]:
 def table(family: Family, config: Any, ours: Mapping[str, Leaf]) -> list[Row]:
     """Their names of all of our weights. Raises InputError for one that has none there."""
     modules, rows = family.modules(config), {}
-    for path, leaf in ours.items():
-        pattern = re.sub(r"layer_\d+", "layer", path)
+    places = {pattern: i for i, pattern in enumerate(family.leaves)}
+    patterns = {path: re.sub(r"layer_\d+", "layer", path) for path in ours}
+    for path in sorted(ours, key=lambda path: places.get(patterns[path], -1)):
+        leaf, pattern = ours[path], patterns[path]
         number = re.search(r"layer_(\d+)", path)
         module, _, last = pattern.rpartition("/")
         if (named := family.leaves.get(pattern)) is None:
@@ -158,7 +168,7 @@ def sources(
 
     Raises InputError for tensors that match nothing, are missing, or have another shape.
     """
-    theirs = {name.removeprefix(family.prefix): tensor for name, tensor in theirs.items()}
+    theirs = {_plain(name, family): tensor for name, tensor in theirs.items()}
     rows = table(family, config, ours)
     wanted = {row.theirs: row.shape for row in rows}
     faults = [
@@ -176,6 +186,14 @@ def sources(
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise InputError(f"the tensors do not fit the config: {'; '.join(faults[:5])}{more}")
     return {path: part for row in rows for path, part in _parts(row, ours, theirs[row.theirs])}
+
+
+def _plain(name: str, family: Family) -> str:
+    """The name of a tensor as the family's table has it."""
+    name = name.removeprefix(family.prefix)
+    for pattern, new in family.renamed.items():
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def only(given: Mapping[str, Any], what: str, **fixed: Any) -> None:
@@ -208,15 +226,18 @@ def square(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def clip_transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
-    """The transformer of a config with CLIP's names of fields, and what else is known of it."""
-    return Transformer(
-        num_layers=hf["num_hidden_layers"],
-        embed_dim=hf["hidden_size"],
-        num_heads=hf["num_attention_heads"],
-        mlp_dim=hf["intermediate_size"],
-        **own,
-    )
+def transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
+    """CLIP's, ViT's and SigLIP's fields of a transformer; `own` before them."""
+    common = {
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": hf["hidden_size"],
+        "num_heads": hf["num_attention_heads"],
+        "activation": activation(hf, "hidden_act"),
+        "norm_eps": hf["layer_norm_eps"],
+    }
+    if "mlp_dim" not in own:
+        common["mlp_dim"] = hf["intermediate_size"]
+    return Transformer(**(common | own))
 
 
 def transformer_fields(t: Transformer) -> dict[str, Any]:

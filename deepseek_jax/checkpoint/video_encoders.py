@@ -9,10 +9,9 @@ from typing import Any
 from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
-    activation,
-    clip_transformer,
     only,
     square,
+    transformer,
     transformer_fields,
 )
 from deepseek_jax.models.video import Video
@@ -41,14 +40,8 @@ VIVIT = SHARED | {
 
 def _video(hf: Mapping[str, Any], what: str, biases: str, **own: Any) -> Video:
     only(hf, what, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    transformer = clip_transformer(
-        hf,
-        activation=activation(hf, "hidden_act"),
-        norm_eps=hf["layer_norm_eps"],
-        biases=biases,
-    )
     return Video(
-        transformer=transformer,
+        transformer=transformer(hf, biases=biases),
         num_frames=hf["num_frames"],
         image_size=square(hf["image_size"]),
         num_channels=hf["num_channels"],

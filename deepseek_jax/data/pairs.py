@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from deepseek_jax.data.tokenizer import (
 )
 from deepseek_jax.data.vision import FITS, ImageTransform, decode_image
 
-Batch = dict[str, np.ndarray]
+T = TypeVar("T")
+Batch = dict[str, Any]  # arrays by name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,17 +81,17 @@ class Pairs:
 
 
 class _Emoji:
-    """The emoji of a config, as `_Media` has what files hold."""
+    """Emoji of a size, as `_Media` has what files hold."""
 
-    def __init__(self, config: Pairs, cache: pathlib.Path):
-        self.config, self.cache = config, cache
-        found = open_emoji(config.image.size, cache)
+    def __init__(self, source: Emoji, size: int, cache: pathlib.Path):
+        self.given = source, size, cache
+        found = open_emoji(size, cache)
         self.hashes = np.array([key_hash(group) for group in found.groups], np.uint64)
-        self.found, self.languages = found, config.source.languages
-        self.fingerprint = digest([found.names, found.captions, config.image.size])
+        self.found, self.languages = found, source.languages
+        self.fingerprint = digest([found.names, found.captions, size, source.languages])
 
     def __reduce__(self):
-        return _Emoji, (self.config, self.cache)
+        return _Emoji, self.given
 
     def captions(self, number: int) -> dict[str, tuple[str, ...]]:
         words = self.found.captions[number]
@@ -103,13 +104,12 @@ class _Emoji:
 class _Media:
     """Files with captions; what is damaged raises InputError when it is used."""
 
-    def __init__(self, config: Pairs):
-        self.config = config
-        self.media = media.Media(config.source)
+    def __init__(self, source: media.MediaSource):
+        self.media = media.Media(source)
         self.hashes, self.fingerprint = self.media.hashes, self.media.fingerprint
 
     def __reduce__(self):
-        return _Media, (self.config,)
+        return _Media, (self.media.source,)
 
     def captions(self, number: int) -> dict[str, tuple[str, ...]]:
         example = self.media.example(number)
@@ -128,7 +128,7 @@ class _Media:
 class PairRows:
     """Training rows by number."""
 
-    examples: Any
+    examples: _Emoji | _Media
     numbers: np.ndarray
     """The examples of this side."""
     tokenizer: Tokenizer
@@ -218,28 +218,38 @@ class PairDataset:
 
     def held_images(self) -> Iterator[Batch]:
         """The held-out images one by one: `images` uint8 [S, S, 3], `numbers`."""
-        for number in map(int, self.held.numbers):
-            if number in self.held.skips.reasons:
-                continue
-            try:
-                pixels = self.held.plain(number)
-            except InputError as error:
-                self.held.skips.add(number, str(error))
-                continue
-            yield {"images": pixels, "numbers": np.int32(number)}
+
+        def of_one(number: int) -> Batch:
+            self.held.examples.captions(number)  # without any, there is nothing to find
+            return {"images": self.held.plain(number), "numbers": np.int32(number)}
+
+        yield from self._held(of_one)
 
     def held_texts(self) -> dict[str, Batch]:
         """By field (a language): every held-out caption's `tokens` [N, T] and `numbers`."""
         found: dict[str, list[Batch]] = {}
-        for number in map(int, self.held.numbers):
-            if number in self.held.skips.reasons:
-                continue
-            for field, captions in self.held.examples.captions(number).items():
+
+        def of_one(number: int) -> tuple[int, dict[str, tuple[str, ...]]]:
+            return number, self.held.examples.captions(number)
+
+        for number, fields in self._held(of_one):
+            for field, captions in fields.items():
                 for caption in captions:
                     tokens = text_row(self.tokenizer, caption, self.held.length)
                     row = {"tokens": tokens, "numbers": np.int32(number)}
                     found.setdefault(field, []).append(row)
         return {field: stacked(rows) for field, rows in found.items()}
+
+    def _held(self, of_one: Callable[[int], T]) -> Iterator[T]:
+        """of_one(number) of the held-out examples, damaged ones left out, counted and named."""
+        for number in map(int, self.held.numbers):
+            if number not in self.held.skips.reasons:
+                try:
+                    found = of_one(number)
+                except InputError as error:
+                    self.held.skips.add(number, str(error))
+                else:
+                    yield found
 
 
 def open_pairs(
@@ -252,8 +262,11 @@ def open_pairs(
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
-    emoji = isinstance(config.source, Emoji)
-    examples = _Emoji(config, cache) if emoji else _Media(config)
+    examples: _Emoji | _Media
+    if isinstance(config.source, Emoji):
+        examples = _Emoji(config.source, config.image.size, cache)
+    else:
+        examples = _Media(config.source)
     held = held_out(examples.hashes, config.held_out)
     sides = {"training": np.flatnonzero(~held), "held-out": np.flatnonzero(held)}
     for name, numbers in sides.items():

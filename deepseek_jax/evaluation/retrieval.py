@@ -1,18 +1,21 @@
 """Retrieval among everything that was held out: how often the right one is among the first."""
 
 import functools
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
+from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.pairs import Batch, PairDataset, stacked
 from deepseek_jax.evaluation.scores import retrieval_scores
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.training.contrastive import inputs_of
 
-K = 10
+SHOWN, FOUND = 5, 8  # queries a field, images each
 
 
 def embedded(
@@ -83,20 +86,48 @@ def retrieval(
 
 
 def queries(model: Towers, params: Any, dataset: PairDataset, config: Any) -> str:
-    """What the first held-out captions of each field find first: a line a query."""
+    """What some held-out captions of each field find first, as text and, in the run's folder
+    pictures/, as a picture."""
     if not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(params)):
         return "no queries: the weights are spread over processes"
     images, texts = embedded(model, params, dataset, min(64, config.batch_size))
-    captions = {
-        int(number): next(iter(dataset.held.examples.captions(int(number)).values()))[0]
-        for number in images["numbers"]
-    }
-    lines = []
-    for field, rows in texts.items():
-        step = max(1, len(rows["numbers"]) // 5)
-        for number, vector in list(zip(rows["numbers"], rows["vectors"], strict=True))[::step][:5]:
-            best = np.argsort(-(images["vectors"] @ vector))[:3]
-            words = dataset.held.examples.captions(int(number))[field][0]
-            found = ", ".join(captions[int(images["numbers"][i])] for i in best)
-            lines.append(f"  {words} -> {found}")
-    return "\n".join(["held-out captions and the images that they find:", *lines])
+    numbers, read = images["numbers"], dataset.held.examples.captions
+    rows, lines = [], ["held-out captions and the images that they find:"]
+    for field, side in texts.items():
+        chosen = np.linspace(0, len(side["numbers"]) - 1, SHOWN).astype(int)
+        for place in dict.fromkeys(chosen.tolist()):
+            number = int(side["numbers"][place])
+            best = numbers[np.argsort(-(images["vectors"] @ side["vectors"][place]))[:FOUND]]
+            words = read(number)[field][0]
+            names = [next(iter(read(int(n)).values()))[0] for n in best]
+            lines.append(f"  {words} -> {', '.join(names[:3])}")
+            # Few machines have a font with every language.
+            label = (
+                words if words.isascii() else f"{next(iter(read(number).values()))[0]} ({field})"
+            )
+            rows.append((label, [(dataset.held.plain(int(n)), n == number) for n in best]))
+    draw(rows, located(config.run_dir) / "pictures")
+    return "\n".join(lines)
+
+
+def draw(rows: list[tuple[str, list[tuple[np.ndarray, bool]]]], folder: Path) -> None:
+    """A row a query: its words, and the pictures that it found; the right one has a frame."""
+    size, gap, wide = 64, 6, 260
+    count = max(len(found) for _, found in rows)
+    height = len(rows) * (size + gap) + gap
+    figure = Figure(((wide + count * (size + gap)) / 100, height / 100), dpi=200)
+    for index, (words, found) in enumerate(rows):
+        top = 1 - (gap + index * (size + gap)) / height
+        place = top - size / 2 / height
+        figure.text(0.01, place, words[:40].replace("$", r"\$"), fontsize=7, va="center")
+        for place, (pixels, right) in enumerate(found):
+            width = wide + count * (size + gap)
+            left = (wide + place * (size + gap)) / width
+            axes = figure.add_axes((left, top - size / height, size / width, size / height))
+            axes.imshow(pixels)
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(color="#1a7f37" if right else "#d0d7de", linewidth=2 if right else 0.5)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(drawn := io.BytesIO(), format="png")
+    (folder / "what_held_out_captions_find.png").write_bytes(drawn.getvalue())

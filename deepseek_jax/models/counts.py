@@ -58,7 +58,7 @@ def _pair_flops(model: Towers, length: int) -> float:
             work += leaf.size * tokens
     for transformer, tokens in towers.values():
         work += 2 * transformer.num_layers * transformer.embed_dim * tokens**2
-    return 3 * 2 * work
+    return 6.0 * work
 
 
 def _decoder_flops(model: Model, sequence_length: int) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import encoders, huggingface
+from deepseek_jax.checkpoint import encoders, huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.data.pairs import Pairs, text_row
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.vision import ImageTransform, prepared
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models.any_modality import AnyModality
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
-from deepseek_jax.models.swin import Swin
-from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
-from deepseek_jax.models.video import Video
-from deepseek_jax.models.vit import ViT
-from deepseek_jax.serving import encoder_inputs, language
+from deepseek_jax.serving import language
+from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,11 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W] or frames [B, T, C, H, W], normalized. Raises InputError for another
-        shape.
+        Pixels [B, C, H, W] or frames [B, T, C, H, W], normalized; of a ViT of any size with
+        `interpolate_pos_encoding`, some hidden with `bool_masked_pos`. NaFlex: patches [B, T, X]
+        with `pixel_attention_mask` and `spatial_shapes`. Whisper's mel [B, M, frames]; waves
+        [B, T], normalized, or token ids [B, T], with `attention_mask` where rows are padded.
+        Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -49,44 +52,6 @@ class EncoderModel:
         """The same with what else there is: a pooled vector, a mask, with `keep` all layers."""
         given = INPUTS[type(self.config)](self.config, inputs, **more)
         return _apply(self.encoder, self.params, given, keep)
-
-
-def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a ViT's inputs."""
-    pixels = np.asarray(pixels, np.float32)
-    wanted = (config.num_channels, *config.image_size)
-    if pixels.ndim != 4 or pixels.shape[1:] != wanted or not pixels.shape[0]:
-        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {wanted}]")
-    return {"images": pixels.transpose(0, 2, 3, 1)}
-
-
-def texts_of(config: TextTower, tokens: Any, attention_mask: Any = None) -> dict[str, np.ndarray]:
-    """Rows of token ids [B, T], and which are real, as a text tower's inputs."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
-    if tokens.shape[1] > config.max_length:
-        most = config.max_length
-        raise InputError(f"texts have {tokens.shape[1]} tokens; this tower takes {most} at most")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        found = f"tokens lie in {tokens.min()}..{tokens.max()}"
-        raise InputError(f"{found}, outside this tower's vocabulary 0..{config.vocab_size - 1}")
-    inputs = {"tokens": tokens.astype(np.int32)}
-    if attention_mask is not None:
-        mask = np.asarray(attention_mask, bool)
-        if mask.shape != tokens.shape:
-            raise InputError(f"attention_mask has shape {mask.shape}, and tokens {tokens.shape}")
-        inputs["mask"] = mask
-    return inputs
-
-
-INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {
-    ViT: images_of,
-    TextTower: texts_of,
-    Swin: encoder_inputs.images_of,
-    Video: encoder_inputs.clips_of,
-    AnyModality: encoder_inputs.mixed_of,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +62,34 @@ class TwoTowerModel:
     params: Any
     config: TwoTower
     original: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The config.json that it comes from."""
+    """The config.json that it comes from; of a run, nothing."""
+    tokenizer: Tokenizer | None = None
+    """Of a run: what its captions were read with."""
+    transform: ImageTransform | None = None
+    """Of a run: how its images became the tower's input."""
 
     def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
         """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
         return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
+
+    def embed_pictures(self, pictures: Sequence[np.ndarray]) -> Float[Array, "B E"]:
+        """The same of pictures as they are: uint8 [H, W, 3], of any sizes (data/vision reads them).
+
+        Of a run, whose way with images is known; raises InputError for a folder.
+        """
+        if self.transform is None:
+            raise InputError("this model does not say how pictures are prepared: give embed_image")
+        return self.embed_image(prepared(pictures, self.transform))
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
+        """The same of texts, cut to the tower's length.
+
+        Of a run, whose tokenizer is known; raises InputError for a folder.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model brings no tokenizer: give tokens to embed_text")
+        rows = np.stack([text_row(self.tokenizer, x, self.config.text.max_length) for x in texts])
+        return self.embed_text(np.maximum(rows, 0), rows >= 0)
 
     def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
         """Normalized vectors, float32, of rows of token ids [B, T]."""
@@ -150,9 +138,34 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
     return EncoderModel(encoder, params, folder.config, folder.original)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
-    """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
+def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
+    """The two towers of a run or of a checkpoint of ours.
 
-    See `load_encoder` and `serving.language.load`.
+    On a CPU they compute in float32. Raises InputError when there is none, or it is not what its
+    config says.
     """
-    return load_encoder(path) if is_encoder(path) else language.load(path)
+    leave_absent_tpus()
+    directory = manager.resolve(path)
+    recorded = manager.read_config(directory)
+    config = from_dict(TwoTower, recorded["model"], "model")
+    precision = from_dict(Precision, recorded["precision"], "precision")
+    if precision.compute == "auto" and jax.default_backend() == "cpu":
+        precision = dataclasses.replace(precision, compute="float32")
+    towers = build_towers(config, precision)
+    params = manager.load_params(directory, towers.shapes, towers.layers)
+    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
+    data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
+    tokenizer = load_tokenizer(directory)
+    return TwoTowerModel(towers, params, config, {}, tokenizer, data.image)
+
+
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
+    """What a path holds, to use: an encoder or two towers, else a language model.
+
+    See `load_encoder`, `load_towers` and `serving.language.load`.
+    """
+    if is_folder_of_tensors(path):
+        return load_encoder(path) if is_encoder(path) else language.load(path)
+    recorded = manager.read_config(manager.resolve(path))
+    towers = recorded["model"].get("type") == TwoTower.__name__
+    return load_towers(path) if towers else language.load(path)
