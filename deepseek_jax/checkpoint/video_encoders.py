@@ -6,6 +6,7 @@ The names are those that lie on disk, which transformers 5 turns around as it re
 from collections.abc import Mapping
 from typing import Any
 
+from deepseek_jax.checkpoint.image_encoders import VIT_LAYER, numbered
 from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
@@ -16,12 +17,6 @@ from deepseek_jax.checkpoint.tables import (
 )
 from deepseek_jax.models.video import Video
 
-LAYER = {
-    "attention_norm": "layernorm_before", "mlp_norm": "layernorm_after",
-    "attention/q": "attention.attention.query", "attention/k": "attention.attention.key",
-    "attention/v": "attention.attention.value", "attention/o": "attention.output.dense",
-    "mlp/up": "intermediate.dense", "mlp/down": "output.dense",
-}  # fmt: skip
 SHARED = {  # transformers' defaults, which a config.json leaves out
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "image_size": 224, "num_channels": 3, "hidden_dropout_prob": 0.0,
@@ -113,7 +108,7 @@ def vivit_fields(config: Video) -> dict[str, Any]:
 def modules(config: Video) -> dict[str, str]:
     """The modules of both."""
     del config
-    return {f"layer/{ours}": f"encoder.layer.{{}}.{theirs}" for ours, theirs in LAYER.items()} | {
+    return numbered("encoder.layer", VIT_LAYER) | {
         "patch": "embeddings.patch_embeddings.projection",
         "final_norm": "layernorm",
         "pooler": "pooler.dense",
