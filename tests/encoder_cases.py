@@ -19,7 +19,8 @@ from deepseek_jax.checkpoint import encoders, huggingface, tables
 from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.safetensors import open_tensors
 from deepseek_jax.core import tree
-from deepseek_jax.serving.encoder import INPUTS, EncoderModel, load_encoder
+from deepseek_jax.serving.encoder import EncoderModel, load_encoder
+from deepseek_jax.serving.inputs import INPUTS
 
 
 def randomized(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:

@@ -158,6 +158,12 @@ def load_encoder(folder: Folder, network: Network, abstract: Any) -> Any:
     return placed(found, network.layers, abstract)
 
 
+def load_any(folder: Folder, network: Network, abstract: Any) -> Any:
+    """The weights of a folder of any known model: see `load_params` and `load_encoder`."""
+    load = load_encoder if encoders.family_of(folder.original) else load_params
+    return load(folder, network, abstract)
+
+
 def write_encoder(
     target: pathlib.Path, network: Network, params: Any, original: dict[str, Any]
 ) -> None:
@@ -178,7 +184,8 @@ def write_encoder(
     entries = []
     for row in tables.table(family, network.config, ours):
         made = tables.joined(row, ours, [arrays[path] for path in row.ours])
-        entries.append(Entry(row.theirs, made.shape, made.dtype, lambda made=made: made))
+        name = family.written(network.config, row.theirs)
+        entries.append(Entry(name, made.shape, made.dtype, lambda made=made: np.atleast_1d(made)))
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
     config |= {"dtype": str(entries[0].dtype)}

@@ -10,13 +10,12 @@ from typing import Any
 from deepseek_jax.checkpoint.tables import (
     Family,
     Named,
-    activation,
     only,
     square,
+    transformer,
     transformer_fields,
 )
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.vit import Learned, ViT
 
 EMBEDDED = "embeddings.patch_embeddings.projection"
@@ -60,20 +59,6 @@ def patch_size(hf: Mapping[str, Any]) -> int:
     if height != width:
         raise InputError(f"patch_size is {hf['patch_size']}; patches must be square here")
     return height
-
-
-def transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
-    """CLIP's, ViT's and SigLIP's fields of a transformer; `own` before them."""
-    common = {
-        "num_layers": hf["num_hidden_layers"],
-        "embed_dim": hf["hidden_size"],
-        "num_heads": hf["num_attention_heads"],
-        "activation": activation(hf, "hidden_act", ""),
-        "norm_eps": hf["layer_norm_eps"],
-    }
-    if "mlp_dim" not in own:
-        common["mlp_dim"] = hf["intermediate_size"]
-    return Transformer(**(common | own))
 
 
 def _image(hf: Mapping[str, Any]) -> dict[str, Any]:

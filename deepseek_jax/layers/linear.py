@@ -1,6 +1,7 @@
 """The one parameter maker, projections, norms, and the SwiGLU feed-forward part."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from deepseek_jax.ops.experts import feed_forward
 from deepseek_jax.ops.matmul import matmul, scaled, thickened
 from deepseek_jax.parallel.sharding import flat_tokens
 
-Init = Literal["normal", "ones", "zeros"] | float  # a number: that everywhere
+# A number: that everywhere; sinusoids: of a row's places.
+Init = Literal["normal", "ones", "zeros", "sinusoids"] | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Projection(nn.Module):
             self.offset = weight(self, "bias", shape, axes, init="zeros")
 
     def __call__(self, x: Array) -> Array:
-        x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], -1)
+        x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], math.prod(x.shape[2:]))
         w = self.weight.reshape(x.shape[-1], -1)
         outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
         y = thickened(lambda x: matmul(x, w), x).reshape(*x.shape[:2], *outputs)

@@ -15,7 +15,7 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes
 from deepseek_jax.layers.moe import Dropless
-from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output
+from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, layer_table
 from deepseek_jax.ops.matmul import dot, thickened
 
 
@@ -67,8 +67,11 @@ class Network:
             values = {
                 path: jnp.full_like(leaf.value, STARTS.get(leaf.init, leaf.init))
                 for path, leaf in leaves.items()
-                if leaf.init != "normal"
+                if leaf.init not in ("normal", "sinusoids")
             }
+            for path, leaf in leaves.items():
+                if leaf.init == "sinusoids":
+                    values[path] = sinusoids(*leaf.value.shape).astype(leaf.value.dtype)
             for shape, paths in alike.items():  # compiled once for all leaves of a shape
                 names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
@@ -87,6 +90,11 @@ class Model(Network):
 
     config: Decoder
     module: LanguageDecoder
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Which layers each stack holds, MTP layers numbered after the last."""
+        return layer_table(self.config)
 
     def apply(
         self,
@@ -158,6 +166,13 @@ class Model(Network):
             {"params": params}, tokens, cache, positions, method="decode"
         )
         return self.logits(params, hidden), cache
+
+
+def sinusoids(length: int, width: int) -> Float[Array, "length width"]:
+    """Sines, then cosines, of a place times 10000^(-i / (width / 2 - 1)): Whisper's positions."""
+    rates = jnp.exp(-jnp.log(10_000.0) / (width // 2 - 1) * jnp.arange(width // 2))
+    angles = jnp.arange(length)[:, None] * rates[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
 STACK = re.compile(r"(.*?)segment_\d+/block(?=/)")

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,16 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import encoders, huggingface
+from deepseek_jax.checkpoint import encoders, huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.data.pairs import Pairs, text_row
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.vision import ImageTransform, prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
-from deepseek_jax.models.naflex import NaFlex
-from deepseek_jax.models.vit import Learned, ViT
+from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.serving import language
+from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +40,11 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W], normalized; with `interpolate_pos_encoding` of any size, with
-        `bool_masked_pos` [B, patches] some hidden. NaFlex: patches [B, T, X] with
-        `pixel_attention_mask` and `spatial_shapes`. Raises InputError for another shape.
+        Pixels [B, C, H, W] or frames [B, T, C, H, W], normalized; of a ViT of any size with
+        `interpolate_pos_encoding`, some hidden with `bool_masked_pos`. NaFlex: patches [B, T, X]
+        with `pixel_attention_mask` and `spatial_shapes`. Whisper's mel [B, M, frames]; waves
+        [B, T], normalized, or token ids [B, T], with `attention_mask` where rows are padded.
+        Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -49,64 +54,52 @@ class EncoderModel:
         return _apply(self.encoder, self.params, given, keep)
 
 
-def images_of(
-    config: ViT, pixels: Any, *, interpolate_pos_encoding: bool = False, bool_masked_pos: Any = None
-) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a ViT's inputs; `more` is called as in transformers.
+@dataclasses.dataclass(frozen=True)
+class TwoTowerModel:
+    """Two towers with their weights."""
 
-    Raises InputError for pixels of another size than the config's, unless its positions are made
-    for any or are to be interpolated.
-    """
-    pixels = np.asarray(pixels, np.float32)
-    wanted = (config.num_channels, *config.image_size)
-    fixed = isinstance(config.positions, Learned) and not config.positions.any_size
-    if fixed and not interpolate_pos_encoding:
-        fits, size = pixels.shape[1:] == wanted, f"{wanted}"
-    else:
-        least = config.patch_size
-        fits = pixels.shape[1:2] == wanted[:1] and min(pixels.shape[2:], default=0) >= least
-        size = f"{wanted[0]}, at least {least}, at least {least}"
-    if pixels.ndim != 4 or not fits or not pixels.shape[0]:
-        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {size}]")
-    inputs = {"images": pixels.transpose(0, 2, 3, 1)}
-    if bool_masked_pos is None:
-        return inputs
-    hidden = np.asarray(bool_masked_pos, bool)
-    count = math.prod(side // config.patch_size for side in pixels.shape[2:])
-    if not config.mask_token or hidden.shape != (pixels.shape[0], count):
-        raise InputError(
-            f"bool_masked_pos has shape {hidden.shape}; it must be {(pixels.shape[0], count)}, "
-            "and the encoder must have a mask token"
-        )
-    return inputs | {"hidden_patches": hidden}
+    towers: Towers
+    params: Any
+    config: TwoTower
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json that it comes from; of a run, nothing."""
+    tokenizer: Tokenizer | None = None
+    """Of a run: what its captions were read with."""
+    transform: ImageTransform | None = None
+    """Of a run: how its images became the tower's input."""
 
+    def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
+        return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
 
-def patches_of(
-    config: NaFlex, patches: Any, *, pixel_attention_mask: Any = None, spatial_shapes: Any = None
-) -> dict[str, np.ndarray]:
-    """Patches [B, T, X], which are real [B, T], and each image's grid [B, 2] as NaFlex's inputs."""
-    if pixel_attention_mask is None or spatial_shapes is None:
-        raise InputError("NaFlex takes pixel_attention_mask and spatial_shapes beside the patches")
-    patches = np.asarray(patches, np.float32)
-    if patches.ndim != 3 or patches.shape[2] != config.patch_dim or not patches.size:
-        raise InputError(
-            f"patches have shape {patches.shape}; this encoder takes [B, T, {config.patch_dim}]"
-        )
-    mask, shapes = np.asarray(pixel_attention_mask), np.asarray(spatial_shapes)
-    if mask.shape != patches.shape[:2] or shapes.shape != (len(patches), 2):
-        raise InputError(
-            f"of patches {patches.shape} pixel_attention_mask must have shape {patches.shape[:2]} "
-            f"and spatial_shapes {(len(patches), 2)}; they have {mask.shape} and {shapes.shape}"
-        )
-    if shapes.min() < 1 or shapes.prod(1).max() > patches.shape[1]:
-        raise InputError(
-            f"spatial_shapes {shapes.tolist()} must be at least 1, and height times width at most "
-            f"the {patches.shape[1]} patches of a row"
-        )
-    return {"patches": patches, "mask": mask.astype(bool), "shapes": shapes.astype(np.int32)}
+    def embed_pictures(self, pictures: Sequence[np.ndarray]) -> Float[Array, "B E"]:
+        """The same of pictures as they are: uint8 [H, W, 3], of any sizes (data/vision reads them).
+
+        Of a run, whose way with images is known; raises InputError for a folder.
+        """
+        if self.transform is None:
+            raise InputError("this model does not say how pictures are prepared: give embed_image")
+        return self.embed_image(prepared(pictures, self.transform))
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
+        """The same of texts, cut to the tower's length.
+
+        Of a run, whose tokenizer is known; raises InputError for a folder.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model brings no tokenizer: give tokens to embed_text")
+        rows = np.stack([text_row(self.tokenizer, x, self.config.text.max_length) for x in texts])
+        return self.embed_text(np.maximum(rows, 0), rows >= 0)
+
+    def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of rows of token ids [B, T]."""
+        given = texts_of(self.config.text, tokens, attention_mask)
+        return _embed(self.towers, "embed_text", self.params, given)
 
 
-INPUTS: dict[type, Callable[..., dict[str, np.ndarray]]] = {ViT: images_of, NaFlex: patches_of}
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(towers: Towers, method: str, params: Any, inputs: dict[str, Any]) -> Array:
+    return getattr(towers, method)(params, **inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -122,8 +115,8 @@ def is_encoder(path: str | pathlib.Path) -> bool:
     return encoders.family_of(original) is not None
 
 
-def load_encoder(path: str | pathlib.Path) -> EncoderModel:
-    """The encoder of a Hugging Face folder.
+def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
+    """The encoder, or the two towers, of a Hugging Face folder.
 
     On a CPU it computes in float32. Raises InputError when it is no encoder that is known here, or
     its tensors are not what its config says.
@@ -136,14 +129,43 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel:
     precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":
         precision = Precision(compute="float32")
+    if isinstance(folder.config, TwoTower):
+        towers = build_towers(folder.config, precision)
+        params = huggingface.load_encoder(folder, towers, towers.shapes)
+        return TwoTowerModel(towers, params, folder.config, folder.original)
     encoder = build_encoder(folder.config, precision)
     params = huggingface.load_encoder(folder, encoder, encoder.shapes)
     return EncoderModel(encoder, params, folder.config, folder.original)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | language.LanguageModel:
-    """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
+def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
+    """The two towers of a run or of a checkpoint of ours.
 
-    See `load_encoder` and `serving.language.load`.
+    On a CPU they compute in float32. Raises InputError when there is none, or it is not what its
+    config says.
     """
-    return load_encoder(path) if is_encoder(path) else language.load(path)
+    leave_absent_tpus()
+    directory = manager.resolve(path)
+    recorded = manager.read_config(directory)
+    config = from_dict(TwoTower, recorded["model"], "model")
+    precision = from_dict(Precision, recorded["precision"], "precision")
+    if precision.compute == "auto" and jax.default_backend() == "cpu":
+        precision = dataclasses.replace(precision, compute="float32")
+    towers = build_towers(config, precision)
+    params = manager.load_params(directory, towers.shapes, towers.layers)
+    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
+    data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
+    tokenizer = load_tokenizer(directory)
+    return TwoTowerModel(towers, params, config, {}, tokenizer, data.image)
+
+
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
+    """What a path holds, to use: an encoder or two towers, else a language model.
+
+    See `load_encoder`, `load_towers` and `serving.language.load`.
+    """
+    if is_folder_of_tensors(path):
+        return load_encoder(path) if is_encoder(path) else language.load(path)
+    recorded = manager.read_config(manager.resolve(path))
+    towers = recorded["model"].get("type") == TwoTower.__name__
+    return load_towers(path) if towers else language.load(path)

@@ -18,7 +18,8 @@ from deepseek_jax.layers.pooling import pooled
 from deepseek_jax.models.build import dtypes_of
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.vit import Axial, Learned, ViT
-from deepseek_jax.serving.encoder import load_encoder, patches_of
+from deepseek_jax.serving.encoder import load_encoder
+from deepseek_jax.serving.inputs import patches_of
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
