@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,7 +92,11 @@ def wave_of(config: Wav2Vec2, wave: Any, attention_mask: Any = None) -> dict[str
     return {"wave": wave.astype(np.float32), "counts": counts}
 
 
-INPUTS = {ViT: images_of, Whisper: mel_of, Wav2Vec2: wave_of}
+INPUTS: dict[type, Callable[..., dict[str, Any]]] = {
+    ViT: images_of,
+    Whisper: mel_of,
+    Wav2Vec2: wave_of,
+}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
