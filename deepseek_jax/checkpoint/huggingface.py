@@ -88,7 +88,8 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
     if encoders.family_of(original):
-        return Folder(directory, encoders.config_of(original), original, tensors)
+        config = encoders.config_of(original, tensors)
+        return Folder(directory, config, original, tensors)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}
@@ -157,16 +158,23 @@ def load_encoder(folder: Folder, network: Network, abstract: Any) -> Any:
     return placed(found, network.layers, abstract)
 
 
+def load_any(folder: Folder, network: Network, abstract: Any) -> Any:
+    """The weights of a folder of any known model: see `load_params` and `load_encoder`."""
+    load = load_encoder if encoders.family_of(folder.original) else load_params
+    return load(folder, network, abstract)
+
+
 def write_encoder(
     target: pathlib.Path, network: Network, params: Any, original: dict[str, Any]
 ) -> None:
     """Write an encoder as a folder that transformers loads; `original` is its config.json so far.
 
-    Raises InputError when `original` names no family that has such weights.
+    Raises InputError when `original` names no family that has such an encoder.
     """
     family, ours = encoders.family_of(original), tables.leaves(network)
     if family is None:
         raise InputError(f"model_type {original.get('model_type')!r} is no encoder known here")
+    config = original | family.fields(network.config)  # first: it may refuse
     arrays = {}
     for path, leaf in tree.flatten(params).items():
         rows = disk_names(path, leaf.shape, network.layers)
@@ -177,10 +185,10 @@ def write_encoder(
     for row in tables.table(family, network.config, ours):
         made = tables.joined(row, ours, [arrays[path] for path in row.ours])
         name = family.written(network.config, row.theirs)
-        entries.append(Entry(name, made.shape, made.dtype, lambda made=made: made))
+        entries.append(Entry(name, made.shape, made.dtype, lambda made=made: np.atleast_1d(made)))
     target.mkdir(parents=True, exist_ok=True)
     write_shard(target / WHOLE, entries)
-    config = original | family.fields(network.config) | {"dtype": str(entries[0].dtype)}
+    config |= {"dtype": str(entries[0].dtype)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -244,6 +244,9 @@ def turn(made: np.ndarray, values: np.ndarray) -> None:
     if made.dtype == values.dtype:  # NumPy is slower with the types that it does not know
         bits = np.dtype(f"u{made.itemsize}")
         made, values = made.view(bits), values.view(bits)
+    if not values.ndim:
+        made[...] = values
+        return
     step = STRIP if values.strides[-1:] > (values.itemsize,) else max(1, values.shape[-1])
     for start in range(0, values.shape[-1], step):
         made[..., start : start + step] = values[..., start : start + step]

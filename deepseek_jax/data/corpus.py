@@ -123,7 +123,7 @@ def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path
         (directory / "meta.json").write_text(json.dumps(meta))
 
     facts = ["tokens", sources.fingerprint(source), tokenizer.files()]
-    return _cached(cache, facts, build, Corpus)
+    return cached(cache, facts, build, Corpus)
 
 
 def _encoded(source: sources.Plain, tokenizer: Tokenizer) -> Iterator[Encoded]:
@@ -212,7 +212,7 @@ def make_tokenizer(
     prints = [sources.fingerprint(source) for source in plain]
     facts = ["bpe", config.vocab_size, fraction, SAMPLE, prints]
     build = functools.partial(_train, config, plain, fraction)
-    return _cached(cache, facts, build, load_tokenizer)
+    return cached(cache, facts, build, load_tokenizer)
 
 
 def _train(config: BPE, plain: list[sources.Plain], fraction: float, out: pathlib.Path) -> None:
@@ -239,7 +239,7 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _cached(
+def cached(
     cache: pathlib.Path, facts: list, build: Callable[[pathlib.Path], None], load: Callable
 ) -> Any:
     """What `load` reads from the folder named by `facts`, filled by `build` if need be."""

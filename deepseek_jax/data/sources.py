@@ -201,9 +201,13 @@ def _folders_first(item: tuple[Path, str]) -> list[str]:
 
 def fingerprint(source: Plain) -> str:
     """A hash that changes when the documents may have, but not when their files move."""
-    found = files(source)
     what = getattr(source, "field", getattr(source, "column", ""))
-    digest = hashlib.sha256(f"{type(source).__name__} {what}".encode())
+    return files_digest(f"{type(source).__name__} {what}", files(source))
+
+
+def files_digest(what: str, found: list[File]) -> str:
+    """A hash of `what` and of the files' contents; of large ones, of their sizes and times."""
+    digest = hashlib.sha256(what.encode())
     for known, content in _contents(found) or map(_version, found):
         digest.update(json.dumps(known).encode() + content)
     return digest.hexdigest()
@@ -318,19 +322,20 @@ def decoded(data: bytes, path: Path, line: int) -> str:
         raise InputError(f"{shown}; convert it, as with iconv -f ENCODING -t UTF-8") from None
 
 
-def _json_documents(file: File, field: str) -> Iterator[Document]:
-    with opened(file.path) as stream:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their lines' numbers; InputError names a bad line."""
+    with opened(path) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
-            where = f"{file.path}:{number}"
+            where = f"{path}:{number}"
             if len(line) == MAX_LINE:
                 raise InputError(f"{where}: a line of over 256 MiB; is this JSON Lines?")
-            content = decoded(line, file.path, number).removeprefix("\ufeff")
+            content = decoded(line, path, number).removeprefix("\ufeff")
             if content.strip():
-                yield Document(f"{file.key}:{number}", _field(content, field, where))
+                yield number, json_object(content, where)
 
 
-def _field(content: str, field: str, where: str) -> str:
-    """The text of one JSON line."""
+def json_object(content: str, where: str) -> dict[str, Any]:
+    """The object that a text is in JSON; InputError where it is none."""
     try:
         record = json.loads(content)
     except (RecursionError, ValueError) as error:  # ValueError: numbers of over 4,300 digits too
@@ -338,6 +343,16 @@ def _field(content: str, field: str, where: str) -> str:
         raise InputError(f"{where}: not JSON ({reason})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: not a JSON object but {json.dumps(record):.60}")
+    return record
+
+
+def _json_documents(file: File, field: str) -> Iterator[Document]:
+    for number, record in json_lines(file.path):
+        yield Document(f"{file.key}:{number}", text_field(record, field, f"{file.path}:{number}"))
+
+
+def text_field(record: dict[str, Any], field: str, where: str) -> str:
+    """The text of one field of a JSON object."""
     if field not in record:
         shown = f"{json.dumps(record):.60}"
         raise InputError(f"{where}: no field {field!r} in {shown}; set the source's field")

@@ -48,8 +48,8 @@ class Encoded(NamedTuple):
     """One vector an input, where the model has a way to it."""
     mask: Bool[Array, "B T"] | None = None
     """Which tokens of `hidden` are real; None: all."""
-    layers: Float[Array, "L B T D"] | None = None
-    """Every block's output, where it was asked for."""
+    layers: Float[Array, "L B T D"] | tuple[Float[Array, "B T D"], ...] | None = None
+    """Every block's output, where it was asked for; of stages with widths of their own theirs."""
     features: Float[Array, "B T F"] | None = None
     """What the blocks' input was made of, where a head reads it (wav2vec 2.0's codebook)."""
 

@@ -15,7 +15,7 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision, compute_dtype
 from deepseek_jax.layers.linear import Declared, Dtypes, Normal
 from deepseek_jax.layers.moe import Dropless
-from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output
+from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, layer_table
 from deepseek_jax.ops.matmul import dot, thickened
 
 
@@ -88,6 +88,11 @@ class Model(Network):
 
     config: Decoder
     module: LanguageDecoder
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Which layers each stack holds, MTP layers numbered after the last."""
+        return layer_table(self.config)
 
     def apply(
         self,

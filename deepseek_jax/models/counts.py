@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a decoder, counted from its shapes and its formula.
+"""Parameters and FLOPs of a model, counted from its shapes and its formula.
 
 Active parameters: everything but the routed experts that a token does not visit, MTP left out,
 embedding and head included. FLOPs: two a multiply-add; matmuls and the causal half of attention.
@@ -8,12 +8,14 @@ from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
-from deepseek_jax.models.build import Model, build
+from deepseek_jax.models.build import Model, Network
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.networks import ModelConfig, build_network
+from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.ops.sparse import room
 
 
-def num_params(model: Model) -> tuple[int, int]:
+def num_params(model: Network) -> tuple[int, int]:
     """(total, active) parameters; total includes MTP layers and excludes router biases."""
     sizes = {path: leaf.size for path, leaf in tree.flatten(model.shapes).items()}
     sizes = {path: size for path, size in sizes.items() if not path.endswith("router/bias")}
@@ -22,13 +24,45 @@ def num_params(model: Model) -> tuple[int, int]:
 
 
 def _visited(config: Decoder, path: str, size: int) -> int:
-    if config.moe is None or "/experts/" not in path:
+    if "/experts/" not in path or config.moe is None:
         return size
     return size * config.moe.router.num_active_experts // config.moe.num_experts
 
 
-def train_flops_per_token(model: Model, sequence_length: int) -> float:
-    """Model FLOPs of one trained token, forward and backward (three times the forward pass).
+def row_tokens(model: Network, sequence_length: int) -> int:
+    """Tokens of one training row: of a pair, the image's patches too."""
+    if isinstance(model, Towers):
+        height, width = model.config.image.grid
+        return height * width + sequence_length
+    return sequence_length
+
+
+def train_flops_per_token(model: Network, sequence_length: int) -> float:
+    """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens."""
+    if isinstance(model, Towers):
+        return _pair_flops(model, sequence_length) / row_tokens(model, sequence_length)
+    return _decoder_flops(model, sequence_length)
+
+
+def _pair_flops(model: Towers, length: int) -> float:
+    """Of one pair: every tower's products with its weights, and its attention's."""
+    c, work = model.config, 0
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    towers = {
+        "image": (c.image.transformer, row_tokens(model, 0) + c.image.class_token),
+        "text": (c.text.transformer, length),
+    }
+    for path, leaf in tree.flatten(model.shapes).items():
+        tokens = towers.get(path.split("/")[0], (None, 1))[1]  # a projection has one
+        if specs[path].reduced and not path.endswith("embedding/weight"):
+            work += leaf.size * tokens
+    for transformer, tokens in towers.values():
+        work += 2 * transformer.num_layers * transformer.embed_dim * tokens**2
+    return 6.0 * work
+
+
+def _decoder_flops(model: Model, sequence_length: int) -> float:
+    """Of one token, forward and backward (three times the forward pass).
 
     Recomputation, optimizer and empty slots do not count; embedding look-ups are free; a tied head
     and every MTP depth's use of the head count. A sparse attention counts the pairs that it keeps,
@@ -64,9 +98,9 @@ def _seen(length: int, most: int | None) -> float:
     return most * (1 - (most - 1) / (2 * length))
 
 
-def describe(config: Decoder) -> str:
+def describe(config: ModelConfig) -> str:
     """`12.3 M parameters (4.5 M active)`."""
-    total, active = num_params(build(config))
+    total, active = num_params(build_network(config))
     return f"{_readable(total)} parameters ({_readable(active)} active)"
 
 

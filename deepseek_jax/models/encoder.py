@@ -9,7 +9,16 @@ from jaxtyping import Array
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models import audio, stream, vit
+from deepseek_jax.models import (
+    any_modality,
+    audio,
+    naflex,
+    stream,
+    swin,
+    text_tower,
+    video,
+    vit,
+)
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 
 
@@ -23,11 +32,26 @@ class Kind(NamedTuple):
 
 KINDS: dict[type, Kind] = {
     vit.ViT: Kind(vit.VisionTransformer, vit.example),
+    naflex.NaFlex: Kind(naflex.NaFlexTransformer, naflex.example),
+    text_tower.TextTower: Kind(text_tower.TextTransformer, text_tower.example),
     audio.Whisper: Kind(audio.WhisperEncoder, audio.whisper_example),
     audio.Wav2Vec2: Kind(audio.WaveEncoder, audio.wave_example),
     stream.Stream: Kind(stream.StreamEncoder, stream.stream_example),
+    swin.Swin: Kind(swin.SwinTransformer, swin.example),
+    video.Video: Kind(video.VideoTransformer, video.example),
+    any_modality.AnyModality: Kind(any_modality.AnyTransformer, any_modality.example),
 }
-EncoderConfig: TypeAlias = vit.ViT | audio.Whisper | audio.Wav2Vec2 | stream.Stream
+EncoderConfig: TypeAlias = (
+    vit.ViT
+    | naflex.NaFlex
+    | text_tower.TextTower
+    | audio.Whisper
+    | audio.Wav2Vec2
+    | stream.Stream
+    | swin.Swin
+    | video.Video
+    | any_modality.AnyModality
+)
 
 
 @dataclasses.dataclass(frozen=True)

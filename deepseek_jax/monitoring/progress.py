@@ -12,8 +12,21 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.1%}",
     "left": "ETA {}",
-    "held_out": "{:.3f} bits/byte",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "recall_at_10": "recall@10 {:.1%}",
 }
+# What an evaluation found, as the last line of a run says it: those that there are.
+FOUND = {
+    "bits_per_byte": "{:.4f} bits per byte",
+    "recall_at_10": "recall@10 {:.4f}",
+    "chance_at_10": "by chance {:.4f}",
+    "loss": "loss {:.4f}",
+}
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The figures of an evaluation that say how good a model is."""
+    return ", ".join(text.format(found[name]) for name, text in FOUND.items() if name in found)
 
 
 class Progress:
@@ -44,9 +57,10 @@ class Progress:
         self._open = self._live
         print(text, end="" if self._live else "\n", file=self._stream, flush=True)
 
-    def evaluation(self, bits_per_byte: float) -> None:
+    def evaluation(self, found: Mapping[str, float]) -> None:
         """Show this from now on as the last evaluation."""
-        self._last["held_out"] = float(bits_per_byte)
+        shown = [name for name in ("bits_per_byte", "recall_at_10") if name in found]
+        self._last |= {name: float(found[name]) for name in shown}
 
     def say(self, text: str) -> None:
         """Print a line of its own above the live line."""

@@ -33,8 +33,12 @@ PICTURES = {
     "router": ("Routers", "How evenly tokens spread over experts, mean of layers."),
 }
 PANELS = (  # picture, title, unit, keys of metrics.jsonl or, behind eval/, of eval.jsonl
-    ("loss", "Loss", "nats a token", ("loss", "eval/loss")),
+    ("loss", "Loss", "nats", ("loss", "eval/loss", "guessing_loss")),
     ("loss", "Held-out text", "bits a byte", ("eval/bits_per_byte",)),
+    ("loss", "Held-out retrieval", "of queries", ("eval/recall_at_10", "eval/chance_at_10")),
+    ("loss", "Right within the batch", "of rows", ("recall_at_1", "recall_at_1_back")),
+    ("training", "Temperature of the pairs", "", ("temperature",)),
+    ("training", "Effective rank of image vectors", "1: collapsed", ("effective_rank",)),
     ("training", "Learning rate", "", ("learning_rate",)),
     ("training", "Gradient norm before clipping", "", ("grad_norm",)),
     ("training", "Throughput", "tokens a second", ("tokens_per_second",)),
@@ -91,6 +95,10 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> str:
             inline = base64.b64encode(drawn.getvalue()).decode()
             page += f"<h2>{heading}</h2><p>{text}</p>"
             page += f'<img alt="{heading}" src="data:image/png;base64,{inline}">'
+        for path in sorted((run_dir / "pictures").glob("*.png"), key=str):
+            page += f"<h2>{html.escape(path.stem.replace('_', ' ').capitalize())}</h2>"
+            inline = base64.b64encode(path.read_bytes()).decode()
+            page += f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{inline}">'
         (directory / "report.html").write_text(page + "</html>\n")
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error.strerror})") from None

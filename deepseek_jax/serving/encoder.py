@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import encoders, huggingface
+from deepseek_jax.checkpoint import encoders, huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.data.pairs import Pairs, text_row
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.vision import ImageTransform, prepared
 from deepseek_jax.layers.encoder import Encoded
-from deepseek_jax.models.audio import Wav2Vec2, Whisper
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
-from deepseek_jax.models.vit import ViT
+from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.serving import language
+from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +40,11 @@ class EncoderModel:
     def encode(self, inputs: Any, **more: Any) -> Float[Array, "B T D"]:
         """The last hidden state, float32, of a batch as Hugging Face's processors make it.
 
-        Pixels [B, C, H, W], normalized; Whisper's mel [B, M, frames]; waves [B, T], normalized,
-        with `attention_mask` [B, T] where rows are padded. Raises InputError for another shape.
+        Pixels [B, C, H, W] or frames [B, T, C, H, W], normalized; of a ViT of any size with
+        `interpolate_pos_encoding`, some hidden with `bool_masked_pos`. NaFlex: patches [B, T, X]
+        with `pixel_attention_mask` and `spatial_shapes`. Whisper's mel [B, M, frames]; waves
+        [B, T], normalized, or token ids [B, T], with `attention_mask` where rows are padded.
+        Raises InputError for another shape.
         """
         return self.encoded(inputs, **more).hidden.astype(jnp.float32)
 
@@ -47,56 +54,52 @@ class EncoderModel:
         return _apply(self.encoder, self.params, given, keep)
 
 
-def images_of(config: ViT, pixels: Any) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a ViT's inputs."""
-    pixels = np.asarray(pixels, np.float32)
-    wanted = (config.num_channels, *config.image_size)
-    if pixels.ndim != 4 or pixels.shape[1:] != wanted or not pixels.shape[0]:
-        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {wanted}]")
-    return {"images": pixels.transpose(0, 2, 3, 1)}
+@dataclasses.dataclass(frozen=True)
+class TwoTowerModel:
+    """Two towers with their weights."""
+
+    towers: Towers
+    params: Any
+    config: TwoTower
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json that it comes from; of a run, nothing."""
+    tokenizer: Tokenizer | None = None
+    """Of a run: what its captions were read with."""
+    transform: ImageTransform | None = None
+    """Of a run: how its images became the tower's input."""
+
+    def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
+        return _embed(self.towers, "embed_image", self.params, images_of(self.config.image, pixels))
+
+    def embed_pictures(self, pictures: Sequence[np.ndarray]) -> Float[Array, "B E"]:
+        """The same of pictures as they are: uint8 [H, W, 3], of any sizes (data/vision reads them).
+
+        Of a run, whose way with images is known; raises InputError for a folder.
+        """
+        if self.transform is None:
+            raise InputError("this model does not say how pictures are prepared: give embed_image")
+        return self.embed_image(prepared(pictures, self.transform))
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
+        """The same of texts, cut to the tower's length.
+
+        Of a run, whose tokenizer is known; raises InputError for a folder.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model brings no tokenizer: give tokens to embed_text")
+        rows = np.stack([text_row(self.tokenizer, x, self.config.text.max_length) for x in texts])
+        return self.embed_text(np.maximum(rows, 0), rows >= 0)
+
+    def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
+        """Normalized vectors, float32, of rows of token ids [B, T]."""
+        given = texts_of(self.config.text, tokens, attention_mask)
+        return _embed(self.towers, "embed_text", self.params, given)
 
 
-def mel_of(config: Whisper, mel: Any) -> dict[str, np.ndarray]:
-    """Log-mel frames [B, num_mels, 2 num_positions] as Whisper's inputs."""
-    mel = np.asarray(mel, np.float32)
-    wanted = (config.num_mels, 2 * config.num_positions)
-    if mel.ndim != 3 or mel.shape[1:] != wanted or not mel.shape[0]:
-        raise InputError(
-            f"mel has shape {mel.shape}; this encoder takes [B, {wanted}]: pad or cut the sound "
-            "first, as Whisper's feature extractor does"
-        )
-    return {"mel": mel.transpose(0, 2, 1)}
-
-
-def wave_of(config: Wav2Vec2, wave: Any, attention_mask: Any = None) -> dict[str, Any]:
-    """Waves [B, T] as wav2vec 2.0's inputs; `attention_mask` [B, T] is 1 on samples, then 0."""
-    wave = np.asarray(wave)
-    if wave.ndim != 2 or not wave.shape[0]:
-        raise InputError(f"waves have shape {wave.shape}; this encoder takes [B, T], one channel")
-    if not np.issubdtype(wave.dtype, np.floating):
-        raise InputError(f"waves are {wave.dtype}; floats are wanted, normalized a row")
-    counts = None
-    if attention_mask is not None:
-        mask = np.asarray(attention_mask).astype(bool)
-        if mask.shape != wave.shape:
-            raise InputError(f"attention_mask has shape {mask.shape}, waves {wave.shape}")
-        counts = mask.sum(1)
-        if (mask != (np.arange(mask.shape[1]) < counts[:, None])).any():
-            raise InputError("attention_mask must be 1 on each row's samples, then 0 to its end")
-    shortest = wave.shape[1] if counts is None else counts.min()
-    if shortest < config.least_samples:
-        raise InputError(
-            f"a row has {shortest} samples; a frame takes {config.least_samples}: leave it out"
-        )
-    counts = None if counts is None else counts.astype(np.int32)
-    return {"wave": wave.astype(np.float32), "counts": counts}
-
-
-INPUTS: dict[type, Callable[..., dict[str, Any]]] = {
-    ViT: images_of,
-    Whisper: mel_of,
-    Wav2Vec2: wave_of,
-}
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(towers: Towers, method: str, params: Any, inputs: dict[str, Any]) -> Array:
+    return getattr(towers, method)(params, **inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -112,8 +115,8 @@ def is_encoder(path: str | pathlib.Path) -> bool:
     return encoders.family_of(original) is not None
 
 
-def load_encoder(path: str | pathlib.Path) -> EncoderModel:
-    """The encoder of a Hugging Face folder.
+def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
+    """The encoder, or the two towers, of a Hugging Face folder.
 
     On a CPU it computes in float32. Raises InputError when it is no encoder that is known here, or
     its tensors are not what its config says.
@@ -126,14 +129,43 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel:
     precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":
         precision = Precision(compute="float32")
+    if isinstance(folder.config, TwoTower):
+        towers = build_towers(folder.config, precision)
+        params = huggingface.load_encoder(folder, towers, towers.shapes)
+        return TwoTowerModel(towers, params, folder.config, folder.original)
     encoder = build_encoder(folder.config, precision)
     params = huggingface.load_encoder(folder, encoder, encoder.shapes)
     return EncoderModel(encoder, params, folder.config, folder.original)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | language.LanguageModel:
-    """What a path holds, to use: an encoder's Hugging Face folder, else a language model.
+def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
+    """The two towers of a run or of a checkpoint of ours.
 
-    See `load_encoder` and `serving.language.load`.
+    On a CPU they compute in float32. Raises InputError when there is none, or it is not what its
+    config says.
     """
-    return load_encoder(path) if is_encoder(path) else language.load(path)
+    leave_absent_tpus()
+    directory = manager.resolve(path)
+    recorded = manager.read_config(directory)
+    config = from_dict(TwoTower, recorded["model"], "model")
+    precision = from_dict(Precision, recorded["precision"], "precision")
+    if precision.compute == "auto" and jax.default_backend() == "cpu":
+        precision = dataclasses.replace(precision, compute="float32")
+    towers = build_towers(config, precision)
+    params = manager.load_params(directory, towers.shapes, towers.layers)
+    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
+    data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
+    tokenizer = load_tokenizer(directory)
+    return TwoTowerModel(towers, params, config, {}, tokenizer, data.image)
+
+
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
+    """What a path holds, to use: an encoder or two towers, else a language model.
+
+    See `load_encoder`, `load_towers` and `serving.language.load`.
+    """
+    if is_folder_of_tensors(path):
+        return load_encoder(path) if is_encoder(path) else language.load(path)
+    recorded = manager.read_config(manager.resolve(path))
+    towers = recorded["model"].get("type") == TwoTower.__name__
+    return load_towers(path) if towers else language.load(path)

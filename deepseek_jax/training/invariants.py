@@ -16,12 +16,12 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import BrokenRun
-from deepseek_jax.models.build import Model
+from deepseek_jax.models.build import Network
 from deepseek_jax.training.optimizer import is_router_bias
 
 
 def check(
-    step: int, params: Any, seen: dict[str, Any], model: Model, *, whole: bool = True
+    step: int, params: Any, seen: dict[str, Any], model: Network, *, whole: bool = True
 ) -> None:
     """BrokenRun, naming step, block and reason, where a step broke what must hold.
 
@@ -29,7 +29,7 @@ def check(
     losses and gradients passes: the step was skipped, and its state may be saved. All processes
     call it together.
     """
-    moe, seen = model.config.moe, jax.device_get(seen)
+    moe, seen = getattr(model.config, "moe", None), jax.device_get(seen)
     found = wrong_counts(seen, moe.router.num_active_experts) if moe else []
     found += unequal_biases(params)
     if whole:

@@ -31,13 +31,14 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
-from deepseek_jax.data.loader import Dataset, batches, open_data
-from deepseek_jax.models.build import Model, build
-from deepseek_jax.models.counts import train_flops_per_token
-from deepseek_jax.models.decoder import Decoder, layer_table
+from deepseek_jax.data.loader import Data, Dataset, batches, open_data
+from deepseek_jax.data.pairs import PairDataset, open_pairs
+from deepseek_jax.models.build import Network
+from deepseek_jax.models.counts import row_tokens, train_flops_per_token
+from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.monitoring.metrics import RunLog, read_lines
 from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
-from deepseek_jax.monitoring.progress import Progress
+from deepseek_jax.monitoring.progress import Progress, summary
 from deepseek_jax.monitoring.report import write_report
 from deepseek_jax.parallel.mesh import make_mesh, rows_share
 from deepseek_jax.parallel.pipeline import Pipeline
@@ -56,9 +57,9 @@ FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 class Lent(NamedTuple):
     """What higher floors lend the loop."""
 
-    held_out: Callable[[Model, Any, Dataset, int], dict[str, float]]
+    held_out: Callable[[Network, Any, Dataset | PairDataset, int], dict[str, float]]
     """(model, params, dataset, batch size) -> loss, bits_per_byte, ... on the held-out side."""
-    closing: Callable[[Model, Any, Dataset, TrainConfig], str]
+    closing: Callable[[Network, Any, Dataset | PairDataset, TrainConfig], str]
     """What to print when the run is complete, e.g. a sampled completion."""
 
 
@@ -85,8 +86,8 @@ class _Run:
         self.run_dir = located(config.run_dir)
         self.stages = config.filled_stages()
         self.total = sum(stage.steps for stage in self.stages)
-        self.model = build(config.model, config.precision)
-        self.layers = layer_table(config.model)
+        self.model = build_network(config.model, config.precision)
+        self.layers = self.model.layers
         self.manager = Manager(self.run_dir / "checkpoints", config.checkpoint, self.layers)
         self.local: LocalCheckpoints | None = None
         self.log = RunLog(self.run_dir)
@@ -99,7 +100,7 @@ class _Run:
         self.peak = matmul_peak().flops
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
-        self.dataset: Dataset | None = None
+        self.dataset: Dataset | PairDataset | None = None
         self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
@@ -130,7 +131,8 @@ class _Run:
                     if changed:  # others may still compile
                         self.heartbeat.busy()
                     step, position = step + 1, position + size.batch_size
-                    previous = step, metrics, size.batch_size * stage.sequence_length, stage
+                    tokens = row_tokens(self.model, stage.sequence_length) * size.batch_size
+                    previous = step, metrics, tokens, stage
                     last, stop = step == self.total, self.peers.stop(caught)
                     checked, every = metrics.pop("checked"), self.config.check_every
                     check = every and (step == 1 or _due(every, step))
@@ -235,13 +237,13 @@ class _Run:
         if folder:
             theirs = folder.config
         else:
-            theirs = core_config.from_dict(Decoder, read_config(source)["model"], "model")
-        indexer = getattr(config.model.attention, "indexer", None)
+            theirs = core_config.from_dict(ModelConfig, read_config(source)["model"], "model")
+        indexer = getattr(getattr(config.model, "attention", None), "indexer", None)
         if indexer and getattr(theirs.attention, "indexer", indexer) is None:
             # As V3.2 grew out of V3.1.
             attention = dataclasses.replace(config.model.attention, indexer=None)
             bare = dataclasses.replace(config.model, attention=attention)
-            model, note = build(bare, config.precision), ", its new indexers made anew"
+            model, note = build_network(bare, config.precision), ", its new indexers made anew"
             leaves = tree.flatten(abstract)
             places = {path: leaf.sharding for path, leaf in leaves.items() if is_indexer(path)}
 
@@ -251,8 +253,13 @@ class _Run:
 
             added = jax.jit(make, out_shardings=places)()
             abstract = unflatten_dict({p: x for p, x in leaves.items() if p not in added}, sep="/")
+        if folder and type(folder.config) is not type(config.model):
+            raise InputError(
+                f"{config.init_from} holds a {type(folder.config).__name__}, and this run trains a "
+                f"{type(config.model).__name__}"
+            )
         if folder:
-            params = huggingface.load_params(folder, model, abstract)
+            params = huggingface.load_any(folder, model, abstract)
         else:
             params = load_params(source, abstract, self.layers)
         self.progress.say(f"starting from the parameters of {config.init_from}{note}")
@@ -266,12 +273,12 @@ class _Run:
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
-            self.dataset = open_data(
-                stage.data,
-                sequence_length=stage.sequence_length,
-                num_targets=1 + self.config.model.num_mtp_layers,
-                seed=self.config.seed,
-            )
+            given = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
+            if isinstance(stage.data, Data):
+                targets = 1 + self.config.model.num_mtp_layers
+                self.dataset = open_data(stage.data, num_targets=targets, **given)
+            else:
+                self.dataset = open_pairs(stage.data, **given)
             self.progress.say(self.dataset.describe())
             found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
             if found > room:
@@ -345,7 +352,7 @@ class _Run:
         rows = size.batch_size // size.accumulation_steps
         found = self.lent.held_out(self.model, state.params, self.dataset, rows)
         self.log.evaluation(step, found)
-        self.progress.evaluation(found["bits_per_byte"])
+        self.progress.evaluation(found)
 
     def _save(self, state: TrainState, step: int, position: int) -> None:
         config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
@@ -363,8 +370,7 @@ class _Run:
     def _finish(self, state: TrainState, step: int) -> None:
         self.progress.close()
         for last in read_lines(self.run_dir / "eval.jsonl")[-1:]:
-            bits, loss = last["bits_per_byte"], last["loss"]
-            print(f"held-out after {step} steps: {bits:.4f} bits per byte, loss {loss:.4f}")
+            print(f"held-out after {step} steps: {summary(last)}")
         print(self.lent.closing(self.model, state.params, self.dataset, self.config))
         print(f"report: {write_report(self.run_dir)}")
 

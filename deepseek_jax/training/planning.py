@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
-from deepseek_jax.models.build import Model, build
-from deepseek_jax.models.counts import num_params, train_flops_per_token
+from deepseek_jax.models.build import Model
+from deepseek_jax.models.counts import num_params, row_tokens, train_flops_per_token
+from deepseek_jax.models.networks import build_network
+from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.chips import Chip, Place, described
 from deepseek_jax.parallel.compile import Collective, Program, compile_program
 from deepseek_jax.parallel.mesh import make_mesh
@@ -41,7 +43,7 @@ def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, A
     mesh = make_mesh(config.mesh, place.devices)
     check_batch(mesh, stage.sizes(), stage.sequence_length)
     with compiling_for(place.devices):
-        model = build(config.model, config.precision)
+        model = build_network(config.model, config.precision)
         program, kept = compile_step(config, model, stage, mesh, quick)
         dtype = compute_dtype(config.precision)[0].name
     found = facts(config, model, place, mesh) | {
@@ -76,7 +78,8 @@ def narrowed(config: TrainConfig, place: Place) -> TrainConfig:
 def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[str, Any]:
     """What is known of a plan before anything is compiled."""
     stage = config.filled_stages()[0]
-    rows, tokens = stage.batch_size, stage.batch_size * stage.sequence_length
+    rows = stage.batch_size
+    tokens = rows * row_tokens(model, stage.sequence_length)
     total, active = num_params(model)
     optimizer = stage.optimizer
     pipeline = Pipeline.on(mesh, config.mesh.stage_chunks, stage.accumulation_steps)
@@ -194,16 +197,27 @@ def compile_step(
 
 def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> dict:
     """A batch's shapes, as the loader makes them, on the mesh."""
-    targets = 1 + config.model.num_mtp_layers
-    shapes = {
+    if isinstance(config.model, TwoTower):
+        image = (*config.model.image.image_size, config.model.image.num_channels)
+        shapes = {
+            "images": ((rows, *image), jnp.uint8),
+            "tokens": ((rows, length), jnp.int32),
+            "groups": ((rows,), jnp.int32),
+        }
+    else:
+        shapes = _language_batch(rows, length, 1 + config.model.num_mtp_layers)
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _language_batch(rows: int, length: int, targets: int) -> dict[str, tuple]:
+    return {
         "tokens": ((rows, length), jnp.int32),
         "targets": ((rows, length, targets), jnp.int32),
         "weights": ((rows, length, targets), jnp.float32),
         "segments": ((rows, length), jnp.int32),
         "positions": ((rows, length), jnp.int32),
-    }
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
     }

@@ -13,13 +13,17 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.loader import Data
-from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.models.networks import ModelConfig
+from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import MeshShape
+from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
+Objective: TypeAlias = Language | Contrastive
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 FREE = ("model/remat", "model/unroll", "model/scan", "model/moe/exchange/")
 
@@ -46,9 +50,9 @@ class Stage:
     batch_size: int | None = None
     accumulation_steps: int | None = None
     sequence_length: int | None = None
-    data: Data | None = None
+    data: Data | Pairs | None = None
     optimizer: Optimizer | None = None
-    objective: Language | None = None
+    objective: Objective | None = None
     batch_ramp: tuple[BatchStep, ...] = ()
     """Other batch sizes from given steps of the stage on, ascending (V3: 3,072 to 15,360)."""
 
@@ -66,14 +70,15 @@ class Stage:
 class TrainConfig:
     """A training run."""
 
-    model: Decoder
-    data: Data
+    model: ModelConfig
+    data: Data | Pairs
     steps: int
     batch_size: int
-    """Sequences a step, over all devices and accumulation steps."""
+    """Sequences (or pairs) a step, over all devices and accumulation steps."""
     sequence_length: int
+    """Tokens of a row: of a caption, where the model has two towers."""
     optimizer: Optimizer = AdamW()
-    objective: Language = Language()
+    objective: Objective = Language()
     accumulation_steps: int = 1
     """Parts that a step's batch is processed in; the update is the same, the memory less."""
     seed: int = 0
@@ -112,7 +117,12 @@ class TrainConfig:
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         filled = self.filled_stages()
         for index, stage in enumerate(filled):
-            _check_stage(stage, f"stages[{index}]: " if len(filled) > 1 else "")
+            _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
+        if isinstance(self.model, TwoTower) and (self.mesh.stage > 1 or self.mesh.by_slice):
+            raise ValueError(
+                "two towers have no pipeline and no int4 gradients: leave mesh.stage at 1 and "
+                "mesh.slice_gradients at float32."
+            )
         chosen = [stage.optimizer for stage in filled]
         memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
         if len(memories) > 1:
@@ -131,8 +141,28 @@ class TrainConfig:
         return tuple(map(filled, self.stages))
 
 
-def _check_stage(stage: Stage, where: str) -> None:
+def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
+    pairs = isinstance(model, TwoTower)
+    for name, value, kind in (
+        ("data", stage.data, Pairs if pairs else Data),
+        ("objective", stage.objective, Contrastive if pairs else Language),
+    ):
+        if not isinstance(value, kind):
+            found, needed = type(value).__name__, kind.__name__
+            who = type(model).__name__
+            raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
+    if pairs:
+        size, wanted = stage.data.image.size, model.image.image_size
+        if (size, size) != wanted:
+            raise ValueError(
+                f"{where}data.image.size is {size}, and model.image.image_size {wanted}."
+            )
+        if stage.sequence_length > model.text.max_length:
+            raise ValueError(
+                f"{where}sequence_length ({stage.sequence_length}) is more than "
+                f"model.text.max_length ({model.text.max_length})."
+            )
     if stage.steps < 1:
         raise ValueError(f"{where}steps is {stage.steps}; there must be at least 1.")
     if stage.sequence_length < 2:

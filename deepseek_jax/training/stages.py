@@ -8,28 +8,33 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.core import target
-from deepseek_jax.models.build import Model
-from deepseek_jax.training.language import make_language
+from deepseek_jax.models.build import Network
+from deepseek_jax.training.contrastive import Contrastive, make_contrastive
+from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
 from deepseek_jax.training.state import TrainState, on_device
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import Objective, make_gradients, make_train_step
 
 
 def stage_step(
-    config: TrainConfig, model: Model, stage: Stage, size: BatchStep, first: int
+    config: TrainConfig, model: Network, stage: Stage, size: BatchStep, first: int
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """(state, batch) -> (state, metrics): a step of a filled stage that began at step `first`."""
     chosen = stage.optimizer
-    objective = make_language(stage.objective, model)
+    objective = stage_objective(stage, model)
     schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
     scaled = model.dtypes.compute == jnp.float16
     by_slice = config.mesh.by_slice
     parts = size.accumulation_steps, config.mesh.stage_chunks
+    if isinstance(stage.objective, Language):
+        gradients = make_mesh_gradients(stage.objective, model, objective, *parts, by_slice)
+    else:
+        gradients = make_gradients(objective, size.accumulation_steps)
     train_step = make_train_step(
-        make_mesh_gradients(stage.objective, model, objective, *parts, by_slice),
+        gradients,
         objective,
         make_optimizer(chosen, model.specs),
         lambda step: chosen.learning_rate * schedule(step - first),
@@ -45,10 +50,17 @@ def stage_step(
     return run_step
 
 
-def overwriting(step: Callable, state: TrainState, model: Model) -> Any:
+def stage_objective(stage: Stage, model: Network) -> Objective:
+    """What a filled stage minimizes."""
+    if isinstance(stage.objective, Contrastive):
+        return make_contrastive(stage.objective, model, stage.data.image.normalization)
+    return make_language(stage.objective, model)
+
+
+def overwriting(step: Callable, state: TrainState, model: Network) -> Any:
     """The step as a program that overwrites the state it is given, which lies like `state`."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    moe = model.config.moe
+    moe = getattr(model.config, "moe", None)
     travel = moe and moe.exchange.all_to_all
     options = target.ASYNCHRONOUS if travel and target.platform() == "tpu" else {}
     return jax.jit(

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core import tree
-from deepseek_jax.models.build import Model
+from deepseek_jax.models.build import Network
 from deepseek_jax.parallel.sharding import tree_shardings
 from deepseek_jax.training.slices import abstract_left_out
 
@@ -45,7 +45,7 @@ def initial_state(
 
 
 def abstract_state(
-    model: Model,
+    model: Network,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     memory: Literal["device", "pinned_host"] = "device",

@@ -18,7 +18,8 @@ from deepseek_jax.models.audio import CTC, Wav2Vec2, Whisper
 from deepseek_jax.models.encoder import build_encoder
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
-from deepseek_jax.serving.encoder import INPUTS, load_encoder
+from deepseek_jax.serving.encoder import load_encoder
+from deepseek_jax.serving.inputs import INPUTS
 
 WHISPER = {
     "num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,

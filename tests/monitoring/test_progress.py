@@ -28,7 +28,7 @@ def test_a_line_a_log_interval_where_there_is_no_terminal(clock):
         clock[0] += 2
         shown.step(step, {"loss": 5.0, "tokens_per_second": 8130.4, "mfu": 0.312})
         if step == 20:
-            shown.evaluation(2.1)
+            shown.evaluation({"bits_per_byte": 2.1})
     shown.close()
     assert stream.getvalue().splitlines() == [
         "step 10/25  loss 5.0000  8,130 tok/s  MFU 31.2%  ETA 0:00:30",

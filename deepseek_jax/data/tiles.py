@@ -1,0 +1,186 @@
+"""Dynamic resolution: DeepSeek-VL2's tiles, and SigLIP2-NaFlex's patches under a token budget.
+
+Pixels are NumPy uint8 [H, W, 3]. VL2 (arXiv 2412.10302, section 2) shows an image to its encoder
+twice: whole, and cut into tiles of the best of a few grids. NaFlex (arXiv 2502.14786, section 2.3)
+keeps the proportions and takes as many patches as a budget allows.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.vision import Method, letterbox, mean_color, normalized, resized
+
+TILE = 384  # the side of a view
+MAX_TILES = 9
+MAX_TILED_IMAGES = 2  # with more images in a prompt none is tiled
+
+
+def candidate_grids(max_tiles: int = MAX_TILES) -> list[tuple[int, int]]:
+    """All (tiles_w, tiles_h) with tiles_w * tiles_h <= max_tiles, in the published order.
+
+    By number of tiles, the longest first, and of those that lie the same way up, the upright one:
+    the first of equally good ones is taken.
+    """
+    sides = range(1, max_tiles + 1)
+    grids = [(wide, high) for wide in sides for high in sides if wide * high <= max_tiles]
+    return sorted(grids, key=lambda grid: (grid[0] * grid[1], min(grid), grid[0]))
+
+
+def best_grid(
+    width: int, height: int, tile: int = TILE, max_tiles: int = MAX_TILES
+) -> tuple[int, int]:
+    """The (tiles_w, tiles_h) that shows most of an image's pixels, then wastes the fewest.
+
+    Shown are min(w h, floor(w s) floor(h s)) pixels with s = min(grid width / w, grid height / h);
+    wasted is the rest of the grid (VL2's select_best_resolution).
+    """
+    best, score = (1, 1), (-1, 0)
+    for grid in candidate_grids(max_tiles):
+        grid_width, grid_height = grid[0] * tile, grid[1] * tile
+        scale = min(grid_width / width, grid_height / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        found = (shown, shown - grid_width * grid_height)
+        if found > score:
+            best, score = grid, found
+    return best
+
+
+class Tiles(NamedTuple):
+    """An image as an encoder sees it."""
+
+    views: np.ndarray
+    """uint8 [1 + tiles_w * tiles_h, tile, tile, 3]: the whole image, then its tiles row by row."""
+    grid: tuple[int, int]
+    """(tiles_w, tiles_h)."""
+
+
+def tiled(
+    pixels: np.ndarray,
+    *,
+    num_images: int = 1,
+    tile: int = TILE,
+    max_tiles: int = MAX_TILES,
+    normalization: str = "half",
+) -> Tiles:
+    """An image of a prompt with `num_images` of them as VL2's views.
+
+    Each view keeps the proportions, on the normalization's mean color. Where nothing is tiled, the
+    one tile shows the whole image again, as in the published model.
+    """
+    height, width = pixels.shape[:2]
+    grid = (1, 1)
+    if num_images <= MAX_TILED_IMAGES:
+        grid = best_grid(width, height, tile, max_tiles)
+    color = mean_color(normalization)
+    whole = letterbox(pixels, tile, tile, color)
+    canvas = letterbox(pixels, grid[1] * tile, grid[0] * tile, color)
+    parts = canvas.reshape(grid[1], tile, grid[0], tile, 3).swapaxes(1, 2)
+    return Tiles(np.concatenate([whole[None], parts.reshape(-1, tile, tile, 3)]), grid)
+
+
+class TokenCounts(NamedTuple):
+    """How many tokens a tiled image takes in a prompt, in their order."""
+
+    whole: int
+    """side rows of side tokens, each row with a newline."""
+    separator: int
+    """1."""
+    tiles: int
+    """The tiles' tokens as one picture: tiles_h * side rows of tiles_w * side, with newlines."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def tile_side(tile: int = TILE, patch: int = 14, downsample: int = 2) -> int:
+    """Tokens along a view's side: ceil((tile // patch) / downsample); 14 in VL2."""
+    return math.ceil((tile // patch) / downsample)
+
+
+def token_counts(grid: tuple[int, int], side: int) -> TokenCounts:
+    """Tokens of a (tiles_w, tiles_h) image, `side` along each view: s(s+1), 1, (h s)(w s + 1)."""
+    wide, high = grid
+    return TokenCounts(side * (side + 1), 1, high * side * (wide * side + 1))
+
+
+def token_layout(grid: tuple[int, int], side: int) -> np.ndarray:
+    """Where each of a tiled image's tokens comes from, int32 [token_counts(grid, side).total].
+
+    From 0 on, a token of the views laid one after another ([(1 + tiles_w tiles_h) side side]: view,
+    row, column); -1 is a newline, -2 the separator. Rows run over the tiles of a row of the grid.
+    """
+    wide, high = grid
+    numbers = np.arange((1 + wide * high) * side * side, dtype=np.int32)
+    views = numbers.reshape(-1, side, side)
+    local = views[1:].reshape(high, wide, side, side).swapaxes(1, 2)
+    whole, parts = _lines(views[0]), _lines(local.reshape(high * side, wide * side))
+    return np.concatenate([whole, np.array([-2], np.int32), parts])
+
+
+def _lines(rows: np.ndarray) -> np.ndarray:
+    """Rows with a newline after each, one after another."""
+    return np.pad(rows, ((0, 0), (0, 1)), constant_values=-1).ravel()
+
+
+def budget_size(height: int, width: int, patch: int, max_patches: int) -> tuple[int, int]:
+    """The largest (height, width) in patches' multiples whose patches are within the budget.
+
+    Each side is ceil(side * scale / patch) patches, at least one; the scale is found by the
+    published bisection of 1e-6..100 to 1e-5, so that no size differs from the published ones.
+    InputError where even one patch a side is too many.
+    """
+    if max_patches < 1:
+        raise InputError(f"a budget of {max_patches} patches holds no image; take at least 1")
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        rows, columns = _sides(height, width, middle, patch)
+        low, high = (middle, high) if rows * columns <= max_patches else (low, middle)
+    rows, columns = _sides(height, width, low, patch)
+    if rows * columns > max_patches:
+        raise InputError(f"an image of {height} x {width} pixels: over {max_patches} patches")
+    return rows * patch, columns * patch
+
+
+def _sides(height: int, width: int, scale: float, patch: int) -> tuple[int, int]:
+    return max(1, math.ceil(height * scale / patch)), max(1, math.ceil(width * scale / patch))
+
+
+class Patches(NamedTuple):
+    """A batch under a token budget, as Siglip2 takes it."""
+
+    pixels: np.ndarray
+    """float32 [B, max_patches, patch * patch * 3]; a patch runs over row, column, channel."""
+    mask: np.ndarray
+    """int32 [B, max_patches]: 1 where there is a patch."""
+    shapes: np.ndarray
+    """int32 [B, 2]: rows and columns of patches."""
+
+
+def patched(
+    images: Sequence[np.ndarray],
+    *,
+    patch: int = 16,
+    max_patches: int = 256,
+    method: Method = "bilinear",
+    normalization: str = "half",
+) -> Patches:
+    """Images uint8 [H, W, 3] of any sizes, each resized to the budget, as patches row by row."""
+    pixels = np.zeros((len(images), max_patches, patch * patch * 3), np.float32)
+    mask = np.zeros((len(images), max_patches), np.int32)
+    shapes = np.zeros((len(images), 2), np.int32)
+    for number, image in enumerate(images):
+        height, width = budget_size(image.shape[0], image.shape[1], patch, max_patches)
+        fitted = normalized(resized(image, height, width, method), normalization)
+        rows, columns = height // patch, width // patch
+        cut = fitted.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+        pixels[number, : rows * columns] = cut.reshape(rows * columns, -1)
+        mask[number, : rows * columns] = 1
+        shapes[number] = rows, columns
+    return Patches(pixels, mask, shapes)

@@ -1,0 +1,197 @@
+"""Two towers in training: the loss of transformers' CLIP, any mesh, resumed runs, refusals."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from encoder_cases import on_disk, randomized
+from PIL import Image
+
+import deepseek_jax
+from deepseek_jax.checkpoint import tables
+from deepseek_jax.checkpoint.encoders import FAMILIES
+from deepseek_jax.core import tree
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.media import MediaFolder
+from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.data.tokenizer import Bytes
+from deepseek_jax.data.vision import ImageTransform
+from deepseek_jax.evaluation.retrieval import queries, retrieval
+from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.text_tower import TextTower
+from deepseek_jax.models.two_tower import TwoTower, build_towers
+from deepseek_jax.models.vit import ViT
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.parallel.sharding import place_batch, tree_shardings
+from deepseek_jax.serving.encoder import load_encoder
+from deepseek_jax.training.contrastive import Contrastive, inputs_of, make_contrastive
+from deepseek_jax.training.loop import Lent, train
+from deepseek_jax.training.optimizer import AdamW, Constant
+from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.step import make_gradients
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+TOWER = Transformer(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48)
+MODEL = TwoTower(
+    image=ViT(transformer=TOWER, image_size=(16, 16), patch_size=8),
+    text=TextTower(transformer=TOWER, vocab_size=258, max_length=12),
+    shared_dim=24,
+)
+
+
+def make_batch(rows, seed=0, vocab=50):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, vocab - 1, (rows, 12)).astype(np.int32)
+    for row, end in enumerate(rng.integers(3, 12, rows)):
+        tokens[row, end] = vocab - 1
+        tokens[row, end + 1 :] = -1
+    images = rng.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8)
+    return {"images": images, "tokens": tokens, "groups": np.arange(rows, dtype=np.int32)}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    config = transformers.CLIPConfig(
+        text_config=SHAPE | {"vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 49},
+        vision_config=SHAPE | {"image_size": 16, "patch_size": 8},
+        projection_dim=24,
+    )
+    model = randomized(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path_factory.mktemp("clip"))
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return model, load_encoder(folder)
+
+
+def test_the_loss_and_its_slopes_are_clips(clip):
+    model, ours = clip
+    batch = make_batch(6)
+    objective = make_contrastive(Contrastive(chunk=4), ours.towers, "clip")
+    grads, means, _ = jax.jit(make_gradients(objective))(
+        ours.params, batch, jax.random.key(0), np.float32(1)
+    )
+    given = inputs_of(batch, "clip")
+    theirs = model(
+        input_ids=torch.from_numpy(np.array(given["tokens"])).long(),
+        attention_mask=torch.from_numpy(np.array(given["mask"])).long(),
+        pixel_values=torch.from_numpy(np.array(given["images"]).transpose(0, 3, 1, 2)),
+        return_loss=True,
+    )
+    np.testing.assert_allclose(means["loss"], theirs.loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(means["guessing_loss"], np.log(6), rtol=1e-6)
+    theirs.loss.backward()
+    named, found = dict(model.named_parameters()), on_disk(grads, ours.towers.layers)
+    noise = 1e-6 * max(abs(w.grad).max().item() for w in named.values())
+    leaves = tables.leaves(ours.towers)
+    for row in tables.table(FAMILIES["clip"], ours.config, leaves):
+        mine = tables.joined(row, leaves, [found[path] for path in row.ours])
+        other = named[row.theirs].grad.numpy()
+        atol = max(1e-3 * abs(other).max(), noise)
+        np.testing.assert_allclose(mine, other, atol=atol, rtol=0, err_msg=row.theirs)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "data": 2}, {"expert": 4, "tensor": 2}], ids=str
+)
+def test_a_mesh_changes_nothing(sizes, sigmoid):
+    model = build_towers(dataclasses.replace(MODEL, sigmoid=sigmoid), Precision(compute="float32"))
+    params = model.init(jax.random.key(1))
+    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)  # logits of some size
+    batch = make_batch(16, vocab=258)
+    gradients = make_gradients(make_contrastive(Contrastive(), model, "half"))
+    alone = jax.jit(gradients)(params, batch, jax.random.key(0), np.float32(1))
+    mesh = make_mesh(MeshShape(**sizes))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(mesh, model.specs, model.shapes))
+        batch = place_batch(mesh, batch)
+        found = jax.jit(gradients)(placed, batch, jax.random.key(0), np.float32(1))
+    for name, mean in alone[1].items():
+        np.testing.assert_allclose(found[1][name], mean, rtol=1e-5, atol=1e-6, err_msg=name)
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(alone[0]))
+    other = tree.flatten(found[0])
+    for path, grad in tree.flatten(alone[0]).items():
+        atol = 1e-5 * largest
+        np.testing.assert_allclose(other[path], grad, rtol=1e-4, atol=atol, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("pictures"), []
+    for i in range(40):
+        color = [(37 * i) % 256, (91 * i) % 256, (53 * i) % 256]
+        Image.new("RGB", (20, 20), tuple(color)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "text": f"r{color[0]} g{color[1]}"}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def recipe(folder, run_dir, **fields):
+    data = Pairs(
+        source=MediaFolder(path=str(folder)), tokenizer=Bytes(),
+        image=ImageTransform(size=16), cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    base = {"steps": 6, "batch_size": 16, "sequence_length": 12, "log_every": 1, "save_every": 3}
+    base |= {"precision": Precision(compute="float32"), "objective": Contrastive()}
+    base |= {"optimizer": AdamW(learning_rate=3e-3, warmup_steps=1, schedule=Constant())}
+    return TrainConfig(model=MODEL, data=data, run_dir=str(run_dir), **(base | fields))
+
+
+LENT = Lent(retrieval, queries)
+
+
+def lines(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "time")}
+        for row in rows
+    ]
+
+
+def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
+    assert train(recipe(folder, tmp_path / "whole"), LENT) == 0
+    said = capsys.readouterr().out
+    assert "held-out after 6 steps: recall@10" in said and "captions and the images" in said
+    assert train(recipe(folder, tmp_path / "parts", steps=3), LENT) == 0
+    assert train(recipe(folder, tmp_path / "parts"), LENT) == 0
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert {"guessing_loss", "temperature", "recall_at_1", "effective_rank"} <= whole[0].keys()
+    scores = json.loads((tmp_path / "whole" / "eval.jsonl").read_text().splitlines()[-1])
+    assert 0 < scores["chance_at_10"] <= 1 and "image_to_text/recall@1" in scores
+    assert (tmp_path / "whole" / "report" / "report.html").exists()
+
+    model = deepseek_jax.load(tmp_path / "whole")
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    texts = model.embed_texts(["r1 g2", "a"])
+    np.testing.assert_allclose((np.asarray(texts) ** 2).sum(-1), 1, rtol=1e-5)
+    assert model.embed_image(pixels).shape == (3, 24)
+    again = model.embed_text([[256, *b"a", 257]])
+    np.testing.assert_allclose(again[0], texts[1], atol=1e-6)
+
+
+def test_what_does_not_belong_together_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="objective is Language"):
+        dataclasses.replace(recipe(folder, tmp_path), objective=TrainConfig.objective)
+    with pytest.raises(ValueError, match=r"data.image.size is 16, and model.image.image_size"):
+        image = dataclasses.replace(MODEL.image, image_size=(8, 8))
+        model = dataclasses.replace(MODEL, image=image)
+        dataclasses.replace(recipe(folder, tmp_path), model=model)
+    with pytest.raises(ValueError, match="more than model.text.max_length"):
+        recipe(folder, tmp_path, sequence_length=13)
+    with pytest.raises(ValueError, match="no pipeline"):
+        recipe(folder, tmp_path, mesh=MeshShape(stage=2))
+    small = dataclasses.replace(MODEL.text, vocab_size=100)
+    config = dataclasses.replace(
+        recipe(folder, tmp_path), model=dataclasses.replace(MODEL, text=small)
+    )
+    with pytest.raises(InputError, match="the tokenizer has 258 tokens"):
+        train(config, LENT)
