@@ -1,4 +1,4 @@
-"""Command: score a checkpoint on held-out text and print a table."""
+"""Command: score a checkpoint on held-out text or pairs and print a table."""
 
 import dataclasses
 import json
@@ -11,15 +11,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.pairs import open_pairs
+from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.evaluation.suite import compressors, held_out, open_task
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.serving.language import load
+from deepseek_jax.serving.encoder import EncoderModel, TwoTowerModel, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Score a checkpoint: loss, perplexity and bits per byte, beside two compressors'."""
+    """Score a checkpoint: loss, perplexity and bits per byte, beside two compressors'.
+
+    Of two towers: how often the right one of a pair is among the first that the other finds.
+    """
 
     checkpoint: str
     """A run (its newest good checkpoint is used), one of its checkpoints, or an HF folder."""
@@ -40,6 +45,11 @@ def main(argv: list[str]) -> None:
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     lm = load(arguments.checkpoint)
+    if isinstance(lm, EncoderModel):
+        raise InputError(f"{arguments.checkpoint}: one encoder alone has nothing to be scored on")
+    if isinstance(lm, TwoTowerModel):
+        show(_pairs(lm, arguments), arguments.json)
+        return
     if lm.tokenizer is None:
         raise InputError(f"{arguments.checkpoint}: has no tokenizer, so no text can be scored")
     dataset = open_task(lm.recorded, lm.tokenizer, arguments.data)
@@ -52,13 +62,33 @@ def main(argv: list[str]) -> None:
         params = jax.device_put(lm.params, NamedSharding(mesh, PartitionSpec()))
         scores |= held_out(model, params, dataset, arguments.batch_size)
     scores |= compressors(dataset.held_out_text())
-    if arguments.json:  # which has no NaN
+    show(scores, arguments.json)
+
+
+def _pairs(model: TwoTowerModel, arguments: Arguments) -> dict[str, float]:
+    """Retrieval among the pairs that training held out."""
+    if arguments.data is not None:
+        raise InputError("--data is for language models; towers are scored on what was held out")
+    if model.data is None or model.tokenizer is None:
+        raise InputError(f"{arguments.checkpoint}: a folder says nothing of its data; give a run")
+    length = model.config.text.max_length
+    dataset = open_pairs(model.data, sequence_length=length, seed=0, tokenizer=model.tokenizer)
+    return retrieval(model.towers, model.params, dataset, arguments.batch_size)
+
+
+def show(scores: dict[str, str | int | float], as_json: bool) -> None:
+    """Print scores as a table, many of them a line each, or as one JSON object."""
+    if as_json:  # which has no NaN
         known = {
             k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in scores.items()
         }
         print(json.dumps(known))
         return
     columns = [(name.replace("_", " "), _cell(value)) for name, value in scores.items()]
+    if len(columns) > 8:
+        width = max(len(name) for name, _ in columns)
+        print("\n".join(f"{name:{width}}  {cell:>8}" for name, cell in columns))
+        return
     columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
     for row in zip(*columns, strict=True):
         print("  ".join(row))

@@ -19,7 +19,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.pairs import Pairs, text_row
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
-from deepseek_jax.data.vision import ImageTransform, prepared
+from deepseek_jax.data.vision import prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
@@ -65,8 +65,8 @@ class TwoTowerModel:
     """The config.json that it comes from; of a run, nothing."""
     tokenizer: Tokenizer | None = None
     """Of a run: what its captions were read with."""
-    transform: ImageTransform | None = None
-    """Of a run: how its images became the tower's input."""
+    data: Pairs | None = None
+    """Of a run: what it was trained on, and how its images became the tower's input."""
 
     def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
         """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
@@ -77,9 +77,9 @@ class TwoTowerModel:
 
         Of a run, whose way with images is known; raises InputError for a folder.
         """
-        if self.transform is None:
+        if self.data is None:
             raise InputError("this model does not say how pictures are prepared: give embed_image")
-        return self.embed_image(prepared(pictures, self.transform))
+        return self.embed_image(prepared(pictures, self.data.image))
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
         """The same of texts, cut to the tower's length.
@@ -156,7 +156,7 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
     last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
     data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
     tokenizer = load_tokenizer(directory)
-    return TwoTowerModel(towers, params, config, {}, tokenizer, data.image)
+    return TwoTowerModel(towers, params, config, {}, tokenizer, data)
 
 
 def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:

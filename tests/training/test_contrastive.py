@@ -12,6 +12,7 @@ from encoder_cases import on_disk, randomized
 from PIL import Image
 
 import deepseek_jax
+from deepseek_jax import evaluate
 from deepseek_jax.checkpoint import tables
 from deepseek_jax.checkpoint.encoders import FAMILIES
 from deepseek_jax.core import tree
@@ -169,7 +170,15 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
     assert 0 < scores["chance_at_10"] <= 1 and "image_to_text/recall@1" in scores
     assert (tmp_path / "whole" / "report" / "report.html").exists()
 
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", str(tmp_path / "whole"), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["recall_at_10"] == pytest.approx(scores["recall_at_10"], abs=1e-6)
+    evaluate.main(["--checkpoint", str(tmp_path / "whole")])
+    assert "text to image/recall@10" in capsys.readouterr().out
     model = deepseek_jax.load(tmp_path / "whole")
+    picture = model.embed_pictures([np.full((30, 20, 3), 200, np.uint8)])
+    assert picture.shape == (1, 24)
     pixels = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
     texts = model.embed_texts(["r1 g2", "a"])
     np.testing.assert_allclose((np.asarray(texts) ** 2).sum(-1), 1, rtol=1e-5)
