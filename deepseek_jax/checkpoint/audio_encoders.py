@@ -37,7 +37,7 @@ def whisper(hf: Mapping[str, Any]) -> Whisper:
         embed_dim=hf["d_model"],
         num_heads=hf["encoder_attention_heads"],
         mlp_dim=hf["encoder_ffn_dim"],
-        activation=activation(hf, "activation_function", ""),
+        activation=activation(hf, "activation_function"),
         norm_eps=1e-5,  # torch's own
         biases="qvo",
     )
@@ -105,7 +105,7 @@ def wav2vec2(hf: Mapping[str, Any]) -> Wav2Vec2:
         embed_dim=hf["hidden_size"],
         num_heads=hf["num_attention_heads"],
         mlp_dim=hf["intermediate_size"],
-        activation=activation(hf, "hidden_act", ""),
+        activation=activation(hf, "hidden_act"),
         norm_eps=hf["layer_norm_eps"],
         post_norm=not hf["do_stable_layer_norm"],
     )
@@ -125,7 +125,7 @@ def wav2vec2(hf: Mapping[str, Any]) -> Wav2Vec2:
         convolutions=tuple(shapes),
         conv_norm=hf["feat_extract_norm"],
         conv_bias=hf["conv_bias"],
-        conv_activation=activation(hf, "feat_extract_activation", ""),
+        conv_activation=activation(hf, "feat_extract_activation"),
         position_size=hf["num_conv_pos_embeddings"],
         position_groups=hf["num_conv_pos_embedding_groups"],
         mask_vector=hf["mask_time_prob"] > 0 or hf["mask_feature_prob"] > 0,
