@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_jax.layers.encoder import ACTIVATIONS, Activation
-from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection, weight
+from deepseek_jax.layers.linear import Dtypes, LayerNorm, Normal, Projection, weight
 from deepseek_jax.ops.convolution import grouped, windows
 
 CONV_EPS = 1e-5  # torch's own, which no config names
@@ -50,7 +50,9 @@ class Convolution(nn.Module):
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B W D"]:
         x = jnp.pad(x, ((0, 0), (self.padding, self.padding), (0, 0)))
         shape, axes = (self.size, x.shape[-1], self.width), ("patch", "patch", "embed")
-        conv = Projection("btkc,kcd->btd", shape, axes, self.dtypes, self.bias, name="conv")
+        start = Normal((2 / (self.size * x.shape[-1])) ** 0.5)  # activations keep their size
+        given = (self.dtypes, self.bias, start)
+        conv = Projection("btkc,kcd->btd", shape, axes, *given, name="conv")
         y = conv(windows(x, self.size, self.stride))
         if self.norm == "channel":
             y = ChannelNorm(self.dtypes, name="norm")(y)
@@ -76,7 +78,9 @@ class PositionalConvolution(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         shape = (self.size, self.width // self.groups, self.width)
         axes = ("patch", "patch", "embed")
-        direction = weight(self, "direction", shape, axes, reduced=(0, 1), outputs=(2,))
+        direction = weight(
+            self, "direction", shape, axes, reduced=(0, 1), outputs=(2,), init=Normal(1.0)
+        )
         start = 2 * (self.width / self.groups / self.size) ** 0.5  # taps of deviation 2 / sqrt(K D)
         scale = weight(self, "scale", (self.size,), ("patch",), init=start)
         bias = weight(self, "bias", (self.width,), ("embed",), init="zeros")

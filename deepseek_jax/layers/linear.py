@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,15 @@ from deepseek_jax.ops.experts import feed_forward
 from deepseek_jax.ops.matmul import matmul, scaled, thickened
 from deepseek_jax.parallel.sharding import flat_tokens
 
+
+class Normal(NamedTuple):
+    """Drawn with a deviation of its own, where "normal" is the whole model's."""
+
+    deviation: float
+
+
 # A number: that everywhere; sinusoids: of a row's places.
-Init = Literal["normal", "ones", "zeros", "sinusoids"] | float
+Init = Literal["normal", "ones", "zeros", "sinusoids"] | float | Normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +127,15 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     dtypes: Dtypes
     bias: bool = False
+    init: Init = "normal"
 
     def setup(self):
         left, right = self.equation.split("->")
         letters = left.split(",")[1]
         reduced = tuple(i for i, letter in enumerate(letters) if letter not in right)
         outputs = tuple(i for i, letter in enumerate(letters) if letter in right)
-        self.weight = weight(
-            self, "weight", self.shape, self.axes, reduced=reduced, outputs=outputs
-        )
+        summed = {"reduced": reduced, "outputs": outputs}
+        self.weight = weight(self, "weight", self.shape, self.axes, **summed, init=self.init)
         if self.bias:
             shape = tuple(self.shape[i] for i in outputs)
             axes = tuple(self.axes[i] for i in outputs)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.layers.conv import Convolution, PositionalConvolution
 from deepseek_jax.layers.encoder import Activation, Encoded, Stack, Transformer, Whole, learned
-from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection, weight
+from deepseek_jax.layers.linear import Dtypes, LayerNorm, Normal, Projection, weight
 from deepseek_jax.ops.convolution import num_windows
 from deepseek_jax.ops.matmul import dot
 
@@ -178,13 +178,14 @@ class WaveEncoder(nn.Module):
         elif isinstance(head, Codebook):
             features = self.config.convolutions[-1][0]
             codes, shared = head.num_groups * head.num_codes, head.shared_dim
-            axes = ("embed", "mlp")
-            self.choice = Projection("btd,dv->btv", (features, codes), axes, kept, True)
+            axes, wide = ("embed", "mlp"), Normal(1.0)  # codes are apart from the start
+            shape = (features, codes)
+            self.choice = Projection("btd,dv->btv", shape, axes, kept, True, wide)
             self.hidden_out = Projection("btd,dq->btq", (width, shared), axes, kept, True)
             shape = (head.code_dim, shared)
             self.codes_out = Projection("btd,dq->btq", shape, axes, kept, True)
             shape, axes = (codes, head.code_dim // head.num_groups), ("position", "embed")
-            self.codes = weight(self, "codes", shape, axes)
+            self.codes = weight(self, "codes", shape, axes, init=wide)
 
     @nn.compact
     def __call__(
@@ -247,8 +248,8 @@ class WaveEncoder(nn.Module):
         self, hidden: Float[Array, "B T D"], chosen: Float[Array, "B T G V"]
     ) -> tuple[Float[Array, "B T Q"], Float[Array, "B T Q"]]:
         """Hidden states and chosen codes (a weight for each) where the two are compared."""
-        codes = self.codes.reshape(*chosen.shape[2:], -1).astype(hidden.dtype)
-        vectors = dot("btgv,gvc->btgc", chosen.astype(hidden.dtype), codes)
+        codes = self.codes.reshape(*chosen.shape[2:], -1).astype(chosen.dtype)
+        vectors = dot("btgv,gvc->btgc", chosen, codes)
         vectors = vectors.astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
         return self.hidden_out(hidden), self.codes_out(vectors)
 

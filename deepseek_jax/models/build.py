@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision, compute_dtype
-from deepseek_jax.layers.linear import Declared, Dtypes
+from deepseek_jax.layers.linear import Declared, Dtypes, Normal
 from deepseek_jax.layers.moe import Dropless
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, layer_table
 from deepseek_jax.ops.matmul import dot, thickened
@@ -60,24 +60,22 @@ class Network:
         """Fresh parameters. A leaf depends on the key and its own path alone."""
 
         def make() -> Any:
-            leaves, alike = tree.flatten(self.declared, is_leaf=_is_declared), {}
+            leaves, alike, values = tree.flatten(self.declared, is_leaf=_is_declared), {}, {}
             for path, leaf in leaves.items():
-                if leaf.init == "normal":
+                if leaf.init == "normal" or isinstance(leaf.init, Normal):
                     alike.setdefault(leaf.value.shape, []).append(path)
-            values = {
-                path: jnp.full_like(leaf.value, STARTS.get(leaf.init, leaf.init))
-                for path, leaf in leaves.items()
-                if leaf.init not in ("normal", "sinusoids")
-            }
-            for path, leaf in leaves.items():
-                if leaf.init == "sinusoids":
+                elif leaf.init == "sinusoids":
                     values[path] = sinusoids(*leaf.value.shape).astype(leaf.value.dtype)
+                else:
+                    values[path] = jnp.full_like(leaf.value, STARTS.get(leaf.init, leaf.init))
             for shape, paths in alike.items():  # compiled once for all leaves of a shape
                 names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
                 drawn = jax.vmap(lambda own, shape=shape: jax.random.normal(own, shape))(keys)
-                for path, value in zip(paths, drawn * self.config.init_scale, strict=True):
-                    values[path] = value.astype(leaves[path].value.dtype)
+                for path, value in zip(paths, drawn, strict=True):
+                    own = leaves[path].init
+                    scale = own.deviation if isinstance(own, Normal) else self.config.init_scale
+                    values[path] = (value * scale).astype(leaves[path].value.dtype)
             ordered = [values[path] for path in leaves]
             return jax.tree.unflatten(jax.tree.structure(self.shapes), ordered)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_jax.core import target
 from deepseek_jax.ops.matmul import dot
 
 TAPS = 8  # of a long kernel, multiplied at once: a row's windows take that much more memory
@@ -37,6 +38,9 @@ def grouped(x: Float[Array, "B T D"], kernel: Float[Array, "K C D"]) -> Float[Ar
     taps, channels, _ = kernel.shape
     groups, steps = width // channels, -(-taps // TAPS)
     more = steps * TAPS - taps  # taps of zeros behind the last
+    kind = x.dtype
+    if target.platform() == "cpu":  # a group's products in half precision take twice the time
+        x = x.astype(jnp.float32)
     kernel = jnp.pad(kernel.astype(x.dtype), ((0, more), (0, 0), (0, 0)))
     kernel = kernel.reshape(steps, TAPS * channels, groups, channels).swapaxes(1, 2)
     x = jnp.pad(x, ((0, 0), (taps // 2, taps + more), (0, 0)))
@@ -53,4 +57,4 @@ def grouped(x: Float[Array, "B T D"], kernel: Float[Array, "K C D"]) -> Float[Ar
     total = jnp.zeros((groups, batch * length, channels), jnp.float32)
     total, _ = jax.lax.scan(add, total, (jnp.arange(steps) * TAPS, kernel))
     total = total.reshape(groups, batch, length, channels).transpose(1, 2, 0, 3)
-    return total.reshape(batch, length, width).astype(x.dtype)
+    return total.reshape(batch, length, width).astype(kind)
