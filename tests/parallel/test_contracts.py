@@ -55,6 +55,11 @@ EXCHANGES = {  # what they add to the axes over which experts lie
     "two_hop": {"all-to-all": "tokens go to the slices of their experts, then to the devices"},
 }
 BY_SLICE = {"all-gather": "what slices have added up, each device a part, is whole again"}
+PAIRS = {  # what a contrastive loss adds
+    "data": {"collective-permute": "captions' vectors go around the ring of all batch shards"},
+    "tensor": {"all-gather": "the few columns of a pair's vectors come together to be compared"}
+    | SUMS,
+}
 CUT = ["--model.num-layers=2", "--sequence-length=2048", "--model.remat=full"]
 MOE = [*CUT, "--model.num-dense-layers=1"]
 CASES = {  # config, flags; the first ones are quick
@@ -132,13 +137,14 @@ def compiled(config, flags, code=""):
     return json.loads(done.stdout)
 
 
-def complaints(found, exchange="none"):
+def complaints(found, exchange="none", more=None):
     """What a plan's program has that its mesh and its exchange do not explain."""
 
     def explained(kind, axis):
         kinds = {*ALLOWED.get(axis, ())}
         if axis == "expert" or (axis == "slice" and exchange == "two_hop"):
             kinds |= {*EXCHANGES[exchange]}
+        kinds |= {*(more or {}).get(axis, ())}
         if "slice" in found["mesh"] and axis != "slice":
             kinds |= {*BY_SLICE}
         return kind in kinds
@@ -188,6 +194,15 @@ WHOLE = pytest.mark.xfail(strict=True, reason="a pipeline's layers are whole on 
 )
 def test_collectives_of_every_published_model_are_explained(name):
     check(name, SLOW)
+
+
+@pytest.mark.slow
+def test_collectives_of_pairs_are_explained():
+    mesh = ["--mesh.data=4", "--mesh.fsdp=32", "--mesh.tensor=4", "--batch-size=8192"]
+    found = compiled("multimodal_quickstart", mesh)
+    assert found["devices"] == 512
+    assert complaints(found), "the ring is there"
+    assert not complaints(found, more=PAIRS)
 
 
 def test_every_published_model_is_here():
