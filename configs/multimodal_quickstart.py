@@ -20,12 +20,12 @@ from deepseek_jax.training.recipe import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    transformer = Transformer(num_layers=4, embed_dim=192, num_heads=4, mlp_dim=768)
-    text = Transformer(num_layers=3, embed_dim=192, num_heads=4, mlp_dim=768)
+    image = Transformer(num_layers=4, embed_dim=128, num_heads=4, mlp_dim=512)
+    text = Transformer(num_layers=2, embed_dim=128, num_heads=4, mlp_dim=512)
     return TrainConfig(
         model=TwoTower(
-            image=ViT(transformer=transformer, image_size=(48, 48), patch_size=8),
-            text=TextTower(transformer=text, vocab_size=2048, max_length=32),
+            image=ViT(transformer=image, image_size=(48, 48), patch_size=8),
+            text=TextTower(transformer=text, vocab_size=2048, max_length=16),
             shared_dim=128,
         ),
         data=Pairs(
@@ -36,9 +36,9 @@ def get_config() -> TrainConfig:
         ),
         objective=Contrastive(),
         optimizer=AdamW(learning_rate=1e-3, warmup_steps=50, weight_decay=0.1),
-        steps=1200,
+        steps=700,
         batch_size=256,
-        sequence_length=32,
-        eval_every=200,
+        sequence_length=16,
+        eval_every=100,
         log_every=20,
     )

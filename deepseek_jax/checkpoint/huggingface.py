@@ -48,6 +48,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import Model, Network
+from deepseek_jax.models.decoder import Decoder
 
 KEPT = (  # as patterns
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -80,10 +81,21 @@ def fetched(path: str | Path) -> pathlib.Path:
 
 
 def open_folder(directory: str | pathlib.Path) -> Folder:
-    """Open a folder; MTP layers count only if their weights are there.
+    """Open a language model's folder; MTP layers count only if their weights are there.
 
-    Raises InputError when config.json or the weights cannot be understood.
+    Raises InputError when config.json or the weights cannot be understood, and for an encoder.
     """
+    folder = open_any(directory)
+    if not isinstance(folder.config, Decoder):
+        raise InputError(
+            f"{directory}: holds an encoder ({folder.original['model_type']}), and this is for "
+            "language models; deepseek_jax.load opens it in Python"
+        )
+    return folder
+
+
+def open_any(directory: str | pathlib.Path) -> Folder:
+    """Open the folder of a language model, an encoder or two towers: see `open_folder`."""
     directory = pathlib.Path(directory)
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)

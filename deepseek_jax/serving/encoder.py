@@ -122,7 +122,7 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
     its tensors are not what its config says.
     """
     leave_absent_tpus()
-    folder = huggingface.open_folder(path)
+    folder = huggingface.open_any(path)
     if encoders.family_of(folder.original) is None:
         raise InputError(f"{path}: model_type {folder.original.get('model_type')!r} is no encoder")
     dtype = next(iter(folder.tensors.values())).dtype

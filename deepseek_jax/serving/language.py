@@ -316,6 +316,8 @@ def load(path: str | pathlib.Path) -> LanguageModel:
         return _load_folder(huggingface.fetched(path))
     directory = manager.resolve(path)
     config = manager.read_config(directory)
+    if (kind := config["model"].get("type")) != Decoder.__name__:
+        raise InputError(f"{path}: holds a {kind}, and this is for language models")
     decoder = dataclasses.replace(from_dict(Decoder, config["model"], "model"), scan=False)
     precision = from_dict(Precision, config["precision"], "precision")
     if precision.compute == "auto" and jax.default_backend() == "cpu":

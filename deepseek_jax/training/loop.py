@@ -231,7 +231,7 @@ class _Run:
         config, model, added, note = self.config, self.model, {}, ""
         folder, source = None, None
         if is_folder_of_tensors(config.init_from):
-            folder = huggingface.open_folder(huggingface.fetched(config.init_from))
+            folder = huggingface.open_any(huggingface.fetched(config.init_from))
         else:
             source = integrity.resolve(config.init_from)
         if folder:

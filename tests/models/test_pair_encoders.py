@@ -13,6 +13,7 @@ import transformers
 from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.two_tower import build_towers
+from deepseek_jax.serving import language
 from deepseek_jax.serving.encoder import load_encoder
 
 SHAPE = {
@@ -148,3 +149,10 @@ def test_texts_that_cannot_be_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=why):
             ours.embed_text(tokens)
+
+
+def test_language_commands_name_what_they_were_given(tmp_path):
+    clip(tmp_path)
+    for open_it in (huggingface.open_folder, language.load):
+        with pytest.raises(InputError, match=r"holds an encoder \(clip\)"):
+            open_it(tmp_path)
