@@ -13,6 +13,7 @@ from deepseek_jax.checkpoint.tables import (
     Named,
     activation,
     only,
+    transformer,
     transformer_fields,
 )
 from deepseek_jax.layers.encoder import Transformer
@@ -32,7 +33,7 @@ WHISPER_LAYER = {
 def whisper(hf: Mapping[str, Any]) -> Whisper:
     """The encoder of a Whisper."""
     hf = WHISPER | hf
-    transformer = Transformer(
+    blocks = Transformer(
         num_layers=hf["encoder_layers"],
         embed_dim=hf["d_model"],
         num_heads=hf["encoder_attention_heads"],
@@ -42,7 +43,7 @@ def whisper(hf: Mapping[str, Any]) -> Whisper:
         biases="qvo",
     )
     counts = {"num_mels": hf["num_mel_bins"], "num_positions": hf["max_source_positions"]}
-    return Whisper(transformer=transformer, **counts)
+    return Whisper(transformer=blocks, **counts)
 
 
 def whisper_fields(config: Whisper) -> dict[str, Any]:
@@ -100,15 +101,7 @@ def wav2vec2(hf: Mapping[str, Any]) -> Wav2Vec2:
     only(hf, "wav2vec 2.0", add_adapter=False, adapter_attn_dim=None)
     if hf["feat_extract_norm"] not in ("group", "layer"):
         only(hf, "wav2vec 2.0", feat_extract_norm="group")
-    transformer = Transformer(
-        num_layers=hf["num_hidden_layers"],
-        embed_dim=hf["hidden_size"],
-        num_heads=hf["num_attention_heads"],
-        mlp_dim=hf["intermediate_size"],
-        activation=activation(hf, "hidden_act"),
-        norm_eps=hf["layer_norm_eps"],
-        post_norm=not hf["do_stable_layer_norm"],
-    )
+    blocks = transformer(hf, post_norm=not hf["do_stable_layer_norm"])
     named, head = (hf.get("architectures") or [""])[0], None
     if named == "Wav2Vec2ForCTC":
         head = CTC(vocab_size=hf["vocab_size"], blank_id=hf["pad_token_id"])
@@ -121,7 +114,7 @@ def wav2vec2(hf: Mapping[str, Any]) -> Wav2Vec2:
         )
     shapes = zip(hf["conv_dim"], hf["conv_kernel"], hf["conv_stride"], strict=True)
     return Wav2Vec2(
-        transformer=transformer,
+        transformer=blocks,
         convolutions=tuple(shapes),
         conv_norm=hf["feat_extract_norm"],
         conv_bias=hf["conv_bias"],

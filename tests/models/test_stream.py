@@ -42,8 +42,8 @@ def in_pieces(encoder, params, whole, lengths):
 
 @pytest.mark.parametrize(
     "lengths",
-    [[1] * 20 + [80], [7, 13, 0, 29, 51], [6] * 16 + [4], [99, 1]],
-    ids=["singly", "odd", "hops", "late"],
+    [[1] * 7 + [93], [7, 0, 29, 64], [6] * 16 + [4]],
+    ids=["singly", "odd", "hops"],
 )
 def test_pieces_are_the_whole(lengths):
     encoder, params = model()
