@@ -25,6 +25,7 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.models.build import build
+from deepseek_jax.models.decoder import layer_table
 from deepseek_jax.ops.losses import token_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about rope
@@ -79,7 +80,7 @@ def test_logits_and_gradients_are_those_of_transformers(name, saved):
     shape_of = names.leaves(model)
     disk = {}
     for path, leaf in tree.flatten(slopes).items():
-        stacked = huggingface.disk_names(path, leaf.shape, huggingface.layer_table(model.config))
+        stacked = huggingface.disk_names(path, leaf.shape, layer_table(model.config))
         disk |= dict(zip(stacked, leaf, strict=True)) if stacked else {path: leaf}
     compared = 0
     for row in names.table(model.config, shape_of):
