@@ -17,7 +17,7 @@ def draw(rows: list[tuple[str, list[tuple[np.ndarray, bool]]]], folder: Path) ->
     for index, (words, found) in enumerate(rows):
         top = 1 - (gap + index * (size + gap)) / height
         place = top - size / 2 / height
-        figure.text(0.01, place, words[:40].replace("$", r"\$"), fontsize=7, va="center")
+        figure.text(0.01, place, words[:48].replace("$", r"\$"), fontsize=7, va="center")
         for place, (pixels, right) in enumerate(found):
             width = wide + count * (size + gap)
             left = (wide + place * (size + gap)) / width

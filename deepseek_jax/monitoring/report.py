@@ -49,6 +49,12 @@ PANELS = (  # picture, title, unit, keys of metrics.jsonl or, behind eval/, of e
     ("router", "Experts without a token", "in all layers", ("router/dead_experts",)),
     ("router", "Dropped by capacity", "fraction of choices", ("router/dropped_fraction",)),
 )
+CURVES = {  # color and label of those that do not say which side they are of
+    "guessing_loss": ("#8b949e", "where nothing is learned"),
+    "eval/chance_at_10": ("#8b949e", "by chance"),
+    "recall_at_1": ("#2563a8", "image to text"),
+    "recall_at_1_back": ("#1a7f37", "text to image"),
+}
 
 STYLE = """
 body{max-width:1120px;margin:2.5rem auto;padding:0 1.5rem;font:16px/1.5 system-ui,sans-serif;
@@ -165,7 +171,8 @@ def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
 def _draw(axes: Any, key: str, points: list[tuple[int, float]]) -> None:
     """A curve; a long one pale, and over it the mean of its neighbors, of fewer at the ends."""
     steps, values = np.array(points, float).T
-    color, label = ("#d9730d", "held-out") if key.startswith("eval/") else ("#2563a8", "training")
+    side = ("#d9730d", "held-out") if key.startswith("eval/") else ("#2563a8", "training")
+    color, label = CURVES.get(key, side)
     if window := len(values) // 60 * (key != "learning_rate"):
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         near = np.ones(2 * window + 1)
