@@ -127,7 +127,7 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     dtypes: Dtypes
     bias: bool = False
-    init: Init = "normal"
+    start: Init = "normal"
 
     def setup(self):
         left, right = self.equation.split("->")
@@ -135,7 +135,7 @@ class Projection(nn.Module):
         reduced = tuple(i for i, letter in enumerate(letters) if letter not in right)
         outputs = tuple(i for i, letter in enumerate(letters) if letter in right)
         summed = {"reduced": reduced, "outputs": outputs}
-        self.weight = weight(self, "weight", self.shape, self.axes, **summed, init=self.init)
+        self.weight = weight(self, "weight", self.shape, self.axes, **summed, init=self.start)
         if self.bias:
             shape = tuple(self.shape[i] for i in outputs)
             axes = tuple(self.axes[i] for i in outputs)
