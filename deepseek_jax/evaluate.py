@@ -71,8 +71,8 @@ def _pairs(model: TwoTowerModel, arguments: Arguments) -> dict[str, float]:
         raise InputError("--data is for language models; towers are scored on what was held out")
     if model.data is None or model.tokenizer is None:
         raise InputError(f"{arguments.checkpoint}: a folder says nothing of its data; give a run")
-    length = model.config.text.max_length
-    dataset = open_pairs(model.data, sequence_length=length, seed=0, tokenizer=model.tokenizer)
+    given = {"sequence_length": model.length, "tokenizer": model.tokenizer}
+    dataset = open_pairs(model.data, seed=0, **given)
     return retrieval(model.towers, model.params, dataset, arguments.batch_size)
 
 

@@ -59,8 +59,9 @@ def main(argv: list[str]) -> None:
         print(dry_run(config))
         return
     with failing_at_once():
-        lent = Lent(retrieval, queries) if isinstance(config.model, TwoTower) else None
-        code = train(config, lent or Lent(held_out, closing), trace)
+        pairs = isinstance(config.model, TwoTower)
+        lent = Lent(retrieval, queries) if pairs else Lent(held_out, closing)
+        code = train(config, lent, trace)
     if code:
         raise SystemExit(code)
 

@@ -105,7 +105,7 @@ def siglip(hf: Mapping[str, Any]) -> TwoTower:
         image=image_encoders.siglip_vision(hf.get("vision_config") or {}),
         text=siglip_text(hf.get("text_config") or {}),
         shared_dim=None,
-        sigmoid=True,
+        loss="sigmoid",
     )
 
 

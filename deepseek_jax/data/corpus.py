@@ -17,6 +17,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import struct
@@ -27,7 +28,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
-from deepseek_jax.core.storage import as_file, located
+from deepseek_jax.core.storage import as_file, in_bucket, located
 from deepseek_jax.data import sources
 from deepseek_jax.data.tokenizer import (
     BPE,
@@ -103,6 +104,22 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     limit = min(max(int(fraction * 2.0**64), int(hashes.min()) + 1), int(hashes.max()))
     mask = hashes < np.uint64(limit)
     return mask if mask.any() else np.arange(len(mask)) == 0  # all hashes may be the same
+
+
+def cache_folder(cache_dir: str) -> pathlib.Path:
+    """Where things are kept that are made once: `cache_dir`, or if empty the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(cache_dir or f"{base}/deepseek_jax").expanduser()
+
+
+def check_sides(held_out: float, num_workers: int, cache_dir: str) -> None:
+    """ValueError unless these fields of a data config can be."""
+    if not 0 < held_out < 1:
+        raise ValueError(f"data.held_out ({held_out}) must lie between 0 and 1.")
+    if in_bucket(cache_dir):
+        raise ValueError(f"data.cache_dir ({cache_dir}) must be a folder on a disk.")
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers ({num_workers}) must not be negative.")
 
 
 def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path) -> Corpus:

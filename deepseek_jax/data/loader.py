@@ -7,7 +7,6 @@ one integer, whatever the batch size, the number of processes or of workers.
 import dataclasses
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 import weakref
@@ -19,9 +18,14 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.storage import in_bucket
 from deepseek_jax.data import sources
-from deepseek_jax.data.corpus import digest, make_tokenizer, open_corpus
+from deepseek_jax.data.corpus import (
+    cache_folder,
+    check_sides,
+    digest,
+    make_tokenizer,
+    open_corpus,
+)
 from deepseek_jax.data.packing import Batch, Mixed, Rows
 from deepseek_jax.data.tokenizer import BPE, Tokenizer, TokenizerConfig
 
@@ -44,12 +48,7 @@ class Data:
     """Where tokens are kept; empty: deepseek_jax in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self):
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"data.held_out ({self.held_out}) must lie between 0 and 1.")
-        if in_bucket(self.cache_dir):
-            raise ValueError(f"data.cache_dir ({self.cache_dir}) must be a folder on a disk.")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative.")
+        check_sides(self.held_out, self.num_workers, self.cache_dir)
         if self.eval_tokens is not None and self.eval_tokens < 1:
             raise ValueError(f"data.eval_tokens ({self.eval_tokens}) must be at least 1.")
 
@@ -105,8 +104,7 @@ def open_data(
     checkpoint's own) reads the text instead of the config's; `whole` holds out every document.
     Raises InputError when the data cannot be read or the cache not be written.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
+    cache = cache_folder(config.cache_dir)
     parts = sources.parts(config.source)
     plain = [part.source for part in parts]
     with sources.reported(f"{cache} (--data.cache-dir)"):

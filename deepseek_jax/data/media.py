@@ -139,21 +139,19 @@ class Skips:
         print(f"skipped ({count} of {self.total}): {reason}", file=sys.stderr, flush=True)
 
 
-def usable(
-    media: Media, numbers: np.ndarray, row: int, use: Callable[[Example], Used], skips: Skips
-) -> Used:
+def usable(numbers: np.ndarray, row: int, use: Callable[[int], Used], skips: Skips) -> Used:
     """What `use` makes of example numbers[row % n], or of the first after it that it can use.
 
-    `use` decodes the example and raises InputError where it cannot.
+    `use` raises InputError where it cannot.
     """
     for step in range(len(numbers)):
         number = int(numbers[(row + step) % len(numbers)])
         if number not in skips.reasons:
             try:
-                return use(media.example(number))
+                return use(number)
             except InputError as error:
                 skips.add(number, str(error))
-    raise InputError(f"{_where(media.source)}: none of {len(numbers)} examples can be used")
+    raise InputError(f"none of {len(numbers)} examples can be used")
 
 
 def _where(source: MediaSource) -> str:

@@ -6,18 +6,23 @@ captions, which view of its image. Groups, not examples, are split into the two 
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.storage import in_bucket
 from deepseek_jax.data import media
 from deepseek_jax.data.augment import Augmentation, augmented, generator
-from deepseek_jax.data.corpus import cached, digest, held_out, key_hash
+from deepseek_jax.data.corpus import (
+    cache_folder,
+    cached,
+    check_sides,
+    digest,
+    held_out,
+    key_hash,
+)
 from deepseek_jax.data.emoji import open_emoji
 from deepseek_jax.data.tokenizer import (
     BPE,
@@ -69,15 +74,18 @@ class Pairs:
     """Where drawings and tokenizer are kept; empty: deepseek_jax in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self):
-        if not (0 < self.held_out < 1 and 0 <= self.max_skipped < 1):
-            raise ValueError(
-                f"data.held_out ({self.held_out}) must lie between 0 and 1, data.max_skipped "
-                f"({self.max_skipped}) in [0, 1)."
-            )
-        if in_bucket(self.cache_dir):
-            raise ValueError(f"data.cache_dir ({self.cache_dir}) must be a folder on a disk.")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers ({self.num_workers}) must not be negative.")
+        check_sides(self.held_out, self.num_workers, self.cache_dir)
+        if not 0 <= self.max_skipped < 1:
+            raise ValueError(f"data.max_skipped ({self.max_skipped}) must lie in [0, 1).")
+
+
+class Example(NamedTuple):
+    """One image and what is said of it."""
+
+    captions: dict[str, tuple[str, ...]]
+    """By field, such as a language; at least one."""
+    image: Callable[[], np.ndarray]
+    """uint8 [H, W, 3], decoded when it is called; InputError where it is damaged."""
 
 
 class _Emoji:
@@ -85,20 +93,22 @@ class _Emoji:
 
     def __init__(self, source: Emoji, size: int, cache: pathlib.Path):
         self.given = source, size, cache
-        found = open_emoji(size, cache)
-        self.hashes = np.array([key_hash(group) for group in found.groups], np.uint64)
-        self.found, self.languages = found, source.languages
-        self.fingerprint = digest([found.names, found.captions, size, source.languages])
+        self.found, self.languages = open_emoji(size, cache), source.languages
+        self.hashes = np.array([*map(key_hash, self.found.groups)], np.uint64)
+        facts = self.found.names, self.found.captions, size, source.languages
+        self.fingerprint = digest(facts)
 
     def __reduce__(self):
         return _Emoji, self.given
 
-    def captions(self, number: int) -> dict[str, tuple[str, ...]]:
+    def example(self, number: int) -> Example:
         words = self.found.captions[number]
-        return {name: (words[name],) for name in self.languages if name in words}
-
-    def image(self, number: int) -> np.ndarray:
-        return np.asarray(self.found.images[number])
+        captions: dict[str, tuple[str, ...]] = {
+            name: (words[name],) for name in self.languages if name in words
+        }
+        if not captions:
+            raise InputError(f"{self.found.names[number]}: has no name in {self.languages}")
+        return Example(captions, lambda: np.asarray(self.found.images[number]))
 
 
 class _Media:
@@ -111,17 +121,12 @@ class _Media:
     def __reduce__(self):
         return _Media, (self.media.source,)
 
-    def captions(self, number: int) -> dict[str, tuple[str, ...]]:
-        example = self.media.example(number)
-        if not example.captions:
-            raise InputError(f"{example.name}: there is no caption")
-        return example.captions
-
-    def image(self, number: int) -> np.ndarray:
-        example = self.media.example(number)
-        if "image" not in example.media:
-            raise InputError(f"{example.name}: there is no image")
-        return decode_image(example.media["image"], example.name)
+    def example(self, number: int) -> Example:
+        found = self.media.example(number)
+        for name, there in (("caption", found.captions), ("image", "image" in found.media)):
+            if not there:
+                raise InputError(f"{found.name}: there is no {name}")
+        return Example(found.captions, lambda: decode_image(found.media["image"], found.name))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,40 +149,23 @@ class PairRows:
 
     def _row(self, row: int) -> Batch:
         epoch, place = divmod(row, len(self.numbers))
-        order = _order(self.seed, epoch, len(self.numbers))
-        for step in range(len(order)):  # what is damaged gives its place to the next
-            number = int(self.numbers[order[(place + step) % len(order)]])
-            if number in self.skips.reasons:
-                continue
-            try:
-                return self._example(number, row)
-            except InputError as error:
-                self.skips.add(number, str(error))
-        raise InputError(f"none of {len(self.numbers)} examples can be used")
+        numbers = self.numbers[_order(self.seed, epoch, len(self.numbers))]
+        return media.usable(numbers, place, functools.partial(self._view, row), self.skips)
 
-    def _example(self, number: int, row: int) -> Batch:
-        draw = generator(self.seed, row, "caption")
-        fields = [*self.examples.captions(number).values()]
+    def _view(self, row: int, number: int) -> Batch:
+        """An example as row `row` shows it: one of its captions, a view of its image."""
+        example, draw = self.examples.example(number), generator(self.seed, row, "caption")
+        fields = [*example.captions.values()]
         captions = fields[draw.integers(len(fields))]
         caption = captions[draw.integers(len(captions))]
-        pixels, size = self.examples.image(number), self.config.image.size
-        if self.config.augmentation is None:
-            pixels = FITS[self.config.image.fit](pixels, self.config.image)
+        transform, kept = self.config.image, self.config.augmentation
+        if kept is None:
+            pixels = FITS[transform.fit](example.image(), transform)
         else:
-            kept = self.config.augmentation
-            pixels = augmented(pixels, self.seed, row, size, kept, self.config.image.method)
+            given = self.seed, row, transform.size, kept, transform.method
+            pixels = augmented(example.image(), *given)
         tokens = text_row(self.tokenizer, caption, self.length)
         return {"images": pixels, "tokens": tokens, "groups": np.int32(key_hash(caption) >> 33)}
-
-    def plain(self, number: int) -> np.ndarray:
-        """An example's image as it is evaluated: uint8 [S, S, 3]."""
-        transform = self.config.image
-        return FITS[transform.fit](self.examples.image(number), transform)
-
-    @property
-    def num_rows(self) -> int:
-        """Examples of this side."""
-        return len(self.numbers)
 
 
 @functools.lru_cache(4)
@@ -218,38 +206,35 @@ class PairDataset:
 
     def held_images(self) -> Iterator[Batch]:
         """The held-out images one by one: `images` uint8 [S, S, 3], `numbers`."""
+        for number, (image, _) in self._held(self.picture):
+            yield {"images": image, "numbers": np.int32(number)}
 
-        def of_one(number: int) -> Batch:
-            self.held.examples.captions(number)  # without any, there is nothing to find
-            return {"images": self.held.plain(number), "numbers": np.int32(number)}
-
-        yield from self._held(of_one)
-
-    def held_texts(self) -> dict[str, Batch]:
-        """By field (a language): every held-out caption's `tokens` [N, T] and `numbers`."""
+    def held_texts(self) -> dict[str, list[Batch]]:
+        """By field (a language): every held-out caption's `tokens` [T] and `numbers`."""
         found: dict[str, list[Batch]] = {}
-
-        def of_one(number: int) -> tuple[int, dict[str, tuple[str, ...]]]:
-            return number, self.held.examples.captions(number)
-
-        for number, fields in self._held(of_one):
-            for field, captions in fields.items():
+        for number, example in self._held(self.held.examples.example):
+            for field, captions in example.captions.items():
                 for caption in captions:
                     tokens = text_row(self.tokenizer, caption, self.held.length)
                     row = {"tokens": tokens, "numbers": np.int32(number)}
                     found.setdefault(field, []).append(row)
-        return {field: stacked(rows) for field, rows in found.items()}
+        return found
 
-    def _held(self, of_one: Callable[[int], T]) -> Iterator[T]:
-        """of_one(number) of the held-out examples, damaged ones left out, counted and named."""
+    def picture(self, number: int) -> tuple[np.ndarray, dict[str, tuple[str, ...]]]:
+        """An example's image as it is evaluated, uint8 [S, S, 3], and its captions by field."""
+        example, transform = self.held.examples.example(number), self.held.config.image
+        return FITS[transform.fit](example.image(), transform), example.captions
+
+    def _held(self, use: Callable[[int], T]) -> Iterator[tuple[int, T]]:
+        """Numbers and use(number) of the held-out examples; damaged ones are counted and named."""
         for number in map(int, self.held.numbers):
             if number not in self.held.skips.reasons:
                 try:
-                    found = of_one(number)
+                    found = use(number)
                 except InputError as error:
                     self.held.skips.add(number, str(error))
                 else:
-                    yield found
+                    yield number, found
 
 
 def open_pairs(
@@ -260,24 +245,20 @@ def open_pairs(
     `seed` draws the order, the captions and the views. A `tokenizer` (a checkpoint's own) reads the
     captions instead of the config's. Raises InputError when the data cannot be read.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = pathlib.Path(config.cache_dir or f"{base}/deepseek_jax").expanduser()
+    cache = cache_folder(config.cache_dir)
     examples: _Emoji | _Media
     if isinstance(config.source, Emoji):
         examples = _Emoji(config.source, config.image.size, cache)
     else:
         examples = _Media(config.source)
     held = held_out(examples.hashes, config.held_out)
-    sides = {"training": np.flatnonzero(~held), "held-out": np.flatnonzero(held)}
-    for name, numbers in sides.items():
-        if not len(numbers):
-            raise InputError(f"the {name} side has no pairs: change data.held_out")
+    sides = [np.flatnonzero(held == side) for side in (False, True)]  # neither is empty
     if tokenizer is None:
-        tokenizer = _tokenizer(config.tokenizer, examples, sides["training"], cache)
+        tokenizer = _tokenizer(config.tokenizer, examples, sides[0], cache)
     skips = media.Skips(len(examples.hashes), config.max_skipped)
     train, kept = (
         PairRows(examples, numbers, tokenizer, config, sequence_length, seed, skips)
-        for numbers in sides.values()
+        for numbers in sides
     )
     order = [examples.fingerprint, config.held_out, sequence_length, seed]
     fingerprint = digest([tokenizer.files(), order, repr(config.augmentation), repr(config.image)])
@@ -285,7 +266,7 @@ def open_pairs(
 
 
 def _tokenizer(
-    config: TokenizerConfig, examples: Any, numbers: np.ndarray, cache: pathlib.Path
+    config: TokenizerConfig, examples: _Emoji | _Media, numbers: np.ndarray, cache: pathlib.Path
 ) -> Tokenizer:
     """The config's tokenizer; a BPE is trained on the training side's captions."""
     if not isinstance(config, BPE):
@@ -294,10 +275,10 @@ def _tokenizer(
     def captions() -> Iterator[str]:
         for number in numbers:
             try:
-                for texts in examples.captions(int(number)).values():
+                for texts in examples.example(int(number)).captions.values():
                     yield from texts
             except InputError:  # named and counted when it is trained on
-                continue
+                pass
 
     def build(directory: pathlib.Path) -> None:
         train_bpe(config, captions()).save(directory)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from deepseek_jax.layers.encoder import Encoded, Stack, Transformer, Whole, learned
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection
+from deepseek_jax.layers.pooling import pooled
 from deepseek_jax.models.decoder import Table
 
 
@@ -62,22 +63,19 @@ class TextTransformer(nn.Module):
         x = table(tokens) + positions[None].astype(kept.compute)
         x, layers = Stack(t, kept, keep, name="segment_0")(x, Whole(mask=mask))
         hidden = LayerNorm(kept, eps=t.norm_eps, name="final_norm")(x)
-        real = jnp.ones(tokens.shape, bool) if mask is None else mask
         if c.pooling == "mean":
-            share = real / jnp.maximum(real.sum(1, keepdims=True), 1)
-            pooled = (hidden * share[..., None].astype(hidden.dtype)).sum(1)
+            one = pooled("mean", t, kept, hidden, mask, 0)
+        elif c.pooling == "last":
+            one = hidden[:, -1]
         else:
-            if c.pooling == "last":
-                place = jnp.full(tokens.shape[:1], length - 1)
-            else:
-                ends = tokens if c.pooling == "end" else tokens == c.end_id
-                place = jnp.argmax(ends, axis=1)
-            pooled = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+            ends = tokens if c.pooling == "end" else tokens == c.end_id
+            place = jnp.argmax(ends, axis=1)[:, None, None]
+            one = jnp.take_along_axis(hidden, place, axis=1)[:, 0]
         if c.head_dim is not None:
             shape, axes = (t.embed_dim, c.head_dim), ("embed", "mlp")
             head = Projection("btd,de->bte", shape, axes, kept, True, name="head")
-            pooled = head(pooled[:, None])[:, 0]
-        return Encoded(hidden, pooled, mask, layers)
+            one = head(one[:, None])[:, 0]
+        return Encoded(hidden, one, mask, layers)
 
 
 def example(config: TextTower) -> dict[str, Array]:

@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +18,7 @@ from deepseek_jax.models import text_tower, vit
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.vit import ViT
+from deepseek_jax.ops.contrastive import START, Kind, l2_normalized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class TwoTower:
     text: TextTower
     shared_dim: int | None = 512
     """Width of the shared space, reached by a projection of each tower; None: as they come out."""
-    sigmoid: bool = False
-    """Logits have a bias as well, for SigLIP's loss on single pairs."""
+    loss: Kind = "softmax"
+    """What brings the towers together: CLIP's, or SigLIP's, whose logits have a bias as well."""
     init_scale: float = 0.02
 
     def __post_init__(self):
@@ -73,13 +73,6 @@ class Pairing(NamedTuple):
     """0 where the model has none."""
 
 
-def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """x over its length, float32; a vector of zeros stays one."""
-    x = x.astype(jnp.float32)
-    squares = (x * x).sum(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
-
-
 class TwoTowers(nn.Module):
     """Two towers as a module."""
 
@@ -91,29 +84,22 @@ class TwoTowers(nn.Module):
         self.image = vit.VisionTransformer(c.image, self.dtypes)
         self.text = text_tower.TextTransformer(c.text, self.dtypes)
         if c.shared_dim is not None:
-            widths = {"image": c.image.transformer.embed_dim, "text": c.text_dim}
-            projections = {
-                side: Projection(
-                    "btd,de->bte", (width, c.shared_dim), ("embed", "mlp"), self.dtypes
-                )
-                for side, width in widths.items()
-            }
-            self.image_projection, self.text_projection = projections["image"], projections["text"]
-        start = 2.302585 if c.sigmoid else 2.659260  # log 10; log(1 / 0.07)
-        self.logit_scale = weight(
-            self, "logit_scale", (), (), init=start, dtype=jnp.dtype(jnp.float32)
-        )
-        if c.sigmoid:
-            self.logit_bias = weight(
-                self, "logit_bias", (), (), init=-10.0, dtype=jnp.dtype(jnp.float32)
+            axes = ("embed", "mlp")
+            self.image_projection, self.text_projection = (
+                Projection("btd,de->bte", (width, c.shared_dim), axes, self.dtypes)
+                for width in (c.image.transformer.embed_dim, c.text_dim)
             )
+        kind, (scale, bias) = jnp.dtype(jnp.float32), START[c.loss]
+        self.logit_scale = weight(self, "logit_scale", (), (), init=scale, dtype=kind)
+        if c.loss == "sigmoid":
+            self.logit_bias = weight(self, "logit_bias", (), (), init=bias, dtype=kind)
 
     def embed_image(self, images: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         """Normalized vectors of images."""
         pooled = self.image(images).pooled
         if self.config.shared_dim is not None:
             pooled = self.image_projection(pooled[:, None])[:, 0]
-        return normalized(pooled)
+        return l2_normalized(pooled)
 
     def embed_text(
         self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
@@ -122,7 +108,7 @@ class TwoTowers(nn.Module):
         pooled = self.text(tokens, mask).pooled
         if self.config.shared_dim is not None:
             pooled = self.text_projection(pooled[:, None])[:, 0]
-        return normalized(pooled)
+        return l2_normalized(pooled)
 
     def __call__(
         self,
@@ -130,7 +116,7 @@ class TwoTowers(nn.Module):
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"] | None = None,
     ) -> Pairing:
-        bias = self.logit_bias if self.config.sigmoid else jnp.zeros(())
+        bias = self.logit_bias if self.config.loss == "sigmoid" else jnp.zeros(())
         scale, bias = (x.astype(jnp.float32) for x in (self.logit_scale, bias))
         return Pairing(self.embed_image(images), self.embed_text(tokens, mask), scale, bias)
 

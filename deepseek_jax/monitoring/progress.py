@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 SHOWN = {
     "loss": "loss {:.4f}",
+    "guessing_loss": "(guessing {:.2f})",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.1%}",
     "left": "ETA {}",

@@ -15,7 +15,6 @@ from deepseek_jax.checkpoint import encoders, huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.pairs import Pairs, text_row
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,6 +66,8 @@ class TwoTowerModel:
     """Of a run: what its captions were read with."""
     data: Pairs | None = None
     """Of a run: what it was trained on, and how its images became the tower's input."""
+    length: int = 0
+    """Of a run: tokens that its captions were cut to."""
 
     def embed_image(self, pixels: Any) -> Float[Array, "B E"]:
         """Normalized vectors, float32, of pixels [B, C, H, W] as HF's processors make them."""
@@ -82,13 +83,13 @@ class TwoTowerModel:
         return self.embed_image(prepared(pictures, self.data.image))
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
-        """The same of texts, cut to the tower's length.
+        """The same of texts, cut as the captions were.
 
         Of a run, whose tokenizer is known; raises InputError for a folder.
         """
         if self.tokenizer is None:
             raise InputError("this model brings no tokenizer: give tokens to embed_text")
-        rows = np.stack([text_row(self.tokenizer, x, self.config.text.max_length) for x in texts])
+        rows = np.stack([text_row(self.tokenizer, x, self.length) for x in texts])
         return self.embed_text(np.maximum(rows, 0), rows >= 0)
 
     def embed_text(self, tokens: Any, attention_mask: Any = None) -> Float[Array, "B E"]:
@@ -107,14 +108,6 @@ def _apply(encoder: Encoder, params: Any, inputs: dict[str, Any], keep: bool) ->
     return encoder.apply(params, keep=keep, **inputs)
 
 
-def is_encoder(path: str | pathlib.Path) -> bool:
-    """Whether a path is a Hugging Face folder of an encoder that is known here."""
-    if not is_folder_of_tensors(path):
-        return False
-    original = huggingface.read_optional(pathlib.Path(path), "config.json")
-    return encoders.family_of(original) is not None
-
-
 def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
     """The encoder, or the two towers, of a Hugging Face folder.
 
@@ -125,10 +118,7 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
     folder = huggingface.open_any(path)
     if encoders.family_of(folder.original) is None:
         raise InputError(f"{path}: model_type {folder.original.get('model_type')!r} is no encoder")
-    dtype = next(iter(folder.tensors.values())).dtype
-    precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
-    if jax.default_backend() == "cpu":
-        precision = Precision(compute="float32")
+    precision = language.precision_of_folder(next(iter(folder.tensors.values())).dtype)
     if isinstance(folder.config, TwoTower):
         towers = build_towers(folder.config, precision)
         params = huggingface.load_encoder(folder, towers, towers.shapes)
@@ -148,15 +138,12 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
     directory = manager.resolve(path)
     recorded = manager.read_config(directory)
     config = from_dict(TwoTower, recorded["model"], "model")
-    precision = from_dict(Precision, recorded["precision"], "precision")
-    if precision.compute == "auto" and jax.default_backend() == "cpu":
-        precision = dataclasses.replace(precision, compute="float32")
-    towers = build_towers(config, precision)
+    towers = build_towers(config, language.precision_of_run(recorded))
     params = manager.load_params(directory, towers.shapes, towers.layers)
     last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
     data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
-    tokenizer = load_tokenizer(directory)
-    return TwoTowerModel(towers, params, config, {}, tokenizer, data)
+    length = last.get("sequence_length", recorded["sequence_length"])
+    return TwoTowerModel(towers, params, config, {}, load_tokenizer(directory), data, length)
 
 
 def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
@@ -165,7 +152,9 @@ def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.La
     See `load_encoder`, `load_towers` and `serving.language.load`.
     """
     if is_folder_of_tensors(path):
-        return load_encoder(path) if is_encoder(path) else language.load(path)
+        folder = huggingface.fetched(path)
+        known = encoders.family_of(huggingface.read_optional(folder, "config.json"))
+        return load_encoder(folder) if known else language.load(folder)
     recorded = manager.read_config(manager.resolve(path))
     towers = recorded["model"].get("type") == TwoTower.__name__
     return load_towers(path) if towers else language.load(path)

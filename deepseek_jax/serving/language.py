@@ -319,10 +319,7 @@ def load(path: str | pathlib.Path) -> LanguageModel:
     if (kind := config["model"].get("type")) != Decoder.__name__:
         raise InputError(f"{path}: holds a {kind}, and this is for language models")
     decoder = dataclasses.replace(from_dict(Decoder, config["model"], "model"), scan=False)
-    precision = from_dict(Precision, config["precision"], "precision")
-    if precision.compute == "auto" and jax.default_backend() == "cpu":
-        precision = dataclasses.replace(precision, compute="float32")
-    model = build(decoder, precision)
+    model = build(decoder, precision_of_run(config))
     params = manager.load_params(directory, model.shapes, layer_table(decoder))
     kept = directory / huggingface.BESIDE  # of a checkpoint that was converted
     tokenizer = huggingface.tokenizer_of(kept)
@@ -332,13 +329,25 @@ def load(path: str | pathlib.Path) -> LanguageModel:
     return LanguageModel(model, params, tokenizer, decoder, config, ends, renderer)
 
 
+def precision_of_run(recorded: Mapping[str, Any]) -> Precision:
+    """How the weights of a run are used here; automatic precision is float32 on a CPU."""
+    precision = from_dict(Precision, recorded["precision"], "precision")
+    if precision.compute == "auto" and jax.default_backend() == "cpu":
+        return dataclasses.replace(precision, compute="float32")
+    return precision
+
+
+def precision_of_folder(stored: np.dtype) -> Precision:
+    """The same of a Hugging Face folder whose weights are stored so."""
+    if jax.default_backend() == "cpu":
+        return Precision(compute="float32")
+    return Precision(params="bfloat16" if stored == jnp.bfloat16 else "float32")
+
+
 def _load_folder(path: pathlib.Path) -> LanguageModel:
     folder = huggingface.open_folder(path)
     folder = folder._replace(config=dataclasses.replace(folder.config, scan=False))
-    stored = folder.tensors["model.embed_tokens.weight"].dtype
-    precision = Precision(params="bfloat16" if stored == jnp.bfloat16 else "float32")
-    if jax.default_backend() == "cpu":
-        precision = Precision(compute="float32")
+    precision = precision_of_folder(folder.tensors["model.embed_tokens.weight"].dtype)
     model = build(folder.config, precision)
     params = huggingface.load_params(folder, model, model.shapes)
     recorded = huggingface.recorded(folder, precision)

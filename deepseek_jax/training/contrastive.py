@@ -5,16 +5,20 @@ over the whole batch on any mesh: see layers/contrastive.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.data.vision import NORMALIZATIONS
+from deepseek_jax.data.vision import normalized
 from deepseek_jax.layers.contrastive import contrastive_terms
 from deepseek_jax.models.two_tower import Towers
-from deepseek_jax.ops.alignment import collapse_signs, guessing_loss
+from deepseek_jax.ops.alignment import collapse_signs, collapse_warning, guessing_loss
+from deepseek_jax.ops.contrastive import temperature
 from deepseek_jax.training.step import Objective
+
+BEGUN = 100  # steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +35,12 @@ class Contrastive:
 
 def inputs_of(batch: dict[str, Any], preset: str) -> dict[str, jax.Array]:
     """What the towers take of a batch of data/pairs: normalized pixels, tokens, a mask."""
-    mean, deviation = (
-        jnp.array(values, jnp.float32).reshape(1, 1, 1, -1) for values in NORMALIZATIONS[preset]
-    )
-    images = (batch["images"].astype(jnp.float32) / 255 - mean) / deviation
-    tokens = batch["tokens"]
-    return {"images": images, "tokens": jnp.maximum(tokens, 0), "mask": tokens >= 0}
+    return {"images": normalized(batch["images"], preset), **texts_of(batch["tokens"])}
+
+
+def texts_of(tokens: jax.Array) -> dict[str, jax.Array]:
+    """What a text tower takes of rows of tokens that are -1 behind their ends."""
+    return {"tokens": jnp.maximum(tokens, 0), "mask": tokens >= 0}
 
 
 def make_contrastive(config: Contrastive, model: Towers, preset: str) -> Objective:
@@ -44,10 +48,10 @@ def make_contrastive(config: Contrastive, model: Towers, preset: str) -> Objecti
 
     Terms, means over rows: `loss`; reports `recall_at_1`, `recall_at_1_back` (within the batch),
     `positive_cosine`, `negative_cosine`; and of a microbatch each `guessing_loss` (what the loss is
-    where nothing is learned), `temperature`, `mean_cosine` and `effective_rank` of the image side:
-    near 1, both towers have collapsed.
+    where nothing is learned), `temperature`, and of the images' vectors `mean_cosine` and
+    `effective_rank`: near 1, either says that they have collapsed (`collapse`).
     """
-    kind = "sigmoid" if model.config.sigmoid else "softmax"
+    kind = model.config.loss
     means = ("loss", "recall_at_1", "recall_at_1_back", "positive_cosine", "negative_cosine")
     single = ("guessing_loss", "temperature", "mean_cosine", "effective_rank")
 
@@ -63,13 +67,19 @@ def make_contrastive(config: Contrastive, model: Towers, preset: str) -> Objecti
         terms = contrastive_terms(*given, kind=kind, chunk=config.chunk)
         rows = jnp.float32(batch["tokens"].shape[0])
         signs = collapse_signs(pair.image)
-        found = {
-            "guessing_loss": guessing_loss(kind, rows),
-            "temperature": jax.lax.stop_gradient(jnp.exp(pair.log_scale)),
-            "mean_cosine": signs["mean_cosine"],
-            "effective_rank": signs["effective_rank"],
-        }
-        one = jnp.float32(1)
-        return terms | {name: (value, one) for name, value in found.items()}, {}
+        signs["guessing_loss"] = guessing_loss(kind, rows)
+        signs["temperature"] = jax.lax.stop_gradient(temperature(pair.log_scale))
+        return terms | {name: (signs[name], jnp.float32(1)) for name in single}, {}
 
     return Objective(loss_fn, weights_fn, {"loss": 1.0}, {})
+
+
+def collapse(step: int, values: Mapping[str, float]) -> str | None:
+    """A sentence where a step's metrics say that the towers' vectors have become one.
+
+    That a loss is no better than guessing means something only once a model has begun to learn.
+    """
+    if "mean_cosine" not in values:
+        return None
+    begun = [values[name] for name in ("loss", "guessing_loss")] if step > BEGUN else []
+    return collapse_warning(values["mean_cosine"], *begun)

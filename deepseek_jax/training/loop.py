@@ -45,6 +45,7 @@ from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
 from deepseek_jax.training import invariants, slices
+from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.optimizer import is_indexer, make_optimizer
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
@@ -238,6 +239,9 @@ class _Run:
             theirs = folder.config
         else:
             theirs = core_config.from_dict(ModelConfig, read_config(source)["model"], "model")
+        if type(theirs) is not type(config.model):
+            found, wanted = type(theirs).__name__, type(config.model).__name__
+            raise InputError(f"{config.init_from} holds a {found}, and this run trains a {wanted}")
         indexer = getattr(getattr(config.model, "attention", None), "indexer", None)
         if indexer and getattr(theirs.attention, "indexer", indexer) is None:
             # As V3.2 grew out of V3.1.
@@ -253,11 +257,6 @@ class _Run:
 
             added = jax.jit(make, out_shardings=places)()
             abstract = unflatten_dict({p: x for p, x in leaves.items() if p not in added}, sep="/")
-        if folder and type(folder.config) is not type(config.model):
-            raise InputError(
-                f"{config.init_from} holds a {type(folder.config).__name__}, and this run trains a "
-                f"{type(config.model).__name__}"
-            )
         if folder:
             params = huggingface.load_any(folder, model, abstract)
         else:
@@ -337,6 +336,8 @@ class _Run:
             if load:
                 self.log.expert_load(step, jax.device_get(load))
             self.progress.step(step, values)
+            if warning := collapse(step, values):
+                self.progress.say(f"step {step}: {warning}")
             times, named = self.peers.straggler(pace, self.config.faults.straggler_factor)
             if times:
                 self.log.processes(step, times)

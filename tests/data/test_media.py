@@ -150,27 +150,28 @@ def test_damage_is_skipped_counted_and_named_until_it_is_too_much(tmp_path, caps
     media = Media(_folder(tmp_path))
     everything = np.arange(10)
 
-    def use(example: Example) -> int:
+    def use(number: int) -> int:
+        example = media.example(number)
         return int(decode_image(example.media["image"], example.name)[0, 0, 0])
 
     (tmp_path / "d/03.png").write_bytes(_png(3)[:-22])
     (tmp_path / "d/04.png").unlink()
     for order in (range(10), reversed(range(10))):
         skips = Skips(len(media), 0.2)
-        found = {row: usable(media, everything, row, use, skips) for row in order}
+        found = {row: usable(everything, row, use, skips) for row in order}
         assert found == {row: 5 if row in (3, 4) else row for row in range(10)}
-        assert usable(media, everything, 23, use, skips) == 5
+        assert usable(everything, 23, use, skips) == 5
         assert sorted(skips.reasons) == [3, 4]
         assert "d/03.png: a broken or truncated image" in skips.reasons[3]
         assert "d/04.png: No such file" in skips.reasons[4]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 4 and said[0].startswith("skipped (1 of 10): d/03.png: a broken")
     with pytest.raises(InputError, match=r"2 of 10 examples cannot be used, more than 19.00% .*04"):
-        usable(media, everything, 3, use, Skips(len(media), 0.19))
+        usable(everything, 3, use, Skips(len(media), 0.19))
     with pytest.raises(InputError, match=r"1 of 10 .*more than 1.00%"):
-        usable(media, everything, 3, use, Skips(len(media)))
+        usable(everything, 3, use, Skips(len(media)))
     with pytest.raises(InputError, match="none of 2 examples can be used"):
-        usable(media, np.array([3, 4]), 0, use, Skips(len(media), 1))
+        usable(np.array([3, 4]), 0, use, Skips(len(media), 1))
 
 
 @pytest.mark.parametrize(

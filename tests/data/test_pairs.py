@@ -64,7 +64,7 @@ def test_a_row_is_a_function_of_its_number_and_the_seed(folder):
 def test_every_epoch_has_every_example_once_in_another_order(folder):
     plain = config(folder, augmentation=None, max_skipped=0.05)
     dataset = open_pairs(plain, sequence_length=12, seed=3)
-    count = dataset.train.num_rows
+    count = len(dataset.train.numbers)
     epochs = [dataset.train.batch(np.arange(e * count, (e + 1) * count)) for e in range(2)]
     colors = [sorted(map(tuple, epoch["images"][:, 4, 4])) for epoch in epochs]
     damaged = 7 in dataset.train.numbers
@@ -84,10 +84,10 @@ def test_sides_share_no_group_and_what_is_damaged_is_named(folder, capsys):
     assert "7.png" in capsys.readouterr().err
     assert [n for n in dataset.held.numbers if n != 7] == held
     texts = dataset.held_texts()
-    assert {field: len(rows["tokens"]) for field, rows in texts.items()} == {
+    assert {field: len(rows) for field, rows in texts.items()} == {
         "en": 2 * len(held), "fr": len(held)
     }  # fmt: skip
-    ids = texts["fr"]["tokens"][0]
+    ids = texts["fr"][0]["tokens"]
     assert dataset.tokenizer.decode_bytes(ids[1 : list(ids).index(257)]) == b"numero %d" % held[0]
     with pytest.raises(InputError, match="1 of 30 examples cannot be used"):
         strict = open_pairs(config(folder, max_skipped=0.0), sequence_length=12, seed=0)

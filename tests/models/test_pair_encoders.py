@@ -135,7 +135,7 @@ def test_fresh_towers_start_as_clip_and_siglip_do(tmp_path):
     config = clip(tmp_path)[1].config
     params = build_towers(config).init(jax.random.key(0))
     np.testing.assert_allclose(params["logit_scale"], np.log(1 / 0.07), rtol=1e-6)
-    params = build_towers(dataclasses.replace(config, sigmoid=True)).init(jax.random.key(0))
+    params = build_towers(dataclasses.replace(config, loss="sigmoid")).init(jax.random.key(0))
     np.testing.assert_allclose(np.exp(params["logit_scale"]), 10, rtol=1e-6)
     assert params["logit_bias"] == -10
 

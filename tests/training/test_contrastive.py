@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -24,13 +25,19 @@ from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.data.vision import ImageTransform
 from deepseek_jax.evaluation.retrieval import queries, retrieval
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.build import Network
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.two_tower import TwoTower, build_towers
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 from deepseek_jax.serving.encoder import load_encoder
-from deepseek_jax.training.contrastive import Contrastive, inputs_of, make_contrastive
+from deepseek_jax.training.contrastive import (
+    Contrastive,
+    collapse,
+    inputs_of,
+    make_contrastive,
+)
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Constant
 from deepseek_jax.training.recipe import TrainConfig
@@ -98,12 +105,12 @@ def test_the_loss_and_its_slopes_are_clips(clip):
         np.testing.assert_allclose(mine, other, atol=atol, rtol=0, err_msg=row.theirs)
 
 
-@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "data": 2}, {"expert": 4, "tensor": 2}], ids=str
 )
-def test_a_mesh_changes_nothing(sizes, sigmoid):
-    model = build_towers(dataclasses.replace(MODEL, sigmoid=sigmoid), Precision(compute="float32"))
+def test_a_mesh_changes_nothing(sizes, loss):
+    model = build_towers(dataclasses.replace(MODEL, loss=loss), Precision(compute="float32"))
     params = model.init(jax.random.key(1))
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)  # logits of some size
     batch = make_batch(16, vocab=258)
@@ -185,6 +192,34 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
     assert model.embed_image(pixels).shape == (3, 24)
     again = model.embed_text([[256, *b"a", 257]])
     np.testing.assert_allclose(again[0], texts[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("cosine, loss, step, why", [
+    (0.999, 5.0, 1, "embeddings collapse"),
+    (0.1, 5.5, 101, "is that of guessing"),
+    (0.1, 5.5, 100, None),  # it has just begun
+    (0.1, 3.0, 500, None),
+])  # fmt: skip
+def test_collapse_is_said(cosine, loss, step, why):
+    values = {"mean_cosine": cosine, "loss": loss, "guessing_loss": 5.55}
+    found = collapse(step, values)
+    assert found is None if why is None else why in found
+    assert collapse(step, {"loss": loss}) is None, "a language model has no such pairs"
+
+
+def test_a_run_whose_towers_collapse_says_so(folder, tmp_path, capsys, monkeypatch):
+    def alike(self, key):
+        """Nothing of an input gets past the blocks, so all vectors are the same."""
+
+        def leaf(path, x):
+            return jnp.full(x.shape, float(x.ndim < 2 or "projection" in path), x.dtype)
+
+        return tree.map_with_path(leaf, self.shapes)
+
+    monkeypatch.setattr(Network, "init", alike)
+    assert train(recipe(folder, tmp_path / "run", steps=1), LENT) == 0
+    said = capsys.readouterr().err
+    assert "step 1: embeddings collapse" in said and "(guessing 2.77)" in said
 
 
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):
