@@ -11,7 +11,8 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
-from deepseek_jax.evaluation.retrieval import queries, retrieval
+from deepseek_jax.evaluation.queries import queries
+from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.models.counts import describe, num_params
 from deepseek_jax.models.networks import build_network

@@ -10,15 +10,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.storage import located
 from deepseek_jax.data.pairs import Batch, PairDataset, stacked
 from deepseek_jax.data.vision import normalized
 from deepseek_jax.evaluation.scores import retrieval_scores
 from deepseek_jax.models.two_tower import Towers
-from deepseek_jax.monitoring.queries import draw
 from deepseek_jax.training.contrastive import texts_of
-
-SHOWN, FOUND = 5, 8  # queries a field, images each
 
 
 def embedded(
@@ -90,29 +86,3 @@ def retrieval(
     for name, key in (("recall_at_10", "recall@10"), ("chance_at_10", "chance@10")):
         scores[name] = float(np.mean([scores[f"{way}/{key}"] for way in ways]))
     return scores
-
-
-def queries(model: Towers, params: Any, dataset: PairDataset, config: Any) -> str:
-    """What some held-out captions of each field find first, as text and, in the run's folder
-    pictures/, as a picture."""
-    if not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(params)):
-        return "no queries: the weights are spread over processes"
-    images, texts = embedded(model, params, dataset, min(64, config.batch_size))
-    rows, lines = [], ["held-out captions and the images that they find:"]
-    for field, side in texts.items():
-        chosen = np.linspace(0, len(side["numbers"]) - 1, SHOWN).astype(int)
-        for place in dict.fromkeys(chosen.tolist()):
-            number = int(side["numbers"][place])
-            order = np.argsort(-(images["vectors"] @ side["vectors"][place]))[:FOUND]
-            best = [int(n) for n in images["numbers"][order]]
-            pictures = [dataset.picture(n) for n in best]
-            _, captions = dataset.picture(number)
-            words, (first, *_) = captions[field][0], captions.values()
-            names = [next(iter(said.values()))[0] for _, said in pictures[:3]]
-            lines.append(f"  {words} -> {', '.join(names)}")
-            # Few machines have a font with every language.
-            label = words if words.isascii() else f"{first[0]} ({field})"
-            framed = [(image, n == number) for n, (image, _) in zip(best, pictures, strict=True)]
-            rows.append((label, framed))
-    draw(rows, located(config.run_dir) / "pictures")
-    return "\n".join(lines)

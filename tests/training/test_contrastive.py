@@ -23,7 +23,8 @@ from deepseek_jax.data.media import MediaFolder
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.data.vision import ImageTransform
-from deepseek_jax.evaluation.retrieval import queries, retrieval
+from deepseek_jax.evaluation.queries import queries
+from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.text_tower import TextTower
