@@ -86,7 +86,7 @@ class Corpus:
 
     def documents(self, fraction: float, training: bool) -> np.ndarray:
         """The numbers of the documents of one side, ascending."""
-        return np.flatnonzero(held_out(self.hashes, fraction) != training)
+        return side(self.hashes, fraction, training)
 
 
 def key_hash(key: str) -> int:
@@ -103,6 +103,11 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     limit = min(max(int(fraction * 2.0**64), int(hashes.min()) + 1), int(hashes.max()))
     mask = hashes < np.uint64(limit)
     return mask if mask.any() else np.arange(len(mask)) == 0  # all hashes may be the same
+
+
+def side(hashes: np.ndarray, fraction: float, training: bool) -> np.ndarray:
+    """The numbers of what is trained on, or else held out, ascending."""
+    return np.flatnonzero(held_out(hashes, fraction) != training)
 
 
 def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path) -> Corpus:

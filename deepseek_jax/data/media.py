@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import in_bucket
-from deepseek_jax.data.corpus import held_out, key_hash
+from deepseek_jax.data.corpus import key_hash
 from deepseek_jax.data.shards import (
     ENDINGS,
     MAX_MEDIUM,
@@ -113,10 +113,6 @@ class Media:
         if not 0 <= number < len(self):
             raise IndexError(f"example {number} of {len(self)}")
         return self._read(int(number))
-
-    def numbers(self, fraction: float, training: bool) -> np.ndarray:
-        """The numbers of the examples of one side, ascending; `fraction` of the groups held out."""
-        return np.flatnonzero(held_out(self.hashes, fraction) != training)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data.corpus import key_hash
+from deepseek_jax.data.corpus import key_hash, side
 from deepseek_jax.data.media import (
     Media,
     MediaFolder,
@@ -111,7 +111,7 @@ def test_every_format_has_the_same_examples(tmp_path, make):
         assert found.media == {"image": content} and found.group == group
         assert found.captions == {"text": (text,), "zh": (chinese,)}
         assert decode_image(found.media["image"], found.name)[0, 0, 0] == number
-    train, out = media.numbers(0.4, training=True), media.numbers(0.4, training=False)
+    train, out = (side(media.hashes, 0.4, training) for training in (True, False))
     assert sorted([*train, *out]) == list(range(10)) and len(out)
     assert media.hashes[out].max() < media.hashes[train].min()  # small ones are held out
     assert not {number // 2 for number in train} & {number // 2 for number in out}
