@@ -29,7 +29,7 @@ from deepseek_jax.data.sources import File, json_object, one_line, reported, tex
 
 ENDINGS = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jp2"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a"),
+    "audio": ("wav", "aiff", "aif", "flac", "mp3", "ogg", "opus", "m4a", "mka"),
     "video": ("mp4", "webm", "mkv", "avi", "mov"),
 }
 KINDS = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
