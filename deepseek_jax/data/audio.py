@@ -15,6 +15,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
+from deepseek_jax.data.augment import generator
 from deepseek_jax.data.containers import container_of
 from deepseek_jax.data.sources import one_line
 
@@ -63,7 +64,7 @@ def centered_crop(wave: np.ndarray, length: int) -> np.ndarray:
 
 def random_crop(wave: np.ndarray, length: int, seed: int, row: int) -> np.ndarray:
     """`length` samples from a place that depends on (seed, row) alone; all of a shorter wave."""
-    start = np.random.default_rng((seed, row)).integers(max(len(wave) - length, 0) + 1)
+    start = generator(seed, row, "sound crop").integers(max(len(wave) - length, 0) + 1)
     return wave[start : start + length]
 
 

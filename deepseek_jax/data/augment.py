@@ -9,8 +9,7 @@ import math
 
 import numpy as np
 
-from deepseek_jax.core.errors import InputError
-from deepseek_jax.data.vision import Method, resized
+from deepseek_jax.data.vision import Method, checked, resized
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # how bright the eye sees each channel (BT.601)
 
@@ -45,15 +44,8 @@ def generator(seed: int, row: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, row, *purpose.encode()])
 
 
-def random_resized_crop(
-    pixels: np.ndarray,
-    seed: int,
-    row: int,
-    size: int,
-    config: Augmentation,
-    method: Method = "bicubic",
-) -> np.ndarray:
-    """A random part of the image as [size, size, 3].
+def random_crop(pixels: np.ndarray, seed: int, row: int, config: Augmentation) -> np.ndarray:
+    """A random part of the image.
 
     Its share of the area is uniform in min_area..1, its width by its height log-uniform in
     1 / max_stretch .. max_stretch, both as far as they fit (Inception's crop; Szegedy et al. 2015).
@@ -66,7 +58,7 @@ def random_resized_crop(
     high = min(height, max(1, round(math.sqrt(area / ratio))))
     wide = min(width, max(1, round(math.sqrt(area * ratio))))
     top, left = draw.integers(height - high + 1), draw.integers(width - wide + 1)
-    return resized(pixels[top : top + high, left : left + wide], size, size, method)
+    return pixels[top : top + high, left : left + wide]
 
 
 def random_flip(pixels: np.ndarray, seed: int, row: int, config: Augmentation) -> np.ndarray:
@@ -99,7 +91,5 @@ def augmented(
     method: Method = "bicubic",
 ) -> np.ndarray:
     """Row `row`'s view of the image, uint8 [size, size, 3]: crop, mirror, colors."""
-    if pixels.ndim != 3 or pixels.dtype != np.uint8:
-        raise InputError(f"augmenting {pixels.dtype} {pixels.shape}: give uint8 [H, W, 3]")
-    view = random_resized_crop(pixels, seed, row, size, config, method)
+    view = resized(random_crop(checked(pixels), seed, row, config), size, size, method)
     return color_jitter(random_flip(view, seed, row, config), seed, row, config)

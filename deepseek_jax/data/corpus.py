@@ -87,7 +87,7 @@ class Corpus:
 
     def documents(self, fraction: float, training: bool) -> np.ndarray:
         """The numbers of the documents of one side, ascending."""
-        return np.flatnonzero(held_out(self.hashes, fraction) != training)
+        return side(self.hashes, fraction, training)
 
 
 def key_hash(key: str) -> int:
@@ -120,6 +120,11 @@ def check_sides(held_out: float, num_workers: int, cache_dir: str) -> None:
         raise ValueError(f"data.cache_dir ({cache_dir}) must be a folder on a disk.")
     if num_workers < 0:
         raise ValueError(f"data.num_workers ({num_workers}) must not be negative.")
+
+
+def side(hashes: np.ndarray, fraction: float, training: bool) -> np.ndarray:
+    """The numbers of what is trained on, or else held out, ascending."""
+    return np.flatnonzero(held_out(hashes, fraction) != training)
 
 
 def open_corpus(source: sources.Plain, tokenizer: Tokenizer, cache: pathlib.Path) -> Corpus:

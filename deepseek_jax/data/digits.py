@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data.augment import generator
-from deepseek_jax.data.corpus import held_out, key_hash
+from deepseek_jax.data.corpus import key_hash, side
 from deepseek_jax.data.vision import resized
 
 DIRECTIONS = {  # rows and columns a step; what it is called in English and Chinese
@@ -47,7 +47,7 @@ def digit_numbers(fraction: float, training: bool) -> np.ndarray:
     """The numbers of the digits of one side, ascending; about `fraction` of them held out."""
     names = (f"digit {number}" for number in range(len(load_digits().labels)))
     hashes = np.array([*map(key_hash, names)], np.uint64)
-    return np.flatnonzero(held_out(hashes, fraction) != training)
+    return side(hashes, fraction, training)
 
 
 class Clip(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.core.storage import at_once
-from deepseek_jax.data.corpus import cached, held_out, key_hash
+from deepseek_jax.data.corpus import cached
 from deepseek_jax.data.vision import decode_image
 
 LANGUAGES = ("en", "zh")
@@ -60,11 +60,6 @@ class Emoji(NamedTuple):
     """What is split together."""
     names: list[str]
     """Code points, as in 1F469-200D-1F680."""
-
-    def numbers(self, fraction: float, training: bool) -> np.ndarray:
-        """The numbers of one side, ascending; about `fraction` of the groups are held out."""
-        hashes = np.array([*map(key_hash, self.groups)], np.uint64)
-        return np.flatnonzero(held_out(hashes, fraction) != training)
 
 
 def open_emoji(size: int, cache: pathlib.Path) -> Emoji:
@@ -149,7 +144,7 @@ def captions(name: str) -> dict[str, str]:
         return {"en": english, "zh": chinese}
     if TAGS & set(text):
         region = "".join(chr(ord(each) - 0xE0000) for each in text if each in TAGS).strip("\x7f")
-        return {"en": f"flag of {region[:2]}-{region[2:]}".upper().replace("FLAG OF", "flag of")}
+        return {"en": f"flag of {region[:2].upper()}-{region[2:].upper()}"}
     parts = [unicodedata.name(each, "").lower() for each in text if each != JOINER]
     if not all(parts):
         return {}

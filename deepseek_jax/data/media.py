@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import in_bucket
-from deepseek_jax.data.corpus import held_out, key_hash
+from deepseek_jax.data.corpus import key_hash
 from deepseek_jax.data.shards import (
     ENDINGS,
     MAX_MEDIUM,
@@ -38,9 +38,13 @@ Used = TypeVar("Used")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Fields:
+class _Texts:
     texts: tuple[str, ...] = ("text",)
     """The fields that hold captions, such as one a language; each a text or a list of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fields(_Texts):
     group: str = "group"
     """The field that keeps examples on one side; an example without it is its own group."""
 
@@ -70,8 +74,8 @@ class MediaParquet(_Fields):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MediaRecords(_Fields):
-    """A folder that `shards.write_media` wrote."""
+class MediaRecords(_Texts):
+    """A folder that `shards.write_media` wrote, the examples' groups with them."""
 
     path: str
 
@@ -93,7 +97,7 @@ class Media:
         self.hashes, files, self._read = _opened(source)
         if not len(self.hashes):
             raise InputError(f"{_where(source)}: no examples here")
-        what = f"{type(source).__name__} {source.texts} {source.group}"
+        what = f"{type(source).__name__} {source.texts} {getattr(source, 'group', '')}"
         self.fingerprint = files_digest(
             what, [file for file in files if os.path.isfile(str(file.path))]
         )
@@ -109,10 +113,6 @@ class Media:
         if not 0 <= number < len(self):
             raise IndexError(f"example {number} of {len(self)}")
         return self._read(int(number))
-
-    def numbers(self, fraction: float, training: bool) -> np.ndarray:
-        """The numbers of the examples of one side, ascending; `fraction` of the groups held out."""
-        return np.flatnonzero(held_out(self.hashes, fraction) != training)
 
 
 @dataclasses.dataclass
@@ -209,7 +209,7 @@ def _content(root: pathlib.Path, name: str) -> bytes:
     """A file's bytes; InputError for links out of the folder, pipes, and what is too large."""
     path = root / name
     with reported(str(path)):
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
             raise InputError(f"{path}: refused: a link that leaves the folder")
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):

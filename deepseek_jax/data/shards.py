@@ -4,7 +4,8 @@ A file is indexed when it is opened and never unpacked; an example is read by it
 format is a function from its files to an `Opened`.
 
 A tar shard is WebDataset's: members that share the name before their first dot are an example
-(a.png, a.txt, a.zh.txt, a.json). A record of ours is a little-endian 32-bit length, so many bytes
+(a.png, a.txt, a.zh.txt, a.json), and those with nothing before or after it (README, .DS_Store,
+macOS's ._a.png) are part of none. A record of ours is a little-endian 32-bit length, so many bytes
 of JSON (name, group, captions, sizes of the media), and then the media.
 """
 
@@ -28,7 +29,7 @@ from deepseek_jax.data.sources import File, json_object, one_line, reported, tex
 
 ENDINGS = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jp2"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a"),
+    "audio": ("wav", "aiff", "aif", "flac", "mp3", "ogg", "opus", "m4a", "mka"),
     "video": ("mp4", "webm", "mkv", "avi", "mov"),
 }
 KINDS = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
@@ -73,13 +74,14 @@ def checked_name(name: str, where: str) -> str:
 def captions_of(
     record: dict[str, Any], fields: tuple[str, ...], where: str
 ) -> dict[str, tuple[str, ...]]:
-    """The captions in a record's fields, each a text or a list of them; null is none."""
+    """The captions in a record's fields, each a text or a list of them; null and blank are none."""
     found = {}
     for field in fields:
         if (value := record.get(field)) is not None:
             values = value if isinstance(value, list) else [value]
-            found[field] = tuple(text_field({field: each}, field, where) for each in values)
-    return found
+            texts = [text_field({field: each}, field, where) for each in values]
+            found[field] = tuple(text for text in texts if text.strip())
+    return {field: texts for field, texts in found.items() if texts}
 
 
 def group_of(record: dict[str, Any], field: str, default: str, where: str) -> str:
@@ -103,11 +105,12 @@ def open_tar(found: list[File], texts: tuple[str, ...], group: str) -> Opened:
         for name, offset, size in _members(str(file.path)):
             folder, slash, last = name.rpartition("/")
             stem, _, ending = last.partition(".")
+            if not (stem and ending):
+                continue
             parts = examples[number, folder + slash + stem]
-            medium = KINDS.get(ending.rpartition(".")[2].lower())
-            key = medium or ending.lower()
-            if medium and medium in parts:
-                raise InputError(f"{file.path}: {name}: a second {medium} of this example")
+            key = KINDS.get(ending.rpartition(".")[2].lower(), ending.lower())
+            if key in parts:
+                raise InputError(f"{file.path}: {name}: a second {key} of this example")
             parts[key] = _Member(number, offset, size)
     entries = list(examples.items())
 
@@ -141,9 +144,10 @@ def open_tar(found: list[File], texts: tuple[str, ...], group: str) -> Opened:
         return Example(name, grouped, media, captions_of(said, texts, where))
 
     hashes = array.array("Q")
+    telling = {"json", "txt" if group == "text" else f"{group}.txt"}  # members that may say a group
     for number, ((shard, stem), parts) in enumerate(entries):
         base = f"{found[shard].key}/{stem}"
-        if "json" in parts:
+        if telling & parts.keys():
             with contextlib.suppress(InputError):  # damaged: said when it is read
                 said, base, where = record(number)
                 base = group_of(said, group, base, where)
@@ -300,6 +304,7 @@ def open_records(folder: pathlib.Path, texts: tuple[str, ...]) -> Opened:
                 media[kind], place = data[place : place + size], place + size
             if place != len(data):
                 raise ValueError(f"{len(data)} bytes in place of {place}")
+            return Example(name, group, media, captions_of(captions, texts, where))
         except (
             RuntimeError,
             IndexError,
@@ -309,7 +314,6 @@ def open_records(folder: pathlib.Path, texts: tuple[str, ...]) -> Opened:
             struct.error,
         ) as error:
             raise InputError(f"{where}: damaged ({one_line(error)})") from None
-        return Example(name, group, media, captions_of(captions, texts, where))
 
     files = [File(path, path.name), File(folder / "hashes.npy", "hashes.npy")]
     return Opened(hashes, files, read)

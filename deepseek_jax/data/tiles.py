@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data.vision import Method, letterbox, mean_color, normalized, resized
+from deepseek_jax.data.vision import Method, checked, letterbox, mean_color, normalized, resized
 
 TILE = 384  # the side of a view
 MAX_TILES = 9
@@ -71,7 +71,7 @@ def tiled(
     Each view keeps the proportions, on the normalization's mean color. Where nothing is tiled, the
     one tile shows the whole image again, as in the published model.
     """
-    height, width = pixels.shape[:2]
+    height, width, _ = checked(pixels).shape
     grid = (1, 1)
     if num_images <= MAX_TILED_IMAGES:
         grid = best_grid(width, height, tile, max_tiles)
@@ -175,7 +175,7 @@ def patched(
     pixels = np.zeros((len(images), max_patches, patch * patch * 3), np.float32)
     mask = np.zeros((len(images), max_patches), np.int32)
     shapes = np.zeros((len(images), 2), np.int32)
-    for number, image in enumerate(images):
+    for number, image in enumerate(map(checked, images)):
         height, width = budget_size(image.shape[0], image.shape[1], patch, max_patches)
         fitted = normalized(resized(image, height, width, method), normalization)
         rows, columns = height // patch, width // patch

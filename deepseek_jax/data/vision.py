@@ -87,7 +87,8 @@ def decode_frames(
 ) -> np.ndarray:
     """`count` frames of an animation, evenly spaced from its first to its last, [T, H, W, 3].
 
-    A still image, or an animation of fewer frames, repeats frames. InputError as `decode_image`.
+    A still image, or an animation of fewer frames, repeats frames. InputError as `decode_image`,
+    and where a frame has another size than the first: pages of a TIFF may claim any.
     """
     if count < 1:
         raise InputError(f"{name}: {count} frames asked for; take at least 1")
@@ -96,12 +97,14 @@ def decode_frames(
         if (all_pixels := image.width * image.height * total) > limits.max_frame_pixels:
             size = f"{total} frames of {image.width} x {image.height}"
             raise _refused(name, f"{size} are {all_pixels:,} pixels", "max_frame_pixels", limits)
-        frames = []
-        for number in np.linspace(0, total - 1, count).round().astype(int):
-            if total > 1:
-                image.seek(int(number))
-            frames.append(_pixels(image, name, background))
-        return np.stack(frames)
+        numbers, size, frames = np.linspace(0, total - 1, count).round().astype(int), image.size, {}
+        for number in np.unique(numbers).tolist():
+            if number:
+                image.seek(number)
+            if image.size != size:
+                raise InputError(f"{name}: frame {number} has another size than the first")
+            frames[number] = _pixels(image, name, background)
+        return np.stack([frames[number] for number in numbers.tolist()])
 
 
 def read_image(path: str | pathlib.Path, **options: Any) -> np.ndarray:
@@ -192,6 +195,13 @@ def _composited(layers: np.ndarray, background: Color) -> np.ndarray:
         alpha = band[..., 3:]  # the sum stays below 2**16
         out[top : top + 256] = (band[..., :3] * alpha + under * (255 - alpha) + 127) // 255
     return out
+
+
+def checked(pixels: np.ndarray) -> np.ndarray:
+    """The image as it is; InputError where it is not uint8 [H, W, 3]."""
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+        raise InputError(f"an image of {pixels.dtype} {pixels.shape}: give uint8 [H, W, 3]")
+    return pixels
 
 
 def resized(pixels: np.ndarray, height: int, width: int, method: Method = "bicubic") -> np.ndarray:
@@ -300,7 +310,7 @@ class ImageTransform:
 
 def prepared(images: Sequence[np.ndarray], config: ImageTransform) -> np.ndarray:
     """Images uint8 [H, W, 3] of any sizes as an encoder's batch, float32 [B, 3, size, size]."""
-    squares = np.stack([FITS[config.fit](pixels, config) for pixels in images])
+    squares = np.stack([FITS[config.fit](pixels, config) for pixels in map(checked, images)])
     return channels_first(normalized(squares, config.normalization))
 
 

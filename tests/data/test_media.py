@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.corpus import key_hash, side
 from deepseek_jax.data.media import (
     Media,
     MediaFolder,
@@ -110,7 +111,7 @@ def test_every_format_has_the_same_examples(tmp_path, make):
         assert found.media == {"image": content} and found.group == group
         assert found.captions == {"text": (text,), "zh": (chinese,)}
         assert decode_image(found.media["image"], found.name)[0, 0, 0] == number
-    train, out = media.numbers(0.4, training=True), media.numbers(0.4, training=False)
+    train, out = (side(media.hashes, 0.4, training) for training in (True, False))
     assert sorted([*train, *out]) == list(range(10)) and len(out)
     assert media.hashes[out].max() < media.hashes[train].min()  # small ones are held out
     assert not {number // 2 for number in train} & {number // 2 for number in out}
@@ -134,7 +135,8 @@ def test_fingerprints_know_the_contents(tmp_path):
 
 def test_what_is_missing_is_left_out_and_captions_share_their_image(tmp_path):
     lines = [{"text": "alone"}, {"image": "a.png"}, {"image": "a.png", "text": None},
-             {"image": "a.png", "audio": "b.wav", "text": ["x", "y"]}]  # fmt: skip
+             {"image": "a.png", "audio": "b.wav", "text": ["x", " ", "y"]},
+             {"image": "a.png", "text": []}, {"image": "a.png", "text": ""}]  # fmt: skip
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "a.png").write_bytes(_png(1))
     (tmp_path / "b.wav").write_bytes(b"RIFF")
@@ -143,6 +145,7 @@ def test_what_is_missing_is_left_out_and_captions_share_their_image(tmp_path):
     assert media.example(1) == Example("a.png", "a.png", {"image": _png(1)}, {})
     assert media.example(3).media.keys() == {"image", "audio"}
     assert media.example(3).captions == {"text": ("x", "y")}
+    assert media.example(4).captions == media.example(5).captions == {}
     assert len(set(media.hashes[1:])) == 1
 
 
@@ -196,13 +199,16 @@ def test_links_and_pipes_are_refused(tmp_path):
     os.mkfifo(root / "b.png")
     (root / "c.png").write_bytes(_png(1))
     (root / "d.png").symlink_to("c.png")
-    lines = [{"image": f"{name}.png"} for name in "abcd"]
+    (root / "e.png").symlink_to("e.png")
+    lines = [{"image": f"{name}.png"} for name in "abcde"]
     (root / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
     media = Media(MediaFolder(path=str(root)))
     for number, message in {0: "a link that leaves the folder", 1: "no plain file"}.items():
         with pytest.raises(InputError, match=f"{'ab'[number]}.png: refused: {message}"):
             media.example(number)
     assert media.example(3).media == media.example(2).media
+    with pytest.raises(InputError, match=r"e.png: Too many levels of symbolic links"):
+        media.example(4)
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             member = tarfile.TarInfo("x.png")
@@ -280,11 +286,28 @@ def test_shards_made_of_a_folder(tmp_path):
     assert len(media) == 1 and media.example(0).media == {"image": b"1"}
 
 
+def test_shards_hold_groups_in_texts_and_files_that_are_no_examples(tmp_path):
+    path, odd = tmp_path / "a.tar", ("README", ".DS_Store", "d/._a.png", "d/._b.png", "__")
+    members = {f"d/{name}.{end}": b"x" for name in "abc" for end in ("png", "base.txt")}
+    _tar(path, dict.fromkeys(odd, b"?") | members | {"d/c.base.txt": b"y", "d/a.txt": b" \n"})
+    media = Media(MediaShards(paths=(str(path),), group="base"))
+    assert [media.example(number).group for number in range(len(media))] == ["x", "x", "y"]
+    assert media.hashes[0] == media.hashes[1] != media.hashes[2]
+    assert media.example(0).captions == {}
+    by_text = Media(MediaShards(paths=(str(path),), group="text"))
+    assert by_text.hashes.tolist() == [
+        key_hash(by_text.example(number).group) for number in range(3)
+    ]
+
+
 def test_examples_that_cannot_be_told_apart_or_read(tmp_path):
     path = tmp_path / "a.tar"
     source = MediaShards(paths=(str(path),))
     _tar(path, {"a.png": b"1", "a.jpg": b"2"})
     with pytest.raises(InputError, match=r"a.jpg: a second image of this example"):
+        Media(source)
+    _tar(path, {"a.txt": b"1", "a.TXT": b"2"})
+    with pytest.raises(InputError, match=r"a.TXT: a second txt of this example"):
         Media(source)
     _tar(path, {"a.png": b"1", "a.json": b"{", "b.png": b"2", "b.txt": b"\xff", "c.v1.png": b"3"})
     media = Media(source)

@@ -46,6 +46,7 @@ def test_digits_are_told_apart_across_voices():
         (("seven", "en-us", 20), "a speed of 20; give 80 to 450"),
         (("seven", "en-us", 175, 100), "a pitch of 100; give 0 to 99"),
         (("  ",), "cannot be spoken"),
+        (("...",), "has nothing that the voice 'en-us' can say"),
         (("one\0two",), "cannot be spoken"),
     ],
 )

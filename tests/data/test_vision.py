@@ -117,6 +117,11 @@ def test_animations(kind):
         assert found[:, 0, 0, 0].tolist() == [40 * number for number in expected]
     still = decode_frames(_bytes(_photo()), "a", 2)
     np.testing.assert_array_equal(still, np.stack([_photo(), _photo()]))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    options |= {"save_all": True, "append_images": frames[1:], "exif": turned}
+    found = decode_frames(_bytes(frames[0], kind, **options), "a", 9)
+    assert found.shape == ((9, 3, 4, 3) if kind == "GIF" else (9, 4, 3, 3))
     with pytest.raises(InputError, match=r"a.x: 5 frames of 4 x 3 are 60 pixels, more than max_fr"):
         decode_frames(data, "a.x", 2, limits=Limits(max_frame_pixels=59))
 
@@ -190,6 +195,18 @@ def test_damage_is_an_input_error_or_an_image(kind):
             assert decode_image(bytes(broken), "a").ndim == 3
 
 
+def test_pages_of_other_sizes_are_refused_before_they_are_decoded(monkeypatch):
+    pages = [Image.new("RGB", (4, 3)), Image.new("RGB", (900, 900))]
+    data = _bytes(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    sizes, load = [], vision._pixels
+    monkeypatch.setattr(
+        vision, "_pixels", lambda image, *a: sizes.append(image.size) or load(image, *a)
+    )
+    with pytest.raises(InputError, match="a: frame 1 has another size than the first"):
+        decode_frames(data, "a", 2)
+    assert sizes == [(4, 3)]
+
+
 def test_files_and_tiny_images(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(_bytes(_photo(1, 1)))
@@ -198,6 +215,9 @@ def test_files_and_tiny_images(tmp_path):
     for fit in vision.FITS:
         batch = prepared([one, _photo()], ImageTransform(size=28, fit=fit))
         assert batch.shape == (2, 3, 28, 28) and batch.dtype == np.float32
+        for bad in (one[..., 0], one / 255, np.concatenate([one, one], -1)):
+            with pytest.raises(InputError, match=r"an image of .* give uint8 \[H, W, 3\]"):
+                prepared([one, bad], ImageTransform(size=28, fit=fit))
     with pytest.raises(InputError, match="none.png: No such file"):
         read_image(tmp_path / "none.png")
     with pytest.raises(InputError, match="Is a directory"):
@@ -227,7 +247,8 @@ def test_prepared_images_are_those_of_transformers(processor, config, size):
     theirs = processor(**sizes)([Image.fromarray(image) for image in images])["pixel_values"]
     ours = prepared(images, vision.dataclasses.replace(config, size=size))
     assert ours.shape == (5, 3, size, size) and ours.dtype == np.float32
-    np.testing.assert_allclose(ours, np.stack(theirs), atol=1e-5)
+    # Two roundings of numbers up to 1 on either side, over a deviation of 0.26.
+    np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=4 * 2**-24 / 0.26)
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 31), (40, 40), (3, 97), (97, 4)])
