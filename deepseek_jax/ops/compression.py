@@ -13,37 +13,53 @@ import jax.numpy as jnp
 
 BLOCK = 64  # values that share a scale
 LARGEST = 7  # of four bits, symmetric
-WIRE = BLOCK // 2 + 2  # bytes of a block: two values a byte, and the scale
+LANES = 128  # of a TPU: arrays with fewer values in their last dimension are padded to as many
+GROUP = 2 * LANES  # values whose bytes lie together: of two rows, one has the low bits
+WIRE = GROUP // 2 + 2 * GROUP // BLOCK  # bytes of a group: two values a byte, and the scales
 
 
 def packed(x: jax.Array) -> jax.Array:
-    """float32 [..., n], n a multiple of BLOCK, as uint8 [..., n / BLOCK, WIRE].
+    """float32 [..., n], n a multiple of GROUP, as uint8 [..., n / GROUP * WIRE].
 
-    Two values a byte, rounded to the nearest, and their block's scale in bfloat16. A block with a
-    value that is not finite comes back as NaN.
+    Two values a byte, rounded to the nearest, and then every block's scale in bfloat16. A block
+    with a value that is not finite comes back as NaN.
     """
-    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
-    scale = (jnp.abs(blocks).max(-1, keepdims=True) / LARGEST).astype(jnp.bfloat16)
-    steps = blocks / jnp.maximum(scale.astype(jnp.float32), jnp.finfo(jnp.float32).tiny)
+    rows = x.reshape(*x.shape[:-1], -1, 2, LANES)
+    sizes, left = jnp.abs(rows), _in_left_block(rows.ndim)
+    tops = [jnp.where(own, sizes, 0.0).max(-1) for own in (left, ~left)]
+    scale = (jnp.stack(tops, -1) / LARGEST).astype(jnp.bfloat16)
+    steps = rows / jnp.maximum(_spread(scale), jnp.finfo(jnp.float32).tiny)
     values = jnp.clip(jnp.round(steps), -LARGEST, LARGEST).astype(jnp.int8)
-    low, high = values[..., : BLOCK // 2], values[..., BLOCK // 2 :]
-    pairs = jax.lax.bitcast_convert_type((low & 15) | (high << 4), jnp.uint8)
-    raw = jax.lax.bitcast_convert_type(scale, jnp.uint8).reshape(*scale.shape[:-1], 2)
-    return jnp.concatenate([pairs, raw], -1)
+    pairs = (values[..., 0, :] & 15) | (values[..., 1, :] << 4)
+    parts = [jax.lax.bitcast_convert_type(part, jnp.uint8) for part in (pairs, scale)]
+    return jnp.concatenate([part.reshape(*x.shape[:-1], -1) for part in parts], -1)
 
 
 def unpacked(wire: jax.Array) -> jax.Array:
     """What `packed` gave as float32 [..., n]."""
-    pairs, raw = wire[..., : BLOCK // 2], wire[..., BLOCK // 2 :]
+    lead, groups = wire.shape[:-1], wire.shape[-1] // WIRE
+    pairs = wire[..., : groups * LANES].reshape(*lead, groups, LANES)
     pairs = jax.lax.bitcast_convert_type(pairs, jnp.int8)
-    values = jnp.concatenate([(pairs << 4) >> 4, pairs >> 4], -1)  # arithmetic shifts: signed
-    scale = jax.lax.bitcast_convert_type(raw, jnp.bfloat16)[..., None].astype(jnp.float32)
-    return (values.astype(jnp.float32) * scale).reshape(*wire.shape[:-2], -1)
+    values = jnp.stack([(pairs << 4) >> 4, pairs >> 4], -2)  # arithmetic shifts: signed
+    raw = wire[..., groups * LANES :].reshape(*lead, groups, 2, 2, 2)
+    scale = jax.lax.bitcast_convert_type(raw, jnp.bfloat16)
+    return (values.astype(jnp.float32) * _spread(scale)).reshape(*lead, -1)
+
+
+def _in_left_block(ndim: int) -> jax.Array:
+    """Which of a row's LANES are of its first block: bool [..., LANES] of so many dimensions."""
+    return (jnp.arange(LANES) < BLOCK).reshape(*(1,) * (ndim - 1), LANES)
+
+
+def _spread(scale: jax.Array) -> jax.Array:
+    """Each row's two scales [..., 2] as float32 [..., LANES]."""
+    first, second = (x.astype(jnp.float32) for x in jnp.split(scale, 2, -1))
+    return jnp.where(_in_left_block(scale.ndim), first, second)
 
 
 def wire_bytes(size: int, devices: int) -> int:
-    """Bytes of `size` values on the wire, those that fill up the last blocks included."""
-    return devices * math.ceil(size / (devices * BLOCK)) * WIRE
+    """Bytes of `size` values on the wire, those that fill up the last groups included."""
+    return devices * math.ceil(size / (devices * GROUP)) * WIRE
 
 
 def summed(x: jax.Array, left_out: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +71,7 @@ def summed(x: jax.Array, left_out: jax.Array, axis: str) -> tuple[jax.Array, jax
     """
     size, devices, me = x.size, jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     given = (x.astype(jnp.float32) + left_out).reshape(-1)
-    filled = -size % (devices * BLOCK)
+    filled = -size % (devices * GROUP)
     given = jnp.pad(given, (0, filled)).reshape(devices, -1)
     wire = packed(given)
     left = given - unpacked(wire)

@@ -112,10 +112,13 @@ def add_slices(
     specs = {path: share.spec for path, share in found.items()}
 
     def add(own, left, scale):
-        sums = {p: compression.summed(own[p] / scale, left[p], AXIS) for p in own}
-        return {p: total * scale for p, (total, _) in sums.items()}, {
-            p: rest for p, (_, rest) in sums.items()
-        }
+        sums, rests = {}, {}
+        for path in own:  # one after another: each has several arrays of its leaf's size
+            given = jax.lax.optimization_barrier((own[path], left[path], scale))
+            total, rest = compression.summed(given[0] / given[2], given[1], AXIS)
+            total, rest, scale = jax.lax.optimization_barrier((total * given[2], rest, scale))
+            sums[path], rests[path] = total, rest
+        return sums, rests
 
     leaves = tree.flatten(grads)
     whole = {path: without(spec, (AXIS,)) for path, spec in specs.items()}

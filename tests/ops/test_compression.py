@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.ops.compression import BLOCK, packed, summed, unpacked, wire_bytes
+from deepseek_jax.ops.compression import BLOCK, GROUP, WIRE, packed, summed, unpacked, wire_bytes
 from deepseek_jax.parallel.manual import per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 
@@ -23,19 +23,19 @@ def rounded(x):
 
 def test_blocks_are_numpys():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((5, 3, 4 * BLOCK)) * 10.0 ** rng.integers(-20, 20, (5, 3, 1))
+    x = rng.standard_normal((5, 3, 3 * GROUP)) * 10.0 ** rng.integers(-20, 20, (5, 3, 1))
     x = x.astype(np.float32)
     wire = packed(jnp.array(x))
     assert wire.dtype == jnp.uint8
-    assert wire.shape == (5, 3, 4, BLOCK // 2 + 2)
+    assert wire.shape == (5, 3, 3 * WIRE)
     np.testing.assert_array_equal(unpacked(wire), rounded(x))
-    nothing = jnp.zeros(2 * BLOCK)
+    nothing = jnp.zeros(GROUP)
     np.testing.assert_array_equal(unpacked(packed(nothing)), nothing)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_what_is_not_finite_stays_so(wrong):
-    x = jnp.ones(2 * BLOCK).at[3].set(wrong)
+    x = jnp.ones(GROUP).at[3].set(wrong)
     found = np.asarray(unpacked(packed(x)))
     assert np.isnan(found[:BLOCK]).all()
     np.testing.assert_allclose(found[BLOCK:], 1, rtol=1e-2)
@@ -83,4 +83,4 @@ def test_over_many_steps_everything_arrives():
 
 def test_the_wire_has_seven_and_a_half_times_fewer_bytes():
     assert 4 * 2**20 / wire_bytes(2**20, 2) == pytest.approx(32 / 4.25)
-    assert wire_bytes(1, 4) == 4 * 34, "what fills up blocks counts"
+    assert wire_bytes(1, 4) == 4 * 136, "what fills up groups counts"
