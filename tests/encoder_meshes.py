@@ -9,6 +9,7 @@ import numpy as np
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import EncoderConfig, build_encoder
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
@@ -17,19 +18,25 @@ AXES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def _ran(encoder: Any, params: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """The hidden states, and the slopes of a sum of them with signs."""
+    """What comes out (hidden states, a pooled vector), and the slopes of their sum with signs."""
 
     def total(params: Any) -> tuple[Any, Any]:
-        hidden = encoder.apply(params, **inputs).hidden.astype(jnp.float32)
-        sign = jnp.cos(jnp.arange(hidden[0].size, dtype=jnp.float32)).reshape(1, *hidden.shape[1:])
-        return (hidden * sign).sum(), hidden
+        found = _outputs(encoder.apply(params, **inputs))
+        signs = (
+            jnp.cos(jnp.arange(x[0].size, dtype=x.dtype)).reshape(1, *x.shape[1:]) for x in found
+        )
+        return sum((x * sign).sum() for x, sign in zip(found, signs, strict=True)), found
 
-    (_, hidden), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
-    return np.asarray(hidden), tree.flatten(jax.device_get(grads))
+    (_, found), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    return jax.device_get(found), tree.flatten(jax.device_get(grads))
+
+
+def _outputs(found: Encoded) -> list[Any]:
+    return [x.astype(jnp.float32) for x in (found.hidden, found.pooled) if x is not None]
 
 
 def same_on_a_mesh(config: EncoderConfig, inputs: dict[str, np.ndarray]) -> None:
-    """Hidden states and every weight's slope, on 8 devices and on one, to 1e-5; then bfloat16's."""
+    """Outputs and every weight's slope, on 8 devices and on one, to 1e-5; then bfloat16's outputs."""
     encoder = build_encoder(config, Precision(compute="float32"))
     whole = jax.tree.map(jnp.asarray, inputs)
     params = cases.random_params(encoder.shapes, 3)
@@ -41,7 +48,8 @@ def same_on_a_mesh(config: EncoderConfig, inputs: dict[str, np.ndarray]) -> None
         whole_ones = [x.sharding.is_fully_replicated for x in jax.tree.leaves(placed)]
         assert sum(whole_ones) < len(whole_ones) / 4, "hardly any weight is split"
         found, others = _ran(encoder, placed, place_batch(mesh, inputs))
-    np.testing.assert_allclose(found, alone, atol=1e-5 * np.abs(alone).max(), rtol=0)
+    for other, one in zip(found, alone, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.abs(one).max(), rtol=0)
     # What is 0 in exact arithmetic (a key's bias) is rounding of sums as large as the largest.
     noise = 1e-6 * max(np.abs(slope).max() for slope in slopes.values())
     for path, slope in slopes.items():
@@ -49,7 +57,8 @@ def same_on_a_mesh(config: EncoderConfig, inputs: dict[str, np.ndarray]) -> None
         np.testing.assert_allclose(others[path], slope, atol=atol, rtol=0, err_msg=path)
 
     narrow = build_encoder(config, Precision(compute="bfloat16"))
-    rounded = jax.jit(narrow.apply)(params, **whole).hidden
-    assert rounded.dtype == jnp.bfloat16
-    a, b = alone.astype(np.float64).ravel(), np.asarray(rounded, np.float64).ravel()
-    assert a @ b / np.sqrt((a @ a) * (b @ b)) >= 0.999
+    rounded = jax.jit(narrow.apply)(params, **whole)
+    assert rounded.hidden.dtype == jnp.bfloat16
+    for one, other in zip(alone, _outputs(rounded), strict=True):
+        a, b = (np.asarray(x, np.float64).ravel() for x in (one, other))
+        assert a @ b / np.sqrt((a @ a) * (b @ b)) >= 0.999

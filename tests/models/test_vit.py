@@ -6,6 +6,7 @@ Sharded = single-device, and bfloat16 beside float32, of both kinds of image enc
 import dataclasses
 
 import cases
+import encoder_meshes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,6 @@ from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.encoder import build_encoder
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.vit import Axial, Sines, ViT
-from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 
 SMALL = Transformer(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24)
 PATCH, WIDTH, HEADS = 4, 16, 2
@@ -151,48 +150,10 @@ BOTH_KINDS = {
 }  # fmt: skip
 
 
-def outputs_and_slopes(encoder, params, inputs):
-    def total(params):
-        found = encoder.apply(params, **inputs)
-        outputs = found.hidden.astype(jnp.float32), found.pooled.astype(jnp.float32)
-        return sum((x**2).sum() for x in outputs), outputs
-
-    (_, outputs), slopes = jax.value_and_grad(total, has_aux=True)(params)
-    return *outputs, slopes
-
-
 @pytest.mark.parametrize("kind", BOTH_KINDS)
-def test_sharded_is_single_device(kind):
+def test_sharded_is_single_device_and_bfloat16_is_near(kind):
     config, make = BOTH_KINDS[kind]
-    encoder, inputs = build_encoder(config, FLOAT32), make(np.random.default_rng(0))
-    params = cases.random_params(encoder.shapes, 3)
-    run = jax.jit(lambda params, inputs: outputs_and_slopes(encoder, params, inputs))
-    wanted = tree.flatten(jax.device_get(run(params, inputs)))
-    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2), jax.devices())
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, tree_shardings(mesh, encoder.specs, encoder.shapes))
-        shards = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(placed)}
-        assert (2, 8, 1, 8) in shards  # a query's weight: width over fsdp, heads over tensor
-        found = tree.flatten(jax.device_get(run(placed, place_batch(mesh, inputs))))
-    for path, one in wanted.items():
-        atol = 1e-5 * max(abs(one).max(), 1)
-        np.testing.assert_allclose(found[path], one, atol=atol, rtol=0, err_msg=path)
-
-
-@pytest.mark.parametrize("kind", BOTH_KINDS)
-def test_bfloat16_points_the_same_way(kind):
-    config, make = BOTH_KINDS[kind]
-    inputs = make(np.random.default_rng(0))
-    outputs = []
-    for dtype in ("float32", "bfloat16"):
-        encoder = build_encoder(config, Precision(compute=dtype, params=dtype))
-        params = cases.random_params(encoder.shapes, 3)
-        params = jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), params, encoder.shapes)
-        found = jax.jit(encoder.apply)(params, **inputs)
-        outputs.append([np.asarray(x, np.float64).ravel() for x in (found.hidden, found.pooled)])
-        assert found.hidden.dtype == dtype
-    for one, other in zip(*outputs, strict=True):
-        assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.999
+    encoder_meshes.same_on_a_mesh(config, make(np.random.default_rng(0)))
 
 
 def test_what_cannot_be_is_refused():
