@@ -19,9 +19,9 @@ from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import failing_at_once, make_mesh, start_processes
 from deepseek_jax.serving.language import LanguageModel
 from deepseek_jax.training.loop import Lent, train
-from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import TrainConfig
-from deepseek_jax.training.state import abstract_state, memory_table
+from deepseek_jax.training.stages import stage_state
+from deepseek_jax.training.state import memory_table
 
 
 def main(argv: list[str]) -> None:
@@ -70,10 +70,13 @@ def dry_run(config: TrainConfig) -> str:
     model = build_network(config.model, config.precision)
     total, active = num_params(model)
     resolved = json.dumps(core_config.to_dict(config), indent=2)
-    optimizer = make_optimizer(config.filled_stages()[0].optimizer, model.specs)
-    mesh, by_slice = make_mesh(config.mesh), config.mesh.by_slice
-    table = memory_table(abstract_state(model, optimizer, mesh, by_slice=by_slice))
-    return f"{resolved}\n{table}\nparameters: {total:,} in total, {active:,} active a token"
+    mesh, tables = make_mesh(config.mesh), []
+    for number, stage in enumerate(config.filled_stages()):
+        table = memory_table(stage_state(config, model, mesh, number))
+        if stage.trainable or not number:
+            tables.append(f"stages[{number}], {stage.name}:\n{table}" if number else table)
+    tables.append(f"parameters: {total:,} in total, {active:,} active a token")
+    return "\n".join([resolved, *tables])
 
 
 def closing(model, params, dataset, config) -> str:
