@@ -123,9 +123,9 @@ class LocalCheckpoints:
         folder = self._folder / str(step)
         meta = json.loads((folder / "meta.json").read_text())
         content = np.memmap(folder / "state.bin", np.uint8, "r")
-        whole = abstract(step, meta["about"])
-        leaves, values = tree.flatten(whole), []
-        for name, places in _places(whole).items():
+        wanted = abstract(step, meta["about"])
+        leaves, values = tree.flatten(wanted), []
+        for name, places in _places(wanted).items():
             leaf, parts = leaves[name], []
             shape = leaf.sharding.shard_shape(leaf.shape)
             size = int(np.prod(shape)) * leaf.dtype.itemsize
@@ -135,7 +135,7 @@ class LocalCheckpoints:
                 parts.append(jax.device_put(part, device))
             whole = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
             values.append(whole)
-        return jax.tree.unflatten(jax.tree.structure(whole), values), meta["about"]
+        return jax.tree.unflatten(jax.tree.structure(wanted), values), meta["about"]
 
     def remove(self) -> None:
         """Delete them: everything is in a durable checkpoint."""

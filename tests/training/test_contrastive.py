@@ -15,6 +15,7 @@ import deepseek_jax
 from deepseek_jax import evaluate
 from deepseek_jax.checkpoint import tables
 from deepseek_jax.checkpoint.encoders import FAMILIES
+from deepseek_jax.checkpoint.manager import load_params
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
@@ -33,7 +34,7 @@ from deepseek_jax.serving.encoder import load_encoder
 from deepseek_jax.training.contrastive import Contrastive, inputs_of, make_contrastive
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Constant
-from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.recipe import Stage, TrainConfig
 from deepseek_jax.training.step import make_gradients
 
 SHAPE = {
@@ -185,6 +186,23 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
     assert model.embed_image(pixels).shape == (3, 24)
     again = model.embed_text([[256, *b"a", 257]])
     np.testing.assert_allclose(again[0], texts[1], atol=1e-6)
+
+
+def test_a_locked_tower_waits_for_its_stage(folder, tmp_path):
+    """As in LiT (arXiv 2111.07991): the texts learn first; the next stage has its own objective."""
+    texts = ("text/*", "text_projection/*", "logit_scale")
+    both = Stage(name="both", steps=1, objective=Contrastive(chunk=4))
+    stages = (Stage(name="locked", steps=2, trainable=texts), both)
+    assert train(recipe(folder, tmp_path, stages=stages, save_every=1), LENT) == 0
+    towers = build_towers(MODEL, Precision(compute="float32"))
+    first, locked, last = (
+        tree.flatten(load_params(tmp_path / f"checkpoints/{step}", towers.shapes, towers.layers))
+        for step in (1, 2, 3)
+    )
+    for path, leaf in locked.items():
+        moved = np.asarray(leaf).tobytes() != np.asarray(first[path]).tobytes()
+        assert moved != path.startswith("image"), path
+        assert (np.asarray(last[path]) != leaf).any(), path
 
 
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):

@@ -31,6 +31,7 @@ from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Constant, Muon, applied, make_optimizer
+from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import BatchStep, Gate, Stage, TrainConfig
 from deepseek_jax.training.stages import (
     learning,
@@ -56,8 +57,8 @@ def recipe(run_dir=".", folder=".", **fields):
     source = TextFiles(paths=(f"{folder}/*.txt",))
     data = Data(source=source, tokenizer=Bytes(), held_out=0.2, cache_dir=f"{folder}/cache")
     base = {"steps": 5, "batch_size": 8, "sequence_length": 16, "log_every": 1, "save_every": 1}
-    base |= {"precision": Precision(compute="float32"), "optimizer": ADAMW}
-    return TrainConfig(model=MODEL, data=data, run_dir=str(run_dir), **(base | fields))
+    base |= {"precision": Precision(compute="float32"), "optimizer": ADAMW, "model": MODEL}
+    return TrainConfig(data=data, run_dir=str(run_dir), **(base | fields))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,24 @@ def test_what_does_not_learn_has_no_memory_and_the_table_says_so(model):
         learning(recipe(stages=(Stage(), Stage(trainable=("heads/*",)))), model)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [MeshShape(slice=2, data=1, slice_gradients="int4"), MeshShape(stage=2, data=1)],
+    ids=["int4", "pipeline"],
+)
+def test_slices_and_pipelines_have_nothing_of_what_does_not_learn(shape, model):
+    config = recipe(mesh=shape, stages=(Stage(trainable=PATTERNS),), accumulation_steps=2)
+    (stage,), mesh = config.filled_stages(), make_mesh(shape, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        state = stage_state(config, model, mesh)
+        step = stage_step(config, model, stage, stage.batch_at(0), 0)
+        after, _ = jax.eval_shape(step, state, abstract_batch(mesh, 8, 16, config))
+    before, after = tree.flatten(state), tree.flatten(after)
+    assert {p: x.shape for p, x in before.items()} == {p: x.shape for p, x in after.items()}
+    assert state.left_out.keys() < learning(config, model)[0].keys()
+    assert bool(state.left_out) == config.mesh.by_slice
+
+
 def held_out(model, params, dataset, batch_size):
     return {"loss": sum(float(np.abs(x).sum()) for x in jax.tree.leaves(params))}
 
@@ -351,7 +370,8 @@ def test_local_checkpoints_know_their_stage(whole, folder, tmp_path, capfd):
 def test_a_gate_that_stays_shut_stops_the_run_or_warns(folder, tmp_path, capfd):
     never = Gate(metric="loss", below=0.0, required=True)
     stages = (Stage(name="low", steps=1, trainable=PATTERNS, gate=never), Stage(steps=1))
-    config = staged(tmp_path, folder, stages=stages, save_every=0)
+    small = dataclasses.replace(cases.decoder("gqa", None), vocab_size=260)
+    config = staged(tmp_path, folder, stages=stages, save_every=0, model=small)
     assert train(config, LENT) == 3
     assert train(config, LENT) == 3  # it is not passed by starting again
     said = capfd.readouterr().err
