@@ -66,17 +66,21 @@ def main(argv: list[str]) -> None:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """The resolved config, parameters with their shardings, bytes a device; from shapes only."""
+    """The resolved config, parameters with their shardings, bytes a device; from shapes only.
+
+    Bytes are a stage's, and said again where other parameters learn.
+    """
     model = build_network(config.model, config.precision)
     total, active = num_params(model)
     resolved = json.dumps(core_config.to_dict(config), indent=2)
-    mesh, tables = make_mesh(config.mesh), []
-    for number, stage in enumerate(config.filled_stages()):
+    mesh, rows, last = make_mesh(config.mesh), [resolved], ""
+    for number, stage in enumerate(config.stages):
         table = memory_table(stage_state(config, model, mesh, number))
-        if stage.trainable or not number:
-            tables.append(f"stages[{number}], {stage.name}:\n{table}" if number else table)
-    tables.append(f"parameters: {total:,} in total, {active:,} active a token")
-    return "\n".join([resolved, *tables])
+        if table != last:  # other parameters learn
+            rows += [f"stage {number}, {stage.name!r}:"] if len(config.stages) > 1 else []
+            rows.append(table)
+        last = table
+    return "\n".join([*rows, f"parameters: {total:,} in total, {active:,} active a token"])
 
 
 def closing(model, params, dataset, config) -> str:
