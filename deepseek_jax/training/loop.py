@@ -172,7 +172,7 @@ class _Run:
                         self._save(state, step, position)
                     if near:
                         about = {"position": position, "data": self.dataset.fingerprint}
-                        about |= {"gates": dict(self.opened)}
+                        about |= {"gates": [*self.opened.items()]}
                         self.local.save(step, state, about)
                     if check or evaluate or save or near:
                         self.since = time.perf_counter()
@@ -222,7 +222,7 @@ class _Run:
             check_model(recorded, self.config)
         if local > (newest or 0):
             state, about = self.local.restore(local, self._abstract_after)
-            self.opened = _numbers(about)
+            self.opened = dict(about.get("gates", ()))
             position, self.fingerprint = about["position"], about["data"]
             self.progress.say(
                 f"resuming in {self.run_dir} after step {local}, from {faults.local_dir}"
@@ -230,7 +230,7 @@ class _Run:
         elif newest is not None:
             folder = self.manager.directory / str(newest)
             about = json.loads((folder / GATES).read_text()) if (folder / GATES).exists() else {}
-            self.opened = _numbers(about)
+            self.opened = dict(about.get("gates", ()))
             restored = self.manager.restore(self._abstract_after(newest, about), newest)
             state, position = restored.state, restored.position
             if (folder / FINGERPRINT).exists():
@@ -249,7 +249,7 @@ class _Run:
 
     def _abstract_after(self, step: int, about: dict[str, Any]) -> TrainState:
         """The state that a checkpoint of this step holds."""
-        return self._abstract(stage_at(self.stages, _numbers(about), step))
+        return self._abstract(stage_at(self.stages, dict(about.get("gates", ())), step))
 
     def _fresh(self) -> TrainState:
         config, abstract = self.config, self._abstract(0)
@@ -371,7 +371,7 @@ class _Run:
         config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
         files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
         if self.opened:
-            files |= {GATES: json.dumps({"gates": self.opened}).encode()}
+            files |= {GATES: json.dumps({"gates": [*self.opened.items()]}).encode()}
         self.manager.save(step, state, position=position, config=config, files=files)
 
     def _settle(self) -> None:
@@ -392,8 +392,3 @@ class _Run:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _numbers(about: dict[str, Any]) -> dict[int, int]:
-    """A run's `opened`, by what was saved about a state."""
-    return {int(number): step for number, step in about.get("gates", {}).items()}

@@ -320,7 +320,7 @@ def test_a_gate_ends_its_stage_and_memory_follows_what_learns(whole):
     assert [row["step"] for row in lines(whole)] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in lines(whole, "eval.jsonl")] == [3, 6]
     (low, path), (high, _), (last, _) = (saved(whole, step) for step in (3, 4, 6))
-    assert json.loads((path / "gates.json").read_text()) == {"gates": {"0": 3}}
+    assert json.loads((path / "gates.json").read_text()) == {"gates": [[0, 3]]}
     assert not (whole / "checkpoints" / "2" / "gates.json").exists()
     mu = [{n.removeprefix("opt_state/mu/") for n in x if "/mu/" in n} for x in (low, last)]
     assert "embedding/weight" in mu[0] - mu[1] and "final_norm/scale" in mu[1] - mu[0]
