@@ -47,9 +47,9 @@ from deepseek_jax.training.stages import (
 from deepseek_jax.training.state import carried, initial_state, memory_table
 from deepseek_jax.training.step import make_gradients
 
-MODEL = cases.decoder("gqa", "sigmoid", num_layers=2, num_dense_layers=1)
+MODEL = cases.decoder("gqa", "sigmoid", num_layers=2)
 MODEL = dataclasses.replace(MODEL, vocab_size=260, init_scale=0.05)
-PATTERNS = ("segment_0/*", "embedding/*")
+PATTERNS = ("*/attention/*", "embedding/*")
 ADAMW = AdamW(learning_rate=3e-3, weight_decay=0.2, clip_norm=None, schedule=Constant())
 
 
@@ -264,7 +264,7 @@ def test_slices_and_pipelines_have_nothing_of_what_does_not_learn(shape, model):
         after, _ = jax.eval_shape(step, state, abstract_batch(mesh, 8, 16, config))
     before, after = tree.flatten(state), tree.flatten(after)
     assert {p: x.shape for p, x in before.items()} == {p: x.shape for p, x in after.items()}
-    assert state.left_out.keys() < learning(config, model)[0].keys()
+    assert state.left_out.keys() <= learning(config, model)[0].keys()
     assert bool(state.left_out) == config.mesh.by_slice
 
 
