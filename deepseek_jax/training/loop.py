@@ -145,9 +145,9 @@ class _Run:
                         self.heartbeat.busy()
                     step, position = step + 1, position + size.batch_size
                     tokens = row_tokens(self.model, stage.sequence_length) * size.batch_size
-                    previous = step, metrics, tokens, stage
-                    last, stop = step == self.total, self.peers.stop(caught)
                     asked = stage.gate and (step == end or _due(stage.gate.every, step - first))
+                    previous = step, metrics, tokens, stage, asked
+                    last, stop = step == self.total, self.peers.stop(caught)
                     checked, every = metrics.pop("checked"), self.config.check_every
                     check = every and (step == 1 or _due(every, step))
                     evaluate = last or asked or _due(self.config.eval_every, step)
@@ -318,18 +318,18 @@ class _Run:
         step = stage_step(self.config, self.model, self.stages[number], size, first, number)
         return stored(overwriting(self.peers.telling(step), state, self.model))
 
-    def _log(self, done: tuple[int, dict, int, Stage] | None) -> None:
+    def _log(self, done: tuple[int, dict, int, Stage, Any] | None) -> None:
         """Wait for a dispatched step and write what it measured."""
         if done is None:
             return
-        step, metrics, tokens, stage = done
+        step, metrics, tokens, stage, asked = done  # what a gate asked for may be the last
         self.peers.hear(metrics)
         skipped, load = int(metrics["skipped"]), metrics.pop("expert_load")
         self.heartbeat.step(step)
         now = time.perf_counter()
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self.since
         self.since, self.steps = now, self.steps + 1
-        if step in (1, self.total) or _due(self.config.log_every, step):
+        if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
             flops = train_flops_per_token(self.model, stage.sequence_length)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
