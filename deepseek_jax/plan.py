@@ -1,6 +1,7 @@
 """Command: compile a config for a topology without the chips; say if, how and how best it fits."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.search import search
 
 USAGE = """plan --config FILE --topology NAME [--section.field value ...] [--json] [--picture FILE]
-            [--quick] [--search [--compiles N]]"""
+            [--stage N] [--quick] [--search [--compiles N]]"""
 
 
 def main(argv: list[str]) -> None:
@@ -26,6 +27,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", help="a Python file with get_config(): configs/deepseek_v3.py")
     parser.add_argument(
         "--topology", help="v5e:4x4, v5p:4x4x8, tpu7x:4x4x4, v5p:8x8x8@2 (slices), h100:64, ..."
+    )
+    parser.add_argument(
+        "--stage", type=int, default=0, metavar="N", help="of the run's stages (default 0)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--picture", metavar="FILE", help="draw memory and roofline: .png or .svg")
@@ -51,9 +55,15 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # no chip of this machine is touched
     config = core_config.load_config(own.config, TrainConfig)
     config = core_config.override(config, rest, prog="plan", description=parser.format_help())
+    if not 0 <= own.stage < len(config.stages):
+        raise InputError(
+            f"--stage {own.stage}: this run's stages are 0 to {len(config.stages) - 1}"
+        )
+    config = dataclasses.replace(config, stages=(config.stages[own.stage],))
     name = {"config": pathlib.Path(own.config).stem}
     if own.search:
         command = [sys.executable, "-m", "deepseek_jax.plan", "--config", own.config, *rest]
+        command += ["--stage", str(own.stage)]
         searched = search(config, own.topology, own.compiles, command)
         plans = [name | one for one in searched.pop("plans")]
         print(json.dumps(name | searched | {"plans": plans}) if own.json else ranking(plans))

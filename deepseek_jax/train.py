@@ -20,9 +20,9 @@ from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import failing_at_once, make_mesh, start_processes
 from deepseek_jax.serving.language import LanguageModel
 from deepseek_jax.training.loop import Lent, train
-from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import TrainConfig
-from deepseek_jax.training.state import abstract_state, memory_table
+from deepseek_jax.training.stages import stage_state
+from deepseek_jax.training.state import memory_table
 
 
 def main(argv: list[str]) -> None:
@@ -68,14 +68,21 @@ def main(argv: list[str]) -> None:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """The resolved config, parameters with their shardings, bytes a device; from shapes only."""
+    """The resolved config, parameters with their shardings, bytes a device; from shapes only.
+
+    Bytes are a stage's, and said again where other parameters learn.
+    """
     model = build_network(config.model, config.precision)
     total, active = num_params(model)
     resolved = json.dumps(core_config.to_dict(config), indent=2)
-    optimizer = make_optimizer(config.filled_stages()[0].optimizer, model.specs)
-    mesh, by_slice = make_mesh(config.mesh), config.mesh.by_slice
-    table = memory_table(abstract_state(model, optimizer, mesh, by_slice=by_slice))
-    return f"{resolved}\n{table}\nparameters: {total:,} in total, {active:,} active a token"
+    mesh, rows, last = make_mesh(config.mesh), [resolved], ""
+    for number, stage in enumerate(config.stages):
+        table = memory_table(stage_state(config, model, mesh, number))
+        if table != last:  # other parameters learn
+            rows += [f"stage {number}, {stage.name!r}:"] if len(config.stages) > 1 else []
+            rows.append(table)
+        last = table
+    return "\n".join([*rows, f"parameters: {total:,} in total, {active:,} active a token"])
 
 
 def closing(model, params, dataset, config) -> str:

@@ -33,8 +33,8 @@ def randomized(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> tor
     return model.float().eval()
 
 
-# Weights whose slope is 0 in exact arithmetic: keys' biases, tokens for what is masked where nothing
-# is, and Whisper's positions, which stay the sines that they are.
+# Weights whose slope is 0 in exact arithmetic: keys' biases, tokens for what is masked where
+# nothing is, and Whisper's positions, which stay the sines that they are.
 FLAT = r".*\.(k_proj|key)\.bias|.*mask_token|masked_spec_embed|embed_positions\.weight"
 
 

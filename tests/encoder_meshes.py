@@ -36,7 +36,7 @@ def _outputs(found: Encoded) -> list[Any]:
 
 
 def same_on_a_mesh(config: EncoderConfig, inputs: dict[str, np.ndarray]) -> None:
-    """Outputs and every weight's slope, on 8 devices and on one, to 1e-5; then bfloat16's outputs."""
+    """Outputs and every weight's slope, on 8 devices and on one, to 1e-5; bfloat16's outputs."""
     encoder = build_encoder(config, Precision(compute="float32"))
     whole = jax.tree.map(jnp.asarray, inputs)
     params = cases.random_params(encoder.shapes, 3)

@@ -89,6 +89,7 @@ def test_what_does_not_fit_ends_with_exit_code_1():
         (["--topology", "v5e:2x4@two"], "'two' is no number of slices"),
         (["--topology", "v5e:2x4@2"], "the devices lie in 2 slices: mesh.slice must be 2"),
         (["--topology", "v5e:2x4", "--compiles", "0"], "--compiles 0: at least 1"),
+        (["--topology", "v5e:2x4", "--stage", "1"], "--stage 1: this run's stages are 0 to 0"),
         (["--topology", "h100:8", "--picture", "plan.bmp", "--quick"], "ends in .png or .svg"),
         (["--topology", "v5p:2x2x9x9"], "write its version and shape"),
         (["--topology", "v5e:2x4", "--mesh.fsdp", "3"], "the mesh needs a multiple of 3 devices"),

@@ -13,7 +13,8 @@ import json
 import pathlib
 import secrets
 import shutil
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ from deepseek_jax.core.storage import Path, put
 
 KEPT = 2  # when a kill comes, one process may have written a step that another has not
 TOLD = 8  # steps that a process tells the others of
+# (step, what was saved about it) -> that state's shapes and shardings.
+Abstract: TypeAlias = Callable[[int, dict[str, Any]], Any]
 
 
 def run_name(run_dir: Path) -> str:
@@ -100,27 +103,29 @@ class LocalCheckpoints:
         if writing is not None:
             writing.result()
 
-    def newest(self, abstract: Any) -> int:
+    def newest(self, abstract: Abstract) -> int:
         """The newest step that every process has, whole and for these shardings; -1: none."""
-        wanted = {place for places in _places(abstract).values() for place, _ in places}
-        mine = [step for step in integrity.steps(self._folder) if self._serves(step, wanted)]
+        mine = [step for step in integrity.steps(self._folder) if self._serves(step, abstract)]
         told = np.int32([-1] * TOLD + mine)[-TOLD:]
         everyone = multihost_utils.process_allgather(told).reshape(-1, TOLD)
         return int(max(functools.reduce(np.intersect1d, everyone), default=-1))
 
-    def _serves(self, step: int, wanted: set[str]) -> bool:
+    def _serves(self, step: int, abstract: Abstract) -> bool:
         folder = self._folder / str(step)
         if integrity.damage(folder):
             return False
-        return wanted <= json.loads((folder / "meta.json").read_text())["places"].keys()
+        meta = json.loads((folder / "meta.json").read_text())
+        wanted = _places(abstract(step, meta["about"])).values()
+        return {place for places in wanted for place, _ in places} <= meta["places"].keys()
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, abstract: Abstract) -> tuple[Any, dict[str, Any]]:
         """The state of a step that `newest` gave, and what was saved about it."""
         folder = self._folder / str(step)
         meta = json.loads((folder / "meta.json").read_text())
         content = np.memmap(folder / "state.bin", np.uint8, "r")
-        leaves, values = tree.flatten(abstract), []
-        for name, places in _places(abstract).items():
+        wanted = abstract(step, meta["about"])
+        leaves, values = tree.flatten(wanted), []
+        for name, places in _places(wanted).items():
             leaf, parts = leaves[name], []
             shape = leaf.sharding.shard_shape(leaf.shape)
             size = int(np.prod(shape)) * leaf.dtype.itemsize
@@ -130,7 +135,7 @@ class LocalCheckpoints:
                 parts.append(jax.device_put(part, device))
             whole = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
             values.append(whole)
-        return jax.tree.unflatten(jax.tree.structure(abstract), values), meta["about"]
+        return jax.tree.unflatten(jax.tree.structure(wanted), values), meta["about"]
 
     def remove(self) -> None:
         """Delete them: everything is in a durable checkpoint."""

@@ -21,6 +21,18 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
 
 
+def split(tree: Any, keep: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Two trees of this form: the leaves whose paths are kept, and the others; None elsewhere."""
+    kept = map_with_path(lambda path, leaf: leaf if keep(path) else None, tree)
+    return kept, map_with_path(lambda path, leaf: None if keep(path) else leaf, tree)
+
+
+def joined(one: Any, other: Any) -> Any:
+    """The tree that `split` took apart."""
+    absent = lambda node: node is None  # noqa: E731
+    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=absent)
+
+
 def added_up(function: Callable[[Any], Any], items: Any) -> Any:
     """The sum of function(item) over the items' first dimension, one after another (a scan)."""
 

@@ -34,7 +34,7 @@ class Progress:
     """Tells how training goes: step, loss, speed, time left, last evaluation."""
 
     def __init__(self, num_steps: int, *, log_every: int = 1, stream: TextIO | None = None):
-        self._num_steps, self._log_every = num_steps, log_every
+        self.num_steps, self._log_every = num_steps, log_every
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._open = False  # whether the cursor stands behind a live line
@@ -46,13 +46,13 @@ class Progress:
         now = time.monotonic()
         self._start = first, began = self._start or (step, now)  # by the first call, it is compiled
         self._last |= {key: float(metrics[key]) for key in SHOWN if metrics.get(key) is not None}
-        if not self._live and step % self._log_every and step != self._num_steps:
+        if not self._live and step % self._log_every and step != self.num_steps:
             return
         if step > first:
-            left = (self._num_steps - step) * (now - began) / (step - first)
+            left = (self.num_steps - step) * (now - began) / (step - first)
             self._last["left"] = datetime.timedelta(seconds=round(left))
         known = [text.format(self._last[key]) for key, text in SHOWN.items() if key in self._last]
-        text = "  ".join([f"step {step}/{self._num_steps}", *known])
+        text = "  ".join([f"step {step}/{self.num_steps}", *known])
         if self._live:
             text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
         self._open = self._live

@@ -7,12 +7,13 @@ step, so that a run killed at any moment continues as if nothing had happened: s
 losses, each step once.
 
 Exit codes: 0 the run is complete; 128 + signal (SIGINT 130, SIGTERM 143) it was stopped, everything
-is saved, and the same command resumes; 75 a step hung (training/faults.py). A signal to one process
-of several stops all of them after the same step. A second signal kills at once.
+is saved, and the same command resumes; 3 a stage is at its end and the gate that it must pass shut:
+everything is saved, and another config may resume; 75 a step hung (training/faults.py). A signal to
+one process of several stops all of them after the same step. A second signal kills at once.
 """
 
-import dataclasses
 import io
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,22 +21,19 @@ from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import jax
-from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from deepseek_jax.checkpoint import huggingface, integrity
+from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.local import LocalCheckpoints, run_name
-from deepseek_jax.checkpoint.manager import Manager, load_params, read_config
-from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.checkpoint.manager import Manager
 from deepseek_jax.core import config as core_config
-from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
 from deepseek_jax.data.loader import Data, Dataset, batches, open_data
 from deepseek_jax.data.pairs import PairDataset, open_pairs
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
-from deepseek_jax.models.networks import ModelConfig, build_network
+from deepseek_jax.models.networks import build_network
 from deepseek_jax.monitoring.metrics import RunLog, read_lines
 from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
 from deepseek_jax.monitoring.progress import Progress, summary
@@ -47,12 +45,22 @@ from deepseek_jax.parallel.stored import stored
 from deepseek_jax.training import invariants, slices
 from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
-from deepseek_jax.training.optimizer import is_indexer, make_optimizer
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
-from deepseek_jax.training.stages import overwriting, stage_step
-from deepseek_jax.training.state import TrainState, abstract_state, initial_state
+from deepseek_jax.training.stages import (
+    asked_gate,
+    overwriting,
+    shut,
+    spans,
+    stage_at,
+    stage_optimizer,
+    stage_state,
+    stage_step,
+)
+from deepseek_jax.training.start import given_params
+from deepseek_jax.training.state import TrainState, carried, initial_state
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
+GATES = "gates.json"  # and which gates have opened, once one has
 
 
 class Lent(NamedTuple):
@@ -86,7 +94,7 @@ class _Run:
         self.config, self.mesh, self.lent = config, mesh, lent
         self.run_dir = located(config.run_dir)
         self.stages = config.filled_stages()
-        self.total = sum(stage.steps for stage in self.stages)
+        self.opened: dict[int, int] = {}  # {number of a stage: the step that opened its gate}
         self.model = build_network(config.model, config.precision)
         self.layers = self.model.layers
         self.manager = Manager(self.run_dir / "checkpoints", config.checkpoint, self.layers)
@@ -107,11 +115,16 @@ class _Run:
     def go(self) -> int:
         with caught_signals() as caught:
             state, position = self._restore()
-            step, end, previous = int(state.step), 0, None
-            for before, stage in zip((None, *self.stages), self.stages, strict=False):
-                first, end = end, end + stage.steps
+            step, previous = int(state.step), None
+            for number, stage in enumerate(self.stages):
+                if shut(self.stages, self.opened, step):
+                    break
+                first, end = spans(self.stages, self.opened)[number]
                 if step >= end and stage is not self.stages[-1]:
                     continue
+                if number and step == first:
+                    state = carried(state, self._abstract(number))
+                before = self.stages[number - 1] if number else None
                 if self._open_data(before, stage, first, step):
                     position = 0
                 size = None
@@ -120,7 +133,7 @@ class _Run:
                         size = stage.batch_at(step - first)
                         rows = self._rows(stage, size, position)
                         self.heartbeat.busy()
-                        run_step = self._compiled(stage, size, first, state)
+                        run_step = self._compiled(number, size, first, state)
                     if self.profiler:
                         self.profiler.before(step + 1)
                     began, words = time.perf_counter(), self.peers.words(caught)
@@ -133,29 +146,34 @@ class _Run:
                         self.heartbeat.busy()
                     step, position = step + 1, position + size.batch_size
                     tokens = row_tokens(self.model, stage.sequence_length) * size.batch_size
-                    previous = step, metrics, tokens, stage
+                    asked = stage.gate and (step == end or _due(stage.gate.every, step - first))
+                    previous = step, metrics, tokens, stage, asked
                     last, stop = step == self.total, self.peers.stop(caught)
                     checked, every = metrics.pop("checked"), self.config.check_every
                     check = every and (step == 1 or _due(every, step))
-                    evaluate = last or _due(self.config.eval_every, step)
+                    evaluate = last or asked or _due(self.config.eval_every, step)
                     save = last or stop or _due(self.config.save_every, step)
                     near = not save and _due(self.config.faults.local_save_every, step)
                     if check or evaluate or save or near or self.profiler:
                         self._log(previous)
                         previous = None
                         self.heartbeat.busy()
-                    if check or ((save or near) and every):
+                    if check or ((save or near or asked) and every):
                         invariants.check(step, state.params, checked, self.model, whole=check)
                     if self.profiler and (table := self.profiler.after(step)):
                         self.progress.say(table)
                     if evaluate:
-                        self._evaluate(state, step, size)
+                        found = self._evaluate(state, step, size)
+                    if asked and self._opens(number, step, found):
+                        end, last = step, step == self.total
+                    save = save or last or bool(shut(self.stages, self.opened, step))
                     if save or near:
                         self.log.flush()
                     if save:
                         self._save(state, step, position)
                     if near:
                         about = {"position": position, "data": self.dataset.fingerprint}
+                        about |= {"gates": [*self.opened.items()]}
                         self.local.save(step, state, about)
                     if check or evaluate or save or near:
                         self.since = time.perf_counter()
@@ -168,9 +186,20 @@ class _Run:
                         )
                         return 128 + stop
         self._settle()
+        if stage := shut(self.stages, self.opened, step):
+            self.progress.say(
+                f"stopped after step {step}: stage {stage.name!r} is at its end, and {stage.gate} "
+                f"does not hold, which its gate requires; everything is saved in {self.run_dir}"
+            )
+            return 3
         if jax.process_index() == 0:
             self._finish(state, step)
         return 0
+
+    @property
+    def total(self) -> int:
+        """The run's last step, if no further gate opens."""
+        return spans(self.stages, self.opened)[-1][1]
 
     def close(self):
         """Release what a run holds open, whatever happened."""
@@ -185,84 +214,59 @@ class _Run:
 
     def _restore(self) -> tuple[TrainState, int]:
         """The newest good checkpoint's state and data position, or a fresh start."""
-        recorded, config = self.run_dir / "config.json", self.config
-        optimizer = make_optimizer(self.stages[0].optimizer, self.model.specs)
-        memory, by_slice = self.stages[0].optimizer.memory, config.mesh.by_slice
-        abstract = abstract_state(self.model, optimizer, self.mesh, memory, by_slice)
+        recorded = self.run_dir / "config.json"
         newest = self.manager.newest()
         if (faults := self.config.faults).local_save_every:
             self.local = LocalCheckpoints(faults.local_dir, run_name(self.run_dir))
-        local = self.local.newest(abstract) if self.local else -1
+        local = self.local.newest(self._abstract_after) if self.local else -1
         if recorded.exists() and (newest is not None or local >= 0):
             check_model(recorded, self.config)
         if local > (newest or 0):
-            state, about = self.local.restore(local, abstract)
+            state, about = self.local.restore(local, self._abstract_after)
+            self.opened = dict(about.get("gates", ()))
             position, self.fingerprint = about["position"], about["data"]
             self.progress.say(
                 f"resuming in {self.run_dir} after step {local}, from {faults.local_dir}"
             )
         elif newest is not None:
-            restored = self.manager.restore(abstract, newest)
+            folder = self.manager.directory / str(newest)
+            about = json.loads((folder / GATES).read_text()) if (folder / GATES).exists() else {}
+            self.opened = dict(about.get("gates", ()))
+            restored = self.manager.restore(self._abstract_after(newest, about), newest)
             state, position = restored.state, restored.position
-            if (saved := self.manager.directory / str(newest) / FINGERPRINT).exists():
-                self.fingerprint = saved.read_text()
+            if (folder / FINGERPRINT).exists():
+                self.fingerprint = (folder / FINGERPRINT).read_text()
             self.progress.say(f"resuming in {self.run_dir} after step {newest}")
         else:
-            state, position = self._fresh(abstract, optimizer), 0
+            state, position = self._fresh(), 0
+        self.progress.num_steps = self.total
         self.log.cut_back(int(state.step))
         if jax.process_index() == 0:
             core_config.save_json(self.config, recorded)
         return state, position
 
-    def _fresh(self, abstract: TrainState, optimizer: Any) -> TrainState:
-        config, shardings = self.config, jax.tree.map(lambda x: x.sharding, abstract)
+    def _abstract(self, number: int) -> TrainState:
+        return stage_state(self.config, self.model, self.mesh, number)
+
+    def _abstract_after(self, step: int, about: dict[str, Any]) -> TrainState:
+        """The state that a checkpoint of this step holds."""
+        return self._abstract(stage_at(self.stages, dict(about.get("gates", ())), step))
+
+    def _fresh(self) -> TrainState:
+        config, abstract = self.config, self._abstract(0)
+        optimizer = stage_optimizer(config, self.model)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
         if config.init_from is None:
             key = jax.random.key(config.seed)
             params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
         else:
-            params = self._given(abstract.params)
+            params, said = given_params(config, self.model, abstract.params)
+            self.progress.say(said)
 
         def start(params):
             return initial_state(params, optimizer, config.precision.loss_scale, abstract.left_out)
 
         return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
-
-    def _given(self, abstract: Any) -> Any:
-        """The parameters of `init_from`; indexers that it has not start anew."""
-        config, model, added, note = self.config, self.model, {}, ""
-        folder, source = None, None
-        if is_folder_of_tensors(config.init_from):
-            folder = huggingface.open_any(huggingface.fetched(config.init_from))
-        else:
-            source = integrity.resolve(config.init_from)
-        if folder:
-            theirs = folder.config
-        else:
-            theirs = core_config.from_dict(ModelConfig, read_config(source)["model"], "model")
-        if type(theirs) is not type(config.model):
-            found, wanted = type(theirs).__name__, type(config.model).__name__
-            raise InputError(f"{config.init_from} holds a {found}, and this run trains a {wanted}")
-        indexer = getattr(getattr(config.model, "attention", None), "indexer", None)
-        if indexer and getattr(theirs.attention, "indexer", indexer) is None:
-            # As V3.2 grew out of V3.1.
-            attention = dataclasses.replace(config.model.attention, indexer=None)
-            bare = dataclasses.replace(config.model, attention=attention)
-            model, note = build_network(bare, config.precision), ", its new indexers made anew"
-            leaves = tree.flatten(abstract)
-            places = {path: leaf.sharding for path, leaf in leaves.items() if is_indexer(path)}
-
-            def make() -> dict[str, Any]:
-                fresh = tree.flatten(self.model.init(jax.random.key(config.seed)))
-                return {path: fresh[path] for path in places}  # nothing else is computed
-
-            added = jax.jit(make, out_shardings=places)()
-            abstract = unflatten_dict({p: x for p, x in leaves.items() if p not in added}, sep="/")
-        if folder:
-            params = huggingface.load_any(folder, model, abstract)
-        else:
-            params = load_params(source, abstract, self.layers)
-        self.progress.say(f"starting from the parameters of {config.init_from}{note}")
-        return unflatten_dict(tree.flatten(params) | added, sep="/")
 
     def _open_data(self, before: Stage | None, stage: Stage, first: int, step: int) -> bool:
         """Open a stage's data; whether its rows count from 0, as the stage before had others.
@@ -304,7 +308,7 @@ class _Run:
             num_workers=stage.data.num_workers,
         )
 
-    def _compiled(self, stage: Stage, size: BatchStep, first: int, state: TrainState) -> Any:
+    def _compiled(self, number: int, size: BatchStep, first: int, state: TrainState) -> Any:
         """The train step as one program that overwrites the state it is given."""
         chunks = self.config.mesh.stage_chunks
         pipeline = Pipeline.on(self.mesh, chunks, size.accumulation_steps)
@@ -312,21 +316,21 @@ class _Run:
             self.progress.say(pipeline.describe())
         if self.config.mesh.by_slice:
             self.progress.say(slices.describe(self.mesh, self.model))
-        step = stage_step(self.config, self.model, stage, size, first)
+        step = stage_step(self.config, self.model, self.stages[number], size, first, number)
         return stored(overwriting(self.peers.telling(step), state, self.model))
 
-    def _log(self, done: tuple[int, dict, int, Stage] | None) -> None:
+    def _log(self, done: tuple[int, dict, int, Stage, Any] | None) -> None:
         """Wait for a dispatched step and write what it measured."""
         if done is None:
             return
-        step, metrics, tokens, stage = done
+        step, metrics, tokens, stage, asked = done  # what a gate asked for may be the last
         self.peers.hear(metrics)
         skipped, load = int(metrics["skipped"]), metrics.pop("expert_load")
         self.heartbeat.step(step)
         now = time.perf_counter()
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self.since
         self.since, self.steps = now, self.steps + 1
-        if step in (1, self.total) or _due(self.config.log_every, step):
+        if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
             flops = train_flops_per_token(self.model, stage.sequence_length)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -349,15 +353,28 @@ class _Run:
                 "them skipped; lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
             )
 
-    def _evaluate(self, state: TrainState, step: int, size: BatchStep) -> None:
+    def _evaluate(self, state: TrainState, step: int, size: BatchStep) -> dict[str, float]:
         rows = size.batch_size // size.accumulation_steps
         found = self.lent.held_out(self.model, state.params, self.dataset, rows)
         self.log.evaluation(step, found)
         self.progress.evaluation(found)
+        return found
+
+    def _opens(self, number: int, step: int, found: dict[str, float]) -> bool:
+        """Whether what an evaluation found opens a stage's gate, which ends the stage."""
+        opens, said = asked_gate(self.stages, self.opened, number, step, found)
+        if opens:
+            self.opened[number] = step
+            self.progress.num_steps = self.total
+        if said:
+            self.progress.say(said)
+        return opens
 
     def _save(self, state: TrainState, step: int, position: int) -> None:
         config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
         files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
+        if self.opened:
+            files |= {GATES: json.dumps({"gates": [*self.opened.items()]}).encode()}
         self.manager.save(step, state, position=position, config=config, files=files)
 
     def _settle(self) -> None:

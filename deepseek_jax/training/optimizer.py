@@ -7,14 +7,16 @@ stacked:
   ("vocab"), norms and biases stay with AdamW. Its updates have AdamW's size (a root mean square of
   0.2), so learning rates carry over. Its momentum is Nesterov's.
 - Weight decay takes every matrix, embeddings and head included, and no norm or bias.
-- The router bias is not trained here (see training/step): no decay, no optimizer memory.
+- The router bias is not trained here (see training/step): no decay, no optimizer memory. Nor has a
+  parameter any that does not learn in this stage of the run.
+- Moments that begin in a later stage begin at zero there, with a count of updates of their own.
 
 optax's own have no dtype for second moments; this is an optax transformation all the same.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -113,21 +115,29 @@ def is_indexer(path: str) -> bool:
     return "/indexer/" in path
 
 
-def make_optimizer(config: AdamW | Muon, specs: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: AdamW | Muon, specs: Any, since: Mapping[str, int] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a model whose parameters have these specs (a tree of core.axes.Spec).
 
-    `update(gradients, state, params, learning_rate=...)` returns (updates, state), gradients
-    already clipped. State: {"count", "mu", "nu"}; mu and nu are trees like params with None where
-    a weight has no such memory.
+    `since` is {path of a parameter that learns: the number of the stage since which it does}; None:
+    all, since stage 0. `update(gradients, state, params, learning_rate=...)` returns (updates,
+    state), gradients already clipped; see `applied`. State: {"count", "mu", "nu"}; mu and nu are
+    trees like params with None where a weight has no such memory. Moments that began in stage 2
+    have their own "count_2", by which they are corrected for having begun at zero.
     """
+    if since is None:
+        since = dict.fromkeys(tree.flatten(specs), 0)
+    clocks = {path: f"count_{stage}" if stage else "count" for path, stage in since.items()}
 
     def kind(path: str, spec: Spec) -> str:
-        if is_router_bias(path):
+        if is_router_bias(path) or path not in since:
             return "none"
         matrix = spec.reduced and spec.outputs and "vocab" not in spec.axes
         return "muon" if isinstance(config, Muon) and matrix else "adam"
 
     kinds = tree.map_with_path(kind, specs)
+    clock = tree.map_with_path(lambda path, _: clocks.get(path, ""), specs)
 
     def moments(params: Any, dtype: Dtype, owners: tuple[str, ...]) -> Any:
         return jax.tree.map(
@@ -135,35 +145,44 @@ def make_optimizer(config: AdamW | Muon, specs: Any) -> optax.GradientTransforma
         )
 
     def init(params: Any) -> dict[str, Any]:
-        return {
-            "count": jnp.zeros((), jnp.int32),
+        return {name: jnp.zeros((), jnp.int32) for name in clocks.values()} | {
             "mu": moments(params, config.momentum_dtype, ("adam", "muon")),
             "nu": moments(params, config.variance_dtype, ("adam",)),
         }
 
     def update(grads: Any, state: dict, params: Any, *, learning_rate: Any) -> tuple[Any, dict]:
-        count = state["count"] + 1
+        counts = {name: state[name] + 1 for name in clocks.values()}
 
-        def of_leaf(param, grad, mu, nu, kind, spec):
+        def of_leaf(param, grad, mu, nu, kind, clock, spec):
             if kind == "none":
-                return jnp.zeros_like(param), None, None
+                return None, None, None
             grad, new_mu, new_nu = grad.astype(jnp.float32), mu.astype(jnp.float32), None
             if kind == "muon":
                 direction, new_mu = _muon(config, grad, new_mu, spec)
             else:
-                direction, new_mu, new_nu = _adam(config, grad, new_mu, nu, count)
+                direction, new_mu, new_nu = _adam(config, grad, new_mu, nu, counts[clock])
                 new_nu = new_nu.astype(nu.dtype)
             if spec.reduced or "vocab" in spec.axes:
                 direction = direction + config.weight_decay * param.astype(jnp.float32)
             return -learning_rate * direction, new_mu.astype(mu.dtype), new_nu
 
-        results = jax.tree.map(of_leaf, params, grads, state["mu"], state["nu"], kinds, specs)
+        given = grads, state["mu"], state["nu"], kinds, clock, specs
+        results = jax.tree.map(of_leaf, params, *given)
         updates, mu, nu = (
             jax.tree.map(lambda _, found, i=i: found[i], params, results) for i in range(3)
         )
-        return updates, {"count": count, "mu": mu, "nu": nu}
+        return updates, counts | {"mu": mu, "nu": nu}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def applied(params: Any, updates: Any) -> Any:
+    """Params after their updates; a leaf whose update is None is the same to the bit."""
+    return jax.tree.map(
+        lambda param, update: param if update is None else optax.apply_updates(param, update),
+        params,
+        updates,
+    )
 
 
 def _adam(config, grad, mu, nu, count):

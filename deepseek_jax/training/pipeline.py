@@ -145,6 +145,7 @@ def make_mesh_gradients(
         apply = per_device(run, (lies, rows, whole, whole), (out, whole, whole), automatic)
         grads, sums, routing = apply(tree.flatten(params), parts, weights, scale)
         means = {term: sums[term] / weight for term, weight in weights.items()}
+        grads = {path: g if objective.trains(path) else None for path, g in grads.items()}
         return unflatten_dict(grads, sep="/"), means, routing
 
     return gradients

@@ -24,10 +24,8 @@ from deepseek_jax.parallel.compile import Collective, Program, compile_program
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch
-from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.recipe import Stage, TrainConfig
-from deepseek_jax.training.stages import overwriting, stage_step
-from deepseek_jax.training.state import abstract_state
+from deepseek_jax.training.stages import overwriting, stage_state, stage_step
 
 
 def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, Any]:
@@ -182,11 +180,9 @@ def held(tree: Any) -> int:
 def compile_step(
     config: TrainConfig, model: Model, stage: Stage, mesh: Mesh, quick: bool = False
 ) -> tuple[Program, dict[str, int]]:
-    """A filled stage's first train step on a mesh, from shapes alone, and `kinds_of_bytes`."""
+    """The first stage's first train step on a mesh, from shapes alone, and `kinds_of_bytes`."""
     size = stage.batch_at(0)
-    optimizer = make_optimizer(stage.optimizer, model.specs)
-    memory = stage.optimizer.memory
-    state = abstract_state(model, optimizer, mesh, memory, config.mesh.by_slice)
+    state = stage_state(config, model, mesh)
     step = stage_step(config, model, stage, size, first=0)
     compiled = overwriting(step, state, model)
     batch = abstract_batch(mesh, size.batch_size, stage.sequence_length, config)

@@ -4,6 +4,7 @@ The top-level fields are the defaults of the stages, of which there is one by de
 """
 
 import dataclasses
+import math
 from typing import TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
@@ -38,15 +39,51 @@ class BatchStep:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A condition on the held-out evaluation: when it holds, the next stage begins."""
+
+    metric: str
+    """As eval.jsonl calls it."""
+    below: float | None = None
+    """It holds where the metric is below this, or `above`: one of the two."""
+    above: float | None = None
+    every: int = 100
+    """Steps of the stage between evaluations that ask; its last step asks, too."""
+    required: bool = False
+    """Where it does not hold by the stage's last step, the run stops; else it warns and goes on."""
+
+    def __post_init__(self):
+        if (self.below is None) == (self.above is None) or self.every < 1:
+            raise ValueError(
+                f"a stage's gate must have one of below ({self.below}) and above ({self.above}), "
+                f"and every ({self.every}) must be at least 1."
+            )
+
+    def holds(self, value: float) -> bool:
+        """Whether the gate opens; never for a metric that is not finite."""
+        if not math.isfinite(value):
+            return False
+        return value < self.below if self.above is None else value > self.above
+
+    def __str__(self):
+        side, limit = ("below", self.below) if self.above is None else ("above", self.above)
+        return f"{self.metric} {side} {limit:g}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """A part of a run; None takes the run's own value.
 
     Its schedule runs over its own steps. Its data begin where the stage before stopped, unless
-    `data` or `sequence_length` changed. The optimizer's memory goes on.
+    `data` or `sequence_length` changed. The optimizer's memory goes on, of parameters that learn in
+    both stages; of others it begins anew.
     """
 
     name: str = "train"
     steps: int | None = None
+    tokens: int | None = None
+    """Instead of steps: as many as show the model this many tokens, rows x sequence_length a
+    step."""
     batch_size: int | None = None
     accumulation_steps: int | None = None
     sequence_length: int | None = None
@@ -55,11 +92,27 @@ class Stage:
     objective: Objective | None = None
     batch_ramp: tuple[BatchStep, ...] = ()
     """Other batch sizes from given steps of the stage on, ascending (V3: 3,072 to 15,360)."""
+    trainable: tuple[str, ...] = ()
+    """Patterns of paths of the parameters that learn, such as text/*, where * stands for anything
+    (paths: --dry-run); empty: all. The others stay to the bit, without gradients or memory."""
+    gate: Gate | None = None
+    """Ends the stage before its steps are done."""
 
     def sizes(self) -> tuple[BatchStep, ...]:
         """A filled stage's batch sizes, the first from step 0 on."""
         rows, parts = self.batch_size, self.accumulation_steps
         return (BatchStep(step=0, batch_size=rows, accumulation_steps=parts), *self.batch_ramp)
+
+    def steps_of_tokens(self) -> int:
+        """The steps in which a filled stage's batches have its tokens."""
+        left, sizes = self.tokens, self.sizes()
+        for size, after in zip(sizes, (*sizes[1:], None), strict=True):
+            step = max(size.batch_size * self.sequence_length, 1)
+            steps = -(-left // step)
+            if after is None or size.step + steps <= after.step:
+                break
+            left -= (after.step - size.step) * step
+        return size.step + steps
 
     def batch_at(self, step: int) -> BatchStep:
         """The batch of a filled stage's step, counted from 0."""
@@ -115,6 +168,12 @@ class TrainConfig:
                 raise ValueError(f"{name}: {error}.") from None
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
+        for index, stage in enumerate(self.stages):
+            if stage.tokens is not None and (stage.steps is not None or stage.tokens < 1):
+                raise ValueError(
+                    f"stages[{index}] has tokens ({stage.tokens}), which must be at least 1, and "
+                    f"then no steps ({stage.steps})."
+                )
         filled = self.filled_stages()
         for index, stage in enumerate(filled):
             _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
@@ -135,8 +194,12 @@ class TrainConfig:
         """The stages with the run's own values in place of None."""
 
         def filled(stage: Stage) -> Stage:
-            own = {name: getattr(self, name) for name, x in vars(stage).items() if x is None}
-            return dataclasses.replace(stage, **own)
+            ours = vars(self)
+            own = {n: ours[n] for n, x in vars(stage).items() if x is None and n in ours}
+            full = dataclasses.replace(stage, **own)
+            if full.tokens is None:
+                return full
+            return dataclasses.replace(full, steps=full.steps_of_tokens())
 
         return tuple(map(filled, self.stages))
 

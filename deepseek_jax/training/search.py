@@ -12,6 +12,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh, AxisType
@@ -25,10 +26,9 @@ from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.parallel.chips import Place, described
 from deepseek_jax.parallel.sharding import weight_sharding
-from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.planning import held, narrowed
-from deepseek_jax.training.recipe import Stage, TrainConfig
-from deepseek_jax.training.state import abstract_state
+from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.stages import learning, stage_state
 
 ROWS = (1, 2, 4, 8, 16, 32)  # of a batch shard
 POLICIES = ("none", "dots", "full", "offload")
@@ -156,10 +156,11 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     with compiling_for(place.devices):
         model = build(config.model, config.precision)
     flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
+    learns = learning(config, model)[0]
     found = []
     for mesh in meshes(config, len(place.devices)):
-        given = given_bytes(model, stage, mesh, config.mesh.by_slice)
-        gathered, largest = weight_bytes(model, mesh)
+        given = given_bytes(config, model, mesh)
+        gathered, largest = weight_bytes(model, mesh, learns)
         narrow = model.dtypes.compute.itemsize
         gathered_layer = narrow * gathered / config.model.num_layers
         moved = {r: narrow * (2 + n) + 4 for r, n in RECOMPUTED.items()}  # and slopes, float32
@@ -200,16 +201,15 @@ def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
     return found
 
 
-def given_bytes(model: Model, stage: Stage, mesh: dict[str, int], by_slice: bool = False) -> int:
+def given_bytes(config: TrainConfig, model: Model, mesh: dict[str, int]) -> int:
     """A device's bytes of the train state, exactly but for padding."""
     abstract = AbstractMesh(
         tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
     )
-    optimizer = make_optimizer(stage.optimizer, model.specs)
-    return held(abstract_state(model, optimizer, abstract, stage.optimizer.memory, by_slice))
+    return held(stage_state(config, model, abstract))
 
 
-def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
+def weight_bytes(model: Model, mesh: dict[str, int], learns: Container[str]) -> tuple[float, float]:
     """Weights that a device gathers for one pass, and bytes of the gradients that it keeps.
 
     Weights are gathered over all axes but tensor, experts' where tokens do not go to them.
@@ -222,7 +222,7 @@ def weight_bytes(model: Model, mesh: dict[str, int]) -> tuple[float, float]:
     for path, leaf in tree.flatten(model.shapes).items():
         spec = weight_sharding(abstract, specs[path], leaf.shape)
         own = math.prod(spec.shard_shape(leaf.shape))
-        gradients += own * leaf.dtype.itemsize
+        gradients += own * leaf.dtype.itemsize * (path in learns)
         exchanged = getattr(getattr(model.config.moe, "exchange", None), "kind", "none") != "none"
         stays = mesh["expert"] if exchanged and "/experts/" in path else 1
         split = stays * (mesh["tensor"] if "tensor" in spec.spec else 1)

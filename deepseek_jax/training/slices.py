@@ -108,7 +108,8 @@ def add_slices(
     scaled, so that loss scales may change.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    found = {p: s for p, s in shares(mesh, model.specs, model.shapes).items() if s}
+    every = shares(mesh, model.specs, model.shapes).items()
+    found = {path: share for path, share in every if share and path in left_out}
     specs = {path: share.spec for path, share in found.items()}
 
     def add(own, left, scale):

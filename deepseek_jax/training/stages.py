@@ -1,13 +1,24 @@
-"""A stage's train step: its objective, optimizer and schedule, on whatever mesh runs it."""
+"""A stage's train step: its objective, optimizer and schedule, on whatever mesh runs it.
 
+And what a run's stages are to each other: which parameters learn in which, since when, and at which
+step each begins, which a gate decides while the run goes.
+"""
+
+import difflib
+import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from deepseek_jax.core import target
+from deepseek_jax.core import target, tree
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import Network
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
 from deepseek_jax.training.language import Language, make_language
@@ -15,16 +26,124 @@ from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
-from deepseek_jax.training.state import TrainState, on_device
+from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
 
 
+def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
+    """The steps (first, end) that each of a run's filled stages lies between.
+
+    `opened` is {number of a stage: the step after which its gate opened}; other stages take all
+    their steps.
+    """
+    found, first = [], 0
+    for number, stage in enumerate(stages):
+        found.append((first, opened.get(number, first + stage.steps)))
+        first = found[-1][1]
+    return found
+
+
+def stage_at(stages: tuple[Stage, ...], opened: Mapping[int, int], step: int) -> int:
+    """The number of the stage that made the state after `step` steps (of 0: the first)."""
+    ends = [end for _, end in spans(stages, opened)]
+    return next((number for number, end in enumerate(ends) if step <= end), len(ends) - 1)
+
+
+def shut(stages: tuple[Stage, ...], opened: Mapping[int, int], step: int) -> Stage | None:
+    """The stage behind whose gate a run must stop, after `step` steps; None: it may go on."""
+    for number, (stage, (_, end)) in enumerate(zip(stages, spans(stages, opened), strict=True)):
+        if step == end and stage.gate and stage.gate.required and number not in opened:
+            return stage
+    return None
+
+
+def asked_gate(
+    stages: tuple[Stage, ...],
+    opened: Mapping[int, int],
+    number: int,
+    step: int,
+    found: Mapping[str, float],
+) -> tuple[bool, str]:
+    """Whether an evaluation after `step` steps opens a stage's gate, and what to say of it.
+
+    The same for all processes. InputError where the evaluation has no such metric.
+    """
+    stage, end = stages[number], spans(stages, opened)[number][1]
+    gate, where = stage.gate, f"stage {stage.name!r}"
+    if gate.metric not in found:
+        known = ", ".join(sorted(found))
+        raise InputError(f"stages[{number}].gate.metric is {gate.metric!r}; there are {known}")
+    value = found[gate.metric]
+    if bool(multihost_utils.broadcast_one_to_all(np.int32(gate.holds(value)))):
+        return True, f"{where} ends after step {step}: {gate} holds, at {value:g}"
+    if step < end or gate.required:
+        return False, ""
+    return False, (
+        f"warning: {where} is at its end after step {step} and its gate has not opened: {gate} "
+        f"does not hold, at {value:g}"
+    )
+
+
+def matching(patterns: tuple[str, ...], paths: Iterable[str], where: str) -> set[str]:
+    """The paths that one of the patterns (`text/*`) matches; all where there is no pattern.
+
+    InputError, with the nearest paths and parts of paths, for a pattern that matches none.
+    """
+    paths = list(paths)
+    found = [{path for path in paths if fnmatch.fnmatchcase(path, one)} for one in patterns]
+    for pattern, some in zip(patterns, found, strict=True):
+        if not some:
+            parents = {f"{path[:i]}/*" for path in paths for i, c in enumerate(path) if c == "/"}
+            near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], 5)
+            near = near or sorted({path.split("/")[0] for path in paths})
+            raise InputError(
+                f"{where}.trainable: {pattern!r} matches no parameter; there are {', '.join(near)}"
+            )
+    return set.union(*found) if patterns else set(paths)
+
+
+def learning(config: TrainConfig, model: Network) -> list[dict[str, int]]:
+    """Of each stage: {path of a parameter that learns: the stage since which, without a pause}.
+
+    InputError where a stage's `trainable` or objective does not suit the model.
+    """
+    found: list[dict[str, int]] = []
+    for number, stage in enumerate(config.filled_stages()):
+        trains, before = stage_objective(stage, model, number).trains, found[-1] if found else {}
+        found.append(
+            {path: before.get(path, number) for path in tree.flatten(model.shapes) if trains(path)}
+        )
+        if not found[-1]:
+            raise InputError(
+                f"stages[{number}]: its trainable leaves nothing to what its objective trains"
+            )
+    return found
+
+
+def stage_optimizer(
+    config: TrainConfig, model: Network, number: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run's stage."""
+    chosen = config.filled_stages()[number].optimizer
+    return make_optimizer(chosen, model.specs, learning(config, model)[number])
+
+
+def stage_state(config: TrainConfig, model: Network, mesh: Mesh, number: int = 0) -> TrainState:
+    """The `abstract_state` of a run's stage: what does not learn in it has no optimizer memory."""
+    memory = config.filled_stages()[number].optimizer.memory
+    optimizer = stage_optimizer(config, model, number)
+    return abstract_state(model, optimizer, mesh, memory, config.mesh.by_slice)
+
+
 def stage_step(
-    config: TrainConfig, model: Network, stage: Stage, size: BatchStep, first: int
+    config: TrainConfig, model: Network, stage: Stage, size: BatchStep, first: int, number: int = 0
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
-    """(state, batch) -> (state, metrics): a step of a filled stage that began at step `first`."""
+    """(state, batch) -> (state, metrics): a step of a filled stage that began at step `first`.
+
+    `number` is the stage's place among the run's.
+    """
     chosen = stage.optimizer
-    objective = stage_objective(stage, model)
+    objective = stage_objective(stage, model, number)
     schedule = make_schedule(chosen.schedule, chosen.warmup_steps, stage.steps)
     scaled = model.dtypes.compute == jnp.float16
     by_slice = config.mesh.by_slice
@@ -36,7 +155,7 @@ def stage_step(
     train_step = make_train_step(
         gradients,
         objective,
-        make_optimizer(chosen, model.specs),
+        stage_optimizer(config, model, number),
         lambda step: chosen.learning_rate * schedule(step - first),
         clip_norm=chosen.clip_norm,
         loss_scale_growth=config.precision.loss_scale_growth if scaled else None,
@@ -50,11 +169,23 @@ def stage_step(
     return run_step
 
 
-def stage_objective(stage: Stage, model: Network) -> Objective:
-    """What a filled stage minimizes."""
+def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
+    """What a filled stage minimizes, by the parameters that it trains."""
     if isinstance(stage.objective, Contrastive):
-        return make_contrastive(stage.objective, model, stage.data.image.normalization)
-    return make_language(stage.objective, model)
+        found = make_contrastive(stage.objective, model, stage.data.image.normalization)
+    else:
+        found = make_language(stage.objective, model)
+    if not stage.trainable:
+        return found
+    chosen = matching(stage.trainable, tree.flatten(model.shapes), f"stages[{number}]")
+    rates = {
+        block: rate
+        for block, rate in found.bias_rates.items()
+        if f"{block}/moe/router/bias" in chosen
+    }
+    return found._replace(
+        bias_rates=rates, trains=lambda path: path in chosen and found.trains(path)
+    )
 
 
 def overwriting(step: Callable, state: TrainState, model: Network) -> Any:

@@ -54,7 +54,7 @@ def abstract_state(
     """The state's shapes and shardings; the optimizer's trees lie like the parameters'.
 
     With `memory` pinned_host they lie so in the hosts' memory; see `on_device`. With `by_slice`
-    there is what is left out of gradients between slices.
+    there is what is left out of gradients between slices, of parameters that learn.
     """
     state = jax.eval_shape(lambda params: initial_state(params, optimizer, 1.0), model.shapes)
     like_params = tree.flatten(tree_shardings(mesh, model.specs, model.shapes))
@@ -68,7 +68,29 @@ def abstract_state(
         return leaf.update(sharding=sharding)
 
     left_out = abstract_left_out(mesh, model) if by_slice else {}
+    learning = tree.flatten(state.opt_state["mu"]) if by_slice else {}
+    left_out = {path: leaf for path, leaf in left_out.items() if path in learning}
     return tree.map_with_path(placed, state).replace(left_out=left_out)
+
+
+def carried(state: TrainState, abstract: TrainState) -> TrainState:
+    """The state at the end of a stage as the next one takes it, whose `abstract_state` this is.
+
+    Memory of parameters that go on learning stays, others' goes, and what begins to learn begins
+    with zeros.
+    """
+    have, want = (tree.flatten((x.opt_state, x.left_out)) for x in (state, abstract))
+    new = {path: leaf for path, leaf in want.items() if path not in have}
+
+    def nothing() -> dict[str, jax.Array]:
+        return {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in new.items()}
+
+    places = {path: leaf.sharding for path, leaf in new.items()}
+    made = jax.jit(nothing, out_shardings=places)() if new else {}
+    leaves = [made.get(path, have.get(path)) for path in want]
+    form = jax.tree.structure((abstract.opt_state, abstract.left_out))
+    opt_state, left_out = jax.tree.unflatten(form, leaves)
+    return state.replace(opt_state=opt_state, left_out=left_out)
 
 
 def on_device(state: TrainState) -> TrainState:
@@ -82,18 +104,24 @@ def on_device(state: TrainState) -> TrainState:
 
 
 def memory_table(state: TrainState) -> str:
-    """Every parameter's shape, dtype, sharding, and the bytes a device holds, as text."""
+    """Every parameter's shape, dtype, sharding, and the bytes a device holds, as text.
+
+    What the optimizer has no memory of is marked: it does not learn (or is a router's bias).
+    """
 
     def local(part: Any) -> int:
         leaves = jax.tree.leaves(part)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
+    params, learning = tree.flatten(state.params), tree.flatten(state.opt_state["mu"])
     rows = [
         f"{path:42} {x.dtype!s:8} {list(x.shape)!s:20} {x.sharding.spec}"
-        for path, x in tree.flatten(state.params).items()
+        + ("" if path in learning else "  no optimizer memory")
+        for path, x in params.items()
     ]
-    weights, memory = local(state.params), local((state.opt_state, state.left_out))
+    weights, memory = local(params), local((state.opt_state, state.left_out))
+    gradients = local([x for path, x in params.items() if path in learning])
     return "\n".join(rows) + (
-        f"\nbytes a device: parameters {weights:,}, optimizer {memory:,}, gradients {weights:,}; "
-        f"together {2 * weights + memory:,} (activations not counted)"
+        f"\nbytes a device: parameters {weights:,}, optimizer {memory:,}, gradients "
+        f"{gradients:,}; together {weights + memory + gradients:,} (activations not counted)"
     )

@@ -16,7 +16,7 @@ import optax
 from deepseek_jax.core import tree
 from deepseek_jax.monitoring.routing import router_metrics
 from deepseek_jax.training.invariants import observed, squares
-from deepseek_jax.training.optimizer import is_router_bias
+from deepseek_jax.training.optimizer import applied, is_router_bias
 from deepseek_jax.training.state import TrainState
 
 
@@ -33,10 +33,11 @@ class Objective(NamedTuple):
     bias_rates: dict[str, float]
     """{path of a block: step of its router bias}; other biases stay."""
     trains: Callable[[str], bool] = lambda path: True
-    """Whether the parameter at a path learns; the others stay as they are."""
+    """Whether the parameter at a path learns; of the others no gradient is taken, and they stay."""
 
 
-# (params, batch, key, loss scale) -> (gradients of scale * loss, {term: its mean}, aux).
+# (params, batch, key, loss scale) -> (gradients of scale * loss, {term: its mean}, aux); gradients
+# are a tree like params with None where a parameter does not learn.
 Gradients = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
 
 
@@ -54,8 +55,8 @@ def total_weights(objective: Objective, parts: Any) -> dict[str, jax.Array]:
 def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradients:
     """The gradient function that differentiates one microbatch after another."""
 
-    def scaled_loss(params, batch, key, weights, scale):
-        sums, aux = objective.loss_fn(params, batch, key)
+    def scaled_loss(learning, fixed, batch, key, weights, scale):
+        sums, aux = objective.loss_fn(tree.joined(learning, fixed), batch, key)
         sums = {term: total for term, (total, _) in sums.items()}
         loss = sum(c * sums[term] / weights[term] for term, c in objective.coefficients.items())
         return loss * scale, (sums, aux)
@@ -65,13 +66,14 @@ def make_gradients(objective: Objective, accumulation_steps: int = 1) -> Gradien
     def gradients(params, batch, key, scale):
         parts = microbatches(batch, accumulation_steps)
         weights = total_weights(objective, parts)
+        learning, fixed = tree.split(params, objective.trains)
 
         def of_part(part):
-            grads, rest = differentiate(params, part, key, weights, scale)
+            grads, rest = differentiate(learning, fixed, part, key, weights, scale)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), rest
 
         if accumulation_steps == 1:
-            grads, (sums, aux) = differentiate(params, batch, key, weights, scale)
+            grads, (sums, aux) = differentiate(learning, fixed, batch, key, weights, scale)
         else:
             grads, (sums, aux) = tree.added_up(of_part, parts)
         return grads, {term: total / weights[term] for term, total in sums.items()}, aux
@@ -91,12 +93,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """The function (state, batch, key) -> (state, metrics).
 
-    metrics are float32 scalars: every term's mean, total_loss, learning_rate, grad_norm (before
-    clipping), skipped (consecutive skips so far), the routers', left_out_norm (of what slices have
-    not yet sent each other) and, with dynamic loss scaling, loss_scale; beside them "expert_load",
-    {path of a block: the whole batch's counts [R, E]}, and "checked", which training/invariants
-    judges. A step whose loss or gradient is not finite changes nothing but the counters (and halves
-    the loss scale).
+    metrics are float32 scalars: every term's mean, total_loss, learning_rate, grad_norm (of what
+    learns, before clipping), skipped (consecutive skips so far), the routers', left_out_norm (of
+    what slices have not yet sent each other) and, with dynamic loss scaling, loss_scale; beside
+    them "expert_load", {path of a block: the whole batch's counts [R, E]}, and "checked", which
+    training/invariants judges. A step whose loss or gradient is not finite changes nothing but the
+    counters (and halves the loss scale).
 
     `learning_rate` is a function of state.step, the steps done before this one. After
     `loss_scale_growth` finite steps the loss scale doubles; None: no scaling. `add_slices` is
@@ -122,15 +124,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, learning_rate=rate
         )
-        updates = tree.map_with_path(
-            lambda path, update: update if objective.trains(path) else jnp.zeros_like(update),
-            updates,
-        )
-        params = optax.apply_updates(state.params, updates)
+        params = applied(state.params, updates)
         params = _balance_routers(params, routing, objective.bias_rates)
         new = params, opt_state, left_out
         old = state.params, state.opt_state, state.left_out
-        new = jax.tree.map(lambda *pair: jnp.where(finite, *pair), new, old)
+        new = jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, old)
         params, opt_state, left_out = new
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {**means, **router_metrics(routing), "total_loss": total_loss, "skipped": skipped}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,9 @@ from deepseek_jax.training.contrastive import (
 )
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Constant
-from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.recipe import Stage, TrainConfig
+from deepseek_jax.training.stages import stage_optimizer, stage_state, stage_step
+from deepseek_jax.training.state import carried, initial_state
 from deepseek_jax.training.step import make_gradients
 
 SHAPE = {
@@ -221,6 +224,30 @@ def test_a_run_whose_towers_collapse_says_so(folder, tmp_path, capsys, monkeypat
     assert train(recipe(folder, tmp_path / "run", steps=1), LENT) == 0
     said = capsys.readouterr().err
     assert "step 1: embeddings collapse" in said and "(guessing 2.77)" in said
+
+
+def test_a_locked_tower_waits_for_its_stage(folder, tmp_path):
+    """As in LiT (arXiv 2111.07991): the texts learn first; the next stage has its own objective."""
+    texts = ("text/*", "text_projection/*", "logit_scale")
+    stages = (Stage(trainable=texts), Stage(objective=Contrastive(chunk=4)))
+    config = recipe(folder, tmp_path, stages=stages)
+    towers = build_towers(MODEL, Precision(compute="float32"))
+    mesh = make_mesh(MeshShape(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = initial_state(towers.init(jax.random.key(0)), stage_optimizer(config, towers), 1.0)
+        seen = [tree.flatten(jax.device_get(state.params))]
+        for number, stage in enumerate(config.filled_stages()):
+            if number:
+                state = carried(state, stage_state(config, towers, mesh, number))
+            step = jax.jit(stage_step(config, towers, stage, stage.batch_at(0), 0, number))
+            state, _ = step(state, make_batch(6, vocab=258))
+            seen.append(tree.flatten(jax.device_get(state.params)))
+    for path in seen[0]:
+        locked, free = [
+            np.array_equal(before[path], after[path]) for before, after in pairwise(seen)
+        ]
+        assert locked == path.startswith("image") and not free, path
+    assert [int(state.opt_state[name]) for name in ("count", "count_1")] == [2, 1]
 
 
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):

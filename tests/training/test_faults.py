@@ -273,9 +273,10 @@ def state():
 
 
 def abstract(state):
-    return jax.tree.map(
+    shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+    return lambda step, about: shapes
 
 
 def test_a_local_checkpoint_comes_back_bit_for_bit(state, tmp_path):

@@ -183,8 +183,9 @@ def sparse_model(attention, **fields):
 
 def trained(model, config, params, batch, steps, rate=5e-3):
     """(parameters, each step's metrics) of some steps on one batch."""
-    optimizer = make_optimizer(AdamW(weight_decay=0.1), model.specs)
     objective = make_language(config, model)
+    since = {path: 0 for path in tree.flatten(model.specs) if objective.trains(path)}
+    optimizer = make_optimizer(AdamW(weight_decay=0.1), model.specs, since)
     step = jax.jit(make_train_step(make_gradients(objective), objective, optimizer, lambda _: rate))
     state, history = initial_state(params, optimizer, 1.0), []
     for _ in range(steps):

@@ -3,13 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
-from deepseek_jax.training.optimizer import AdamW, Muon, make_optimizer, orthogonal_factor
+from deepseek_jax.training.optimizer import (
+    AdamW,
+    Muon,
+    applied,
+    make_optimizer,
+    orthogonal_factor,
+)
 
 MATRIX = {"reduced": (0,), "outputs": (1,)}
 HEADS = Spec(axes=("embed", "heads", "head"), reduced=(0,), outputs=(1, 2))
@@ -56,7 +61,7 @@ def run(config, params, gradients):
     @jax.jit
     def step(params, state, grads, rate):
         updates, state = optimizer.update(grads, state, params, learning_rate=rate)
-        return optax.apply_updates(params, updates), state
+        return applied(params, updates), state
 
     history = []
     for grads, rate in zip(gradients, RATES, strict=True):

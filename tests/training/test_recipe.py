@@ -11,7 +11,7 @@ from deepseek_jax.data.loader import Data
 from deepseek_jax.parallel.mesh import MeshShape
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import WSD, AdamW, Constant, Muon
-from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
+from deepseek_jax.training.recipe import BatchStep, Gate, Stage, TrainConfig
 
 
 def recipe(**fields):
@@ -37,7 +37,10 @@ FULL = recipe(
 )
 
 
-@pytest.mark.parametrize("config", [recipe(), FULL])
+GATED = Stage(tokens=999, trainable=("text/*",), gate=Gate(metric="loss", below=2.0))
+
+
+@pytest.mark.parametrize("config", [recipe(), FULL, recipe(stages=(GATED, Stage()))])
 def test_json_and_back_is_exact(config):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
@@ -106,6 +109,10 @@ def test_flags_reach_every_part():
     changed = override(FULL, ["--stages.0.batch-ramp.0.batch-size", "32"], prog="train")
     assert changed.stages[0].batch_ramp[0].batch_size == 32
     assert dataclasses.replace(changed, stages=FULL.stages) == FULL
+    flags = "--stages.0.trainable text/* head/weight --stages.0.gate.below 1.5"
+    changed = override(recipe(stages=(GATED,)), flags.split(), prog="train").stages[0]
+    assert changed.trainable == ("text/*", "head/weight")
+    assert changed.gate == Gate(metric="loss", below=1.5)
 
 
 @pytest.mark.parametrize(
