@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax.checkpoint import encoders, families, names, tables
+from deepseek_jax.checkpoint import encoders, families, names, tables, vision_language
 from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.parts import THREADS, in_parts, turn
@@ -87,20 +87,24 @@ def open_folder(directory: str | pathlib.Path) -> Folder:
     """
     folder = open_any(directory)
     if not isinstance(folder.config, Decoder):
+        kind = "an encoder" if encoders.family_of(folder.original) else "a vision-language model"
         raise InputError(
-            f"{directory}: holds an encoder ({folder.original['model_type']}), and this is for "
+            f"{directory}: holds {kind} ({folder.original['model_type']}), and this is for "
             "language models; deepseek_jax.load opens it in Python"
         )
     return folder
 
 
 def open_any(directory: str | pathlib.Path) -> Folder:
-    """Open the folder of a language model, an encoder or two towers: see `open_folder`."""
+    """Open the folder of any known model: see `open_folder`."""
     directory = pathlib.Path(directory)
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
     if encoders.family_of(original):
         config = encoders.config_of(original, tensors)
+        return Folder(directory, config, original, tensors)
+    if vision_language.joined_of(original):
+        config = vision_language.config_of(original, tensors)
         return Folder(directory, config, original, tensors)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
@@ -172,6 +176,9 @@ def load_encoder(folder: Folder, network: Network, abstract: Any) -> Any:
 
 def load_any(folder: Folder, network: Network, abstract: Any) -> Any:
     """The weights of a folder of any known model: see `load_params` and `load_encoder`."""
+    if joined := vision_language.joined_of(folder.original):
+        found = vision_language.sources(joined, network, folder.tensors)
+        return placed(found, network.layers, abstract)
     load = load_encoder if encoders.family_of(folder.original) else load_params
     return load(folder, network, abstract)
 
