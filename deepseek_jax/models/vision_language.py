@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.tiles import tile_side
+from deepseek_jax.data.tiles import tile_side, token_layout
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import ACTIVATIONS, Activation, learned
 from deepseek_jax.layers.linear import Dtypes, Projection
@@ -118,6 +119,19 @@ class VisionLanguage:
         """Tokens along a joined view's side."""
         assert isinstance(self.projector, DownsampleProjector)
         return tile_side(self.vision.image_size[0], self.vision.patch_size, self.projector.factor)
+
+    def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
+        """`sources` of one image's tokens, its views numbered from 0.
+
+        With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view.
+        """
+        if isinstance(self.projector, DownsampleProjector):
+            return token_layout(grid, self.side)
+        return np.arange(self.view_tokens, dtype=np.int32)
+
+    def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
+        """Views of one image."""
+        return 1 + math.prod(grid) if isinstance(self.projector, DownsampleProjector) else 1
 
     @property
     def num_layers(self) -> int:

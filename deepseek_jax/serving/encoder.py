@@ -23,7 +23,7 @@ from deepseek_jax.data.vision import prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
-from deepseek_jax.serving import language
+from deepseek_jax.serving import language, vision_language
 from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
@@ -160,10 +160,12 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
 
 
 def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
-    """What a path holds, to use: an encoder or two towers, else a language model.
+    """What a path holds, to use: an encoder or two towers, else a language model that may see.
 
-    See `load_encoder`, `load_towers` and `serving.language.load`.
+    See `load_encoder`, `load_towers`, `vision_language.load_seeing` and `serving.language.load`.
     """
+    if vision_language.is_seeing(path):
+        return vision_language.load_seeing(path)
     if is_folder_of_tensors(path):
         return load_encoder(path) if is_encoder(path) else language.load(path)
     recorded = manager.read_config(manager.resolve(path))

@@ -1,0 +1,301 @@
+"""A language model that sees, to use: score and complete rows in which images stand.
+
+A row has as many of the image's tokens as an image takes (`VisionLanguage.layout`); a prompt has
+one an image, which is repeated here. Images are prepared as the published processors do.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from deepseek_jax.checkpoint import huggingface, vision_language
+from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.data.tiles import tiled
+from deepseek_jax.data.vision import channels_first, letterbox, mean_color, normalized
+from deepseek_jax.models.vision_language import (
+    TEXT,
+    DownsampleProjector,
+    VisionLanguage,
+    VisionLanguageModel,
+    build_vision_language,
+)
+from deepseek_jax.serving import chat
+from deepseek_jax.serving.inputs import images_of
+from deepseek_jax.serving.language import LanguageModel
+
+Grid = tuple[int, int]
+MARKS = ("<image>", "<image_placeholder>")  # what tokenizers call the token that stands for images
+AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
+
+
+@dataclasses.dataclass(frozen=True)
+class SeeingModel(LanguageModel):
+    """A vision-language model with its weights and its tokenizer.
+
+    All that a `LanguageModel` does it does with images among the tokens.
+    """
+
+    model: VisionLanguageModel
+    config: VisionLanguage
+    kind: str = ""
+    """The folder's model_type."""
+    seen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the rows that are being completed: `features`, and `sources` by row."""
+
+    @property
+    def image_id(self) -> int:
+        """The token that stands for images. InputError where nothing says which it is."""
+        if self.config.image_id is not None:
+            return self.config.image_id
+        found = [self.tokenizer.token_id(name) for name in MARKS] if self.tokenizer else []
+        if not (found := [number for number in found if number is not None]):
+            raise InputError("neither config.json nor a tokenizer says which token is an image's")
+        return found[0]
+
+    def logits(
+        self,
+        tokens: Any,
+        mask: Any = None,
+        *,
+        images: Any = None,
+        grids: Sequence[Grid] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits, float32, of rows [T] or [B, T] and their images, in the rows' order.
+
+        `images` are views [N, C, H, W] as Hugging Face's processors make them. DeepSeek-VL2's are
+        each image's whole and its tiles, and `grids` each image's (tiles_w, tiles_h). Raises
+        InputError where a row's image tokens are not as many as its images take.
+        """
+        if images is None:
+            return super().logits(tokens, mask)
+        tokens = self._checked(tokens)
+        given = self.inputs(tokens, images, grids)
+        if mask is not None:
+            mask = np.atleast_2d(np.asarray(mask, bool))
+            if mask.shape != tokens.shape:
+                raise InputError(f"mask has shape {mask.shape}, and tokens {tokens.shape}")
+            given["segments"] = mask.astype(np.int32)
+            given["positions"] = np.maximum(np.cumsum(mask, 1, dtype=np.int32) - 1, 0)
+        return _logits(self.model, self.params, tokens, given)
+
+    def inputs(
+        self, tokens: np.ndarray, images: Any, grids: Sequence[Grid] | None = None
+    ) -> dict[str, np.ndarray]:
+        """`images` [B, M, H, W, C] and `sources` [B, T] of the model's calls; see `logits`."""
+        views = images_of(self.config.vision, images)["images"]
+        if isinstance(self.config.projector, DownsampleProjector):
+            if grids is None:
+                raise InputError("this model's images come as tiles: give each one's grid, too")
+            grids = [(int(wide), int(high)) for wide, high in grids]
+        else:
+            grids = [(1, 1)] * len(views)
+        if sum(map(self.config.num_views, grids)) != len(views):
+            raise InputError(f"the grids {grids} are not those of {len(views)} views")
+        sources, by_row = _sources(self.config, tokens == self.image_id, grids)
+        found = np.zeros((len(tokens), max(map(len, by_row)), *views.shape[1:]), views.dtype)
+        for row, numbers in enumerate(by_row):
+            found[row, : len(numbers)] = views[numbers]
+        return {"images": found, "sources": sources}
+
+    def prepared(
+        self, pictures: Sequence[np.ndarray], num_images: int | None = None
+    ) -> tuple[np.ndarray, list[Grid]]:
+        """Pictures uint8 [H, W, 3] of one prompt as views [N, 3, H, W], normalized, and grids."""
+        height, width = self.config.vision.image_size
+        views, grids = [], []
+        for picture in pictures:
+            if isinstance(self.config.projector, DownsampleProjector):
+                count = len(pictures) if num_images is None else num_images
+                made = tiled(picture, num_images=count, tile=height)
+                views.append(made.views)
+                grids.append(made.grid)
+            else:
+                views.append(letterbox(picture, height, width, mean_color("half"))[None])
+                grids.append((1, 1))
+        return channels_first(normalized(np.concatenate(views), "half")), grids
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        images: Sequence[Any] | None = None,
+        **more: Any,
+    ) -> list[str]:
+        """Complete each prompt: `LanguageModel.generate`, with pictures uint8 [H, W, 3].
+
+        `images` holds each prompt's list of them (or its one picture); a prompt has one image token
+        (such as <image_placeholder>) for each. Raises InputError for what does not fit.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if images is None or self.tokenizer is None:
+            return super().generate(prompts, **more)
+        if len(images) != len(prompts):
+            raise InputError(f"there are {len(prompts)} prompts and images for {len(images)}")
+        bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        rows = [[*bos, *ids] for ids in self.tokenizer.encode_batch(prompts)]
+        listed = [[x] if isinstance(x, np.ndarray) else list(x) for x in images]
+        pairs = [self._expanded(row, own) for row, own in zip(rows, listed, strict=True)]
+        views = [views for _, views, _ in pairs if len(views)]
+        if not views:
+            return super().generate(prompts, **more)
+        grids = [grid for *_, own in pairs for grid in own]
+        rows = [row for row, *_ in pairs]
+        looking = self.looking(rows, np.concatenate(views), grids)
+        stop = more.pop("stop", ())
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        return looking._completed(self.tokenizer, rows, stop, more.pop("stream", None), more)
+
+    def generate_tokens(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        images: Any = None,
+        grids: Sequence[Grid] | None = None,
+        **settings: Any,
+    ) -> list[list[int]]:
+        """`LanguageModel.generate_tokens`, of rows with all their image tokens; see `logits`."""
+        if images is None:
+            return super().generate_tokens(rows, **settings)
+        rows = [self._checked(row)[0].tolist() for row in rows]
+        return self.looking(rows, images, grids).generate_tokens(rows, **settings)
+
+    def looking(
+        self, rows: Sequence[Sequence[int]], images: Any, grids: Sequence[Grid] | None = None
+    ) -> "SeeingModel":
+        """The model while it completes these rows: their images encoded."""
+        tokens = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = row
+            if row[-1] == self.image_id:
+                raise InputError("a prompt ends with an image; let text follow it")
+        given = self.inputs(tokens, images, grids)
+        features = _features(self.model, self.params, given["images"])
+        return dataclasses.replace(self, seen={"features": features, "sources": given["sources"]})
+
+    def _expanded(
+        self, row: list[int], pictures: Sequence[np.ndarray]
+    ) -> tuple[list[int], np.ndarray, list[Grid]]:
+        """A prompt with each image's tokens in the place of its one, its views and their grids."""
+        assert self.tokenizer is not None
+        if (count := row.count(self.image_id)) != len(pictures):
+            raise InputError(
+                f"a prompt has {count} image tokens (id {self.image_id}) and {len(pictures)} images"
+            )
+        if not pictures:
+            return row, np.empty(0), []
+        views, grids = self.prepared(pictures)
+        names = AROUND.get(self.kind, ())
+        ids = [self.tokenizer.token_id(name) for name in names]
+        if None in ids:
+            raise InputError(f"the tokenizer has no {' and '.join(names)}")
+        first, last = ([ids[0]], [ids[1]]) if ids else ([], [])
+        found: list[int] = []
+        left = iter(grids)
+        for token in row:
+            if token != self.image_id:
+                found.append(token)
+                continue
+            found += [*first, *[token] * len(self.config.layout(next(left))), *last]
+        return found, views, grids
+
+    @property
+    def _chunk(self) -> int:
+        whole = self.config.whole_images and self.seen
+        return 2**30 if whole else super()._chunk
+
+    def _beside(self, part: slice) -> dict[str, Any]:
+        if not self.seen:
+            return {}
+        sources = self.seen["sources"][:, part]
+        missing = part.stop - part.start - sources.shape[1]
+        sources = np.pad(sources, ((0, 0), (0, missing)), constant_values=TEXT)
+        return {"features": self.seen["features"], "sources": sources}
+
+
+def _sources(
+    config: VisionLanguage, marked: np.ndarray, grids: Sequence[Grid]
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Where each token's embedding comes from, [B, T], and each row's views, by their numbers."""
+    sources = np.full(marked.shape, TEXT, np.int32)
+    by_row: list[list[int]] = []
+    left, first = list(grids), 0
+    for row, its in enumerate(marked):
+        needed, laid, own = int(its.sum()), [], 0
+        while needed and left:
+            layout = config.layout(left[0])
+            if len(layout) > needed:
+                break
+            laid.append(np.where(layout >= 0, layout + own * config.view_tokens, layout))
+            needed -= len(layout)
+            own += config.num_views(left.pop(0))
+        if needed:
+            raise InputError(
+                f"row {row} has {int(its.sum())} image tokens; {needed} of them are no image's"
+            )
+        if laid:
+            sources[row, its] = np.concatenate(laid)
+        by_row.append(list(range(first, first + own)))
+        first += own
+    if left:
+        raise InputError(f"the rows have image tokens for all but {len(left)} images")
+    return sources, by_row
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: VisionLanguageModel, params: Any, tokens: Any, given: dict[str, Any]) -> Array:
+    output = model.apply(params, tokens, **given, drop=False)
+    return model.logits(params, output.hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(model: VisionLanguageModel, params: Any, images: Any) -> Array:
+    return model.features(params, images)
+
+
+def is_seeing(path: str | pathlib.Path) -> bool:
+    """Whether a path is a Hugging Face folder of a vision-language model that is known here."""
+    if not is_folder_of_tensors(path):
+        return False
+    original = huggingface.read_optional(pathlib.Path(path), "config.json")
+    return vision_language.joined_of(original) is not None
+
+
+def load_seeing(path: str | pathlib.Path) -> SeeingModel:
+    """The vision-language model of a Hugging Face folder.
+
+    On a CPU it computes in float32. Raises InputError when its tensors are not what its config
+    says.
+    """
+    leave_absent_tpus()
+    path = huggingface.fetched(path)
+    folder = huggingface.open_any(path)
+    language = dataclasses.replace(folder.config.language, scan=False)
+    config = dataclasses.replace(folder.config, language=language)
+    folder = folder._replace(config=config)
+    dtype = next(iter(folder.tensors.values())).dtype
+    precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
+    if jax.default_backend() == "cpu":
+        precision = Precision(compute="float32")
+    model = build_vision_language(config, precision)
+    params = huggingface.load_any(folder, model, model.shapes)
+    tokenizer = huggingface.tokenizer_of(path)
+    return SeeingModel(
+        model,
+        params,
+        tokenizer,
+        config,
+        huggingface.recorded(folder, precision),
+        huggingface.end_ids(path, tokenizer),
+        chat.renderer(path),
+        folder.original["model_type"],
+    )
