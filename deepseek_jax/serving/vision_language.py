@@ -142,7 +142,7 @@ class SeeingModel(LanguageModel):
         if len(images) != len(prompts):
             raise InputError(f"there are {len(prompts)} prompts and images for {len(images)}")
         bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        rows = [[*bos, *ids] for ids in self.tokenizer.encode_batch(prompts)]
+        rows = [[*bos, *self.tokenizer.encode_marked(prompt)] for prompt in prompts]
         listed = [[x] if isinstance(x, np.ndarray) else list(x) for x in images]
         pairs = [self._expanded(row, own) for row, own in zip(rows, listed, strict=True)]
         views = [views for _, views, _ in pairs if len(views)]
