@@ -21,7 +21,13 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.tiles import tiled
-from deepseek_jax.data.vision import channels_first, letterbox, mean_color, normalized
+from deepseek_jax.data.vision import (
+    NORMALIZATIONS,
+    ImageTransform,
+    channels_first,
+    normalized,
+    prepared,
+)
 from deepseek_jax.models.vision_language import (
     TEXT,
     DownsampleProjector,
@@ -49,6 +55,8 @@ class SeeingModel(LanguageModel):
     config: VisionLanguage
     kind: str = ""
     """The folder's model_type."""
+    normalization: str = "half"
+    """Of pictures: a key of data.vision.NORMALIZATIONS."""
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of the rows that are being completed: `features`, and `sources` by row."""
 
@@ -107,22 +115,16 @@ class SeeingModel(LanguageModel):
             found[row, : len(numbers)] = views[numbers]
         return {"images": found, "sources": sources}
 
-    def prepared(
-        self, pictures: Sequence[np.ndarray], num_images: int | None = None
-    ) -> tuple[np.ndarray, list[Grid]]:
+    def prepared(self, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Grid]]:
         """Pictures uint8 [H, W, 3] of one prompt as views [N, 3, H, W], normalized, and grids."""
-        height, width = self.config.vision.image_size
-        views, grids = [], []
-        for picture in pictures:
-            if isinstance(self.config.projector, DownsampleProjector):
-                count = len(pictures) if num_images is None else num_images
-                made = tiled(picture, num_images=count, tile=height)
-                views.append(made.views)
-                grids.append(made.grid)
-            else:
-                views.append(letterbox(picture, height, width, mean_color("half"))[None])
-                grids.append((1, 1))
-        return channels_first(normalized(np.concatenate(views), "half")), grids
+        size, way = self.config.vision.image_size[0], self.normalization
+        if not isinstance(self.config.projector, DownsampleProjector):
+            transform = ImageTransform(size=size, fit="pad", normalization=way)
+            return prepared(pictures, transform), [(1, 1)] * len(pictures)
+        count = {"num_images": len(pictures), "tile": size, "normalization": way}
+        made = [tiled(picture, **count) for picture in pictures]
+        views = np.concatenate([one.views for one in made])
+        return channels_first(normalized(views, way)), [one.grid for one in made]
 
     def generate(
         self,
@@ -298,4 +300,19 @@ def load_seeing(path: str | pathlib.Path) -> SeeingModel:
         huggingface.end_ids(path, tokenizer),
         chat.renderer(path),
         folder.original["model_type"],
+        normalization_of(path),
     )
+
+
+def normalization_of(path: pathlib.Path) -> str:
+    """How a folder's processor normalizes pictures, 0.5 and 0.5 where it does not say.
+
+    Raises InputError for a way that has no name here.
+    """
+    found = huggingface.read_optional(path, "preprocessor_config.json", "processor_config.json")
+    found |= found.get("image_processor") or {}
+    mean, deviation = (found.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
+    for name, (known, other) in NORMALIZATIONS.items():
+        if np.allclose(mean, known, atol=1e-6) and np.allclose(deviation, other, atol=1e-6):
+            return name
+    raise InputError(f"{path}: pictures of mean {mean} and deviation {deviation} are unknown here")
