@@ -24,6 +24,7 @@ from deepseek_jax.data.tiles import tiled
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
     ImageTransform,
+    Normalization,
     channels_first,
     normalized,
     prepared,
@@ -55,7 +56,7 @@ class SeeingModel(LanguageModel):
     config: VisionLanguage
     kind: str = ""
     """The folder's model_type."""
-    normalization: str = "half"
+    normalization: Normalization = "half"
     """Of pictures: a key of data.vision.NORMALIZATIONS."""
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of the rows that are being completed: `features`, and `sources` by row."""
@@ -121,8 +122,10 @@ class SeeingModel(LanguageModel):
         if not isinstance(self.config.projector, DownsampleProjector):
             transform = ImageTransform(size=size, fit="pad", normalization=way)
             return prepared(pictures, transform), [(1, 1)] * len(pictures)
-        count = {"num_images": len(pictures), "tile": size, "normalization": way}
-        made = [tiled(picture, **count) for picture in pictures]
+        made = [
+            tiled(picture, num_images=len(pictures), tile=size, normalization=way)
+            for picture in pictures
+        ]
         views = np.concatenate([one.views for one in made])
         return channels_first(normalized(views, way)), [one.grid for one in made]
 
@@ -197,10 +200,11 @@ class SeeingModel(LanguageModel):
             return row, np.empty(0), []
         views, grids = self.prepared(pictures)
         names = AROUND.get(self.kind, ())
-        ids = [self.tokenizer.token_id(name) for name in names]
-        if None in ids:
-            raise InputError(f"the tokenizer has no {' and '.join(names)}")
-        first, last = ([ids[0]], [ids[1]]) if ids else ([], [])
+        known = [self.tokenizer.token_id(name) for name in names]
+        around = [number for number in known if number is not None]
+        if len(around) < len(names):
+            raise InputError(f"the tokenizer has no {' or no '.join(names)}")
+        first, last = around[:1], around[1:]
         found: list[int] = []
         left = iter(grids)
         for token in row:
@@ -304,7 +308,7 @@ def load_seeing(path: str | pathlib.Path) -> SeeingModel:
     )
 
 
-def normalization_of(path: pathlib.Path) -> str:
+def normalization_of(path: pathlib.Path) -> Normalization:
     """How a folder's processor normalizes pictures, 0.5 and 0.5 where it does not say.
 
     Raises InputError for a way that has no name here.

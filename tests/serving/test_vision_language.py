@@ -89,11 +89,10 @@ def test_vl2_completes_what_it_would_score_highest(tmp_path):
     views, grids = ours.prepared([picture])
     assert views.shape == (1 + grids[0][0] * grids[0][1], 3, 43, 43)
     row = [3, *[seeing.IMAGE] * len(ours.config.layout(grids[0])), 5, 6]
-    for _ in range(3):
-        logits = ours.logits(row, images=views, grids=grids)
-        row.append(int(np.asarray(logits)[0, -1].argmax()))
-    assert text == ours.tokenizer.decode(row[-3:]).split()
-    assert not {0, 1} & {*row[-3:]}  # none of them ended it
+    new = ours.generate_tokens([row], images=views, grids=grids, max_new_tokens=3)[0]
+    logits = np.asarray(ours.logits([*row, *new], images=views, grids=grids))[0]
+    assert new == logits[len(row) - 1 : -1].argmax(-1).tolist()
+    assert text == ours.tokenizer.decode(new).split()
     assert ours.generate("w3 w5", max_new_tokens=2)  # without a picture
 
 
