@@ -251,7 +251,12 @@ class VisionLanguageDecoder(nn.Module):
         reach = None
         if self.config.whole_images and sources is not None:
             reach = image_ends(sources, segments)
-        return self.language(tokens, segments, positions, embedded=x, reach=reach)
+        output = self.language(tokens, segments, positions, embedded=x, reach=reach)
+        routing, selection = (
+            {f"language/{path}": found for path, found in reports.items()}
+            for reports in (output.routing, output.selection)
+        )
+        return output._replace(routing=routing, selection=selection)
 
     def decode(
         self,

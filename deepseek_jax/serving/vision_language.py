@@ -7,7 +7,7 @@ one an image, which is repeated here. Images are prepared as the published proce
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from deepseek_jax.models.vision_language import (
 )
 from deepseek_jax.serving import chat
 from deepseek_jax.serving.inputs import images_of
-from deepseek_jax.serving.language import LanguageModel
+from deepseek_jax.serving.language import LanguageModel, check_texts
 
 Grid = tuple[int, int]
 MARKS = ("<image>", "<image_placeholder>")  # what tokenizers call the token that stands for images
@@ -139,26 +139,62 @@ class SeeingModel(LanguageModel):
         """Complete each prompt: `LanguageModel.generate`, with pictures uint8 [H, W, 3].
 
         `images` holds each prompt's list of them (or its one picture); a prompt has one image token
-        (such as <image_placeholder>) for each. Raises InputError for what does not fit.
+        (such as <image_placeholder>) for each, or none: then they come before it. Raises InputError
+        for what does not fit.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if images is None or self.tokenizer is None:
             return super().generate(prompts, **more)
+        stop, stream = more.pop("stop", ()), more.pop("stream", None)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        check_texts(prompts, stop)
         if len(images) != len(prompts):
             raise InputError(f"there are {len(prompts)} prompts and images for {len(images)}")
         bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        rows = [[*bos, *self.tokenizer.encode_marked(prompt)] for prompt in prompts]
         listed = [[x] if isinstance(x, np.ndarray) else list(x) for x in images]
-        pairs = [self._expanded(row, own) for row, own in zip(rows, listed, strict=True)]
-        views = [views for _, views, _ in pairs if len(views)]
-        if not views:
-            return super().generate(prompts, **more)
-        grids = [grid for *_, own in pairs for grid in own]
-        rows = [row for row, *_ in pairs]
-        looking = self.looking(rows, np.concatenate(views), grids)
-        stop = more.pop("stop", ())
+        rows = []
+        for prompt, own in zip(prompts, listed, strict=True):
+            ids = self.tokenizer.encode_marked(prompt)
+            before = [] if self.image_id in ids else [self.image_id] * len(own)
+            rows.append([*bos, *before, *ids])
+        return self._told(rows, listed, stop, stream, more)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images: Sequence[np.ndarray] | None = None,
+        **more: Any,
+    ) -> str:
+        """`LanguageModel.chat`, with a picture uint8 [H, W, 3] for each image token.
+
+        Raises InputError for what does not fit.
+        """
+        if images is None:
+            return super().chat(messages, **more)
+        stop, stream = more.pop("stop", ()), more.pop("stream", None)
         stop = [stop] if isinstance(stop, str) else list(stop)
-        return looking._completed(self.tokenizer, rows, stop, more.pop("stream", None), more)
+        how = {name: more.pop(name) for name in ("tools", "thinking", "variables") if name in more}
+        row = self.chat_tokens(messages, **how)
+        show = (lambda _, new: stream(new)) if stream else None
+        return self._told([row], [list(images)], stop, show, more)[0]
+
+    def _told(
+        self,
+        rows: list[list[int]],
+        images: list[list[np.ndarray]],
+        stop: Sequence[str],
+        stream: Callable[[int, str], None] | None,
+        settings: dict[str, Any],
+    ) -> list[str]:
+        """Completions of rows with one token an image."""
+        assert self.tokenizer is not None  # the callers have looked
+        pairs = [self._expanded(row, own) for row, own in zip(rows, images, strict=True)]
+        rows = [row for row, *_ in pairs]
+        views = [views for _, views, _ in pairs if len(views)]
+        grids = [grid for *_, own in pairs for grid in own]
+        looking = self.looking(rows, np.concatenate(views), grids) if views else self
+        return looking._completed(self.tokenizer, rows, stop, stream, settings)
 
     def generate_tokens(
         self,

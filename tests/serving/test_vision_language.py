@@ -1,5 +1,7 @@
 """Reference: what models say of pictures is what transformers' own processors and models say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tokenizers
@@ -9,6 +11,7 @@ import vision_language_cases as seeing
 from PIL import Image
 
 import deepseek_jax
+from deepseek_jax import generate
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.serving.language import load
 
@@ -71,6 +74,9 @@ def test_completions_are_those_of_transformers(kind, tmp_path):
     texts = ours.generate(PROMPTS, images=[shown[:2], shown[2]], max_new_tokens=8)
     ended = [row[:-1] if row[-1] == 1 else row for row in found]
     assert [text.split() for text in texts] == [[f"w{t}" for t in row] for row in ended]
+    ours = dataclasses.replace(ours, renderer=lambda messages, *_: messages[0]["content"])
+    told = ours.chat([{"role": "user", "content": PROMPTS[1]}], images=shown[2:], max_new_tokens=8)
+    assert told == texts[1]
     with torch.no_grad():
         theirs = model(**given).logits.numpy()
     mask = given["attention_mask"].numpy()
@@ -96,7 +102,7 @@ def test_vl2_completes_what_it_would_score_highest(tmp_path):
     assert ours.generate("w3 w5", max_new_tokens=2)  # without a picture
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_the_command_and_what_does_not_fit(tmp_path, capsys):
     seeing.converted("deepseek_vl").save_pretrained(tmp_path)
     tokenizer_file(tmp_path).save_pretrained(tmp_path)
     ours = deepseek_jax.load(tmp_path)
@@ -110,10 +116,18 @@ def test_what_does_not_fit_is_refused(tmp_path):
             ours.logits(given[0], images=given[1])
     for prompt, images, why in (
         (f"w3 {MARK}", [pictures()[:1]], "ends with an image"),
+        ("w3 w4", [], "1 prompts"),
         (f"w3 {MARK} w4", [pictures()[:2]], "1 image tokens .* and 2 images"),
         (f"w3 {MARK} w4", [], "1 prompts and images for 0"),
     ):
         with pytest.raises(InputError, match=why):
             ours.generate(prompt, images=images)
+    Image.fromarray(pictures()[0]).save(tmp_path / "one.png")
+    shown = ["--prompt", "w4 w5", "--image", str(tmp_path / "one.png")]
+    generate.main(["--checkpoint", str(tmp_path), *shown, "--max-new-tokens", "3"])
+    expected = ours.generate(f"{MARK} w4 w5", images=[pictures()[:1]], max_new_tokens=3)
+    assert capsys.readouterr().out == f"{expected[0]}\n"
+    with pytest.raises(InputError, match="each prompt its own --image"):
+        generate.main(["--checkpoint", str(tmp_path), *shown, "--prompt", "w6"])
     with pytest.raises(InputError, match=r"a vision-language model \(deepseek_vl\)"):
         load(tmp_path)
