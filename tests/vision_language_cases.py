@@ -222,3 +222,59 @@ def torch_logits(decoder: transformers.PreTrainedModel, embedded: np.ndarray) ->
     """The decoder's answer to embeddings."""
     with torch.no_grad():
         return decoder(inputs_embeds=torch.tensor(embedded).float()).logits.numpy()
+
+
+TOWER = "siglip_tiny"  # a name beside those of the released encoders
+SIZES = (8, 32, 2, 4, 48)
+
+
+def original_folder(model: transformers.PreTrainedModel, folder: pathlib.Path) -> None:
+    """A Janus of transformers with the names and the config.json that DeepSeek released it with."""
+    state = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    tower, found = "vision_model.vision_tower", {}
+    plain = {
+        "patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm",
+        **{
+            f"blocks.{i}.{new}": f"encoder.layers.{i}.{old}"
+            for i in range(2)
+            for new, old in {
+                "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2", "attn.proj": "self_attn.projection_layer",
+            }.items()
+        },
+    }  # fmt: skip
+    plain = {f"{tower}.{new}": f"model.vision_model.{old}" for new, old in plain.items()}
+    plain |= {"aligner.layers.0": "model.aligner.fc1"}
+    plain |= {"aligner.layers.2": "model.aligner.hidden_layers.0"}
+    for leaf in ("weight", "bias"):
+        found |= {f"{new}.{leaf}": state[f"{old}.{leaf}"] for new, old in plain.items()}
+        for i in range(2):
+            before = f"model.vision_model.encoder.layers.{i}.self_attn"
+            parts = [state[f"{before}.{n}_proj.{leaf}"] for n in "qkv"]
+            found[f"{tower}.blocks.{i}.attn.qkv.{leaf}"] = np.concatenate(parts)
+    positions = state["model.vision_model.embeddings.position_embedding.weight"]
+    found[f"{tower}.pos_embed"] = positions[None]
+    for name, array in state.items():
+        if name.startswith("model.language_model."):
+            found["language_model.model." + name.removeprefix("model.language_model.")] = array
+    found["language_model.lm_head.weight"] = state["lm_head.weight"]
+    found["gen_embed.weight"] = state["model.generation_embeddings.weight"]
+    found[f"{tower}.attn_pool.latent"] = np.zeros((1, 1, 32), np.float32)
+    config = {
+        "model_type": "multi_modality", "gen_vision_config": {},
+        "language_config": {"model_type": "llama"} | TEXT,
+        "vision_config": {
+            "cls": "CLIPVisionTower", "model_type": "vision", "params": {
+                "image_size": 16, "model_name": TOWER, "select_feature": "same", "select_layer": -1,
+            },
+        },
+        "aligner_config": {
+            "cls": "MlpProjector", "model_type": "aligner", "params": {
+                "depth": 2, "input_dim": 32, "n_embed": 40, "projector_type": "mlp_gelu",
+            },
+        },
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    entries = [Entry(n, x.shape, x.dtype, lambda x=x: x) for n, x in found.items()]
+    write_shard(folder / "model.safetensors", entries)
+    (folder / "config.json").write_text(json.dumps(config))

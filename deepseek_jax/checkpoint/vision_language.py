@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checkpoint import deepseek_vl, deepseek_vl2, names, tables
+from deepseek_jax.checkpoint import deepseek_vl, deepseek_vl2, multi_modality, names, tables
 from deepseek_jax.checkpoint.joined import Joined
 from deepseek_jax.checkpoint.manager import disk_names
 from deepseek_jax.checkpoint.names import Leaf
@@ -21,7 +21,11 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.vision_language import VisionLanguage, VisionLanguageModel
 
 LANGUAGE = "language/"  # before the decoder's weights here
-FAMILIES: dict[str, Joined] = {**deepseek_vl.FAMILIES, **deepseek_vl2.FAMILIES}
+FAMILIES: dict[str, Joined] = {
+    **deepseek_vl.FAMILIES,
+    **deepseek_vl2.FAMILIES,
+    **multi_modality.FAMILIES,
+}
 
 
 def joined_of(original: Mapping[str, Any]) -> Joined | None:

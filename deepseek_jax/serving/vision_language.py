@@ -55,7 +55,7 @@ class SeeingModel(LanguageModel):
     model: VisionLanguageModel
     config: VisionLanguage
     kind: str = ""
-    """The folder's model_type."""
+    """The folder's model_type; of an original Janus "janus"."""
     normalization: Normalization = "half"
     """Of pictures: a key of data.vision.NORMALIZATIONS."""
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -339,7 +339,7 @@ def load_seeing(path: str | pathlib.Path) -> SeeingModel:
         huggingface.recorded(folder, precision),
         huggingface.end_ids(path, tokenizer),
         chat.renderer(path),
-        folder.original["model_type"],
+        "janus" if "gen_vision_config" in folder.original else folder.original["model_type"],
         normalization_of(path),
     )
 
