@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.checkpoint import deepseek_vl, deepseek_vl2, multi_modality, names, tables
@@ -31,6 +32,24 @@ FAMILIES: dict[str, Joined] = {
 def joined_of(original: Mapping[str, Any]) -> Joined | None:
     """The row of a config.json; None where its model is no vision-language model known here."""
     return FAMILIES.get(original.get("model_type", ""))
+
+
+def kind_of(original: Mapping[str, Any], config: VisionLanguage) -> str:
+    """The model_type to write a model as: `original`'s, else the first that can express it.
+
+    Raises InputError when none can.
+    """
+    if joined_of(original):
+        return original["model_type"]
+    faults = []
+    for kind, joined in FAMILIES.items():
+        try:
+            joined.family.fields(config)
+        except InputError as error:
+            faults.append(str(error))
+        else:
+            return kind
+    raise InputError(f"no folder of Hugging Face has such a model: {'; '.join(faults)}")
 
 
 def config_of(original: Mapping[str, Any], tensors: Collection[str]) -> VisionLanguage:
@@ -77,9 +96,17 @@ def sources(
 
 
 def entries(
-    joined: Joined, network: VisionLanguageModel, params: Mapping[str, Source]
+    joined: Joined,
+    network: VisionLanguageModel,
+    params: Mapping[str, Source],
+    dtype: str | None = None,
 ) -> list[Entry]:
-    """The tensors of a folder, none made yet, from weights by our names on disk."""
+    """The tensors of a folder, none made yet, from weights by our names on disk.
+
+    In `dtype`, or as they are; routers' biases always as they are. InputError for float8.
+    """
+    if dtype == "float8-block":
+        raise InputError("vision-language models are not written in float8: choose another dtype")
     language, others = _apart(tables.leaves(network))
     found = []
 
@@ -97,7 +124,11 @@ def entries(
     for name, shape in names.empty(decoder).items():
         name = _swapped(name, joined.prefixes)
         found.append(Entry(name, shape, found[0].dtype, lambda: np.zeros(0)))
-    return found
+    if dtype is None:
+        return found
+    own = [e.name.endswith("correction_bias") for e in found]
+    kind = jnp.dtype(dtype)
+    return [e if kept else e._replace(dtype=kind) for e, kept in zip(found, own, strict=True)]
 
 
 def write(
@@ -105,12 +136,9 @@ def write(
 ) -> None:
     """Write a model as a folder like the one that `original` is the config.json of.
 
-    Of Janus's, what draws is left out. Raises InputError when `original` names no family that has
-    such a model.
+    Of Janus's, what draws is left out. Raises InputError when no family has such a model.
     """
-    joined = joined_of(original)
-    if joined is None:
-        raise InputError(f"model_type {original.get('model_type')!r} is none known here")
+    joined = FAMILIES[kind_of(original, network.config)]
     config = hf_config(joined, network.config, original)  # first: it may refuse
     found = {}
     for path, leaf in tree.flatten(params).items():
@@ -136,4 +164,4 @@ def hf_config(joined: Joined, config: VisionLanguage, original: Mapping[str, Any
             known = original.get(name) or {}
             longest = {k: known[k] for k in ("max_position_embeddings",) if k in known}
             fields[name] = known | part | longest
-    return {**original, **fields}
+    return {**original, **fields, "model_type": kind_of(original, config)}

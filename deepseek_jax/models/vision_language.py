@@ -22,6 +22,7 @@ from deepseek_jax.data.tiles import tile_side, token_layout
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import ACTIVATIONS, Activation, learned
 from deepseek_jax.layers.linear import Dtypes, Projection
+from deepseek_jax.layers.moe import MoE
 from deepseek_jax.models.build import (
     Model,
     Network,
@@ -137,6 +138,11 @@ class VisionLanguage:
     def num_layers(self) -> int:
         """Of both parts."""
         return self.vision.transformer.num_layers + self.language.num_layers
+
+    @property
+    def moe(self) -> MoE | None:
+        """The decoder's mixture of experts."""
+        return self.language.moe
 
     @property
     def remat(self) -> Remat:

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import huggingface, vision_language
+from deepseek_jax.checkpoint import huggingface, manager, vision_language
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
+from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.tiles import tiled
+from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
     ImageTransform,
@@ -305,42 +307,72 @@ def _features(model: VisionLanguageModel, params: Any, images: Any) -> Array:
 
 
 def is_seeing(path: str | pathlib.Path) -> bool:
-    """Whether a path is a Hugging Face folder of a vision-language model that is known here."""
+    """Whether a path holds a vision-language model: a folder of Hugging Face's, or one of ours."""
     if not is_folder_of_tensors(path):
-        return False
+        recorded = manager.read_config(manager.resolve(path))
+        return recorded["model"].get("type") == VisionLanguage.__name__
     original = huggingface.read_optional(pathlib.Path(path), "config.json")
     return vision_language.joined_of(original) is not None
 
 
 def load_seeing(path: str | pathlib.Path) -> SeeingModel:
-    """The vision-language model of a Hugging Face folder.
+    """The vision-language model of a Hugging Face folder, a run or a checkpoint.
 
-    On a CPU it computes in float32. Raises InputError when its tensors are not what its config
+    On a CPU it computes in float32. Raises InputError when its weights are not what its config
     says.
     """
     leave_absent_tpus()
-    path = huggingface.fetched(path)
-    folder = huggingface.open_any(path)
-    language = dataclasses.replace(folder.config.language, scan=False)
-    config = dataclasses.replace(folder.config, language=language)
-    folder = folder._replace(config=config)
+    if not is_folder_of_tensors(path):
+        directory = manager.resolve(path)
+        recorded = manager.read_config(directory)
+        config = from_dict(VisionLanguage, recorded["model"], "model")
+        precision = from_dict(Precision, recorded["precision"], "precision")
+        if precision.compute == "auto" and jax.default_backend() == "cpu":
+            precision = dataclasses.replace(precision, compute="float32")
+        model = build_vision_language(_unrolled(config), precision)
+        params = manager.load_params(directory, model.shapes, model.layers)
+        beside = directory / huggingface.BESIDE
+        tokenizer = huggingface.tokenizer_of(beside)
+        if tokenizer is None and (directory / INFO).exists():
+            tokenizer = load_tokenizer(directory)
+        return _opened(model, params, recorded, beside, tokenizer)
+    folder = huggingface.open_any(huggingface.fetched(path))
+    folder = folder._replace(config=_unrolled(folder.config))
     dtype = next(iter(folder.tensors.values())).dtype
     precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
     if jax.default_backend() == "cpu":
         precision = Precision(compute="float32")
-    model = build_vision_language(config, precision)
+    model = build_vision_language(folder.config, precision)
     params = huggingface.load_any(folder, model, model.shapes)
-    tokenizer = huggingface.tokenizer_of(path)
+    beside = folder.directory
+    recorded = huggingface.recorded(folder, precision)
+    return _opened(model, params, recorded, beside, huggingface.tokenizer_of(beside))
+
+
+def _unrolled(config: VisionLanguage) -> VisionLanguage:
+    """The config with the decoder's layers apart, which decodes faster."""
+    return dataclasses.replace(config, language=dataclasses.replace(config.language, scan=False))
+
+
+def _opened(
+    model: VisionLanguageModel,
+    params: Any,
+    recorded: dict[str, Any],
+    beside: pathlib.Path,
+    tokenizer: Tokenizer | None,
+) -> SeeingModel:
+    """The model with what `beside`, a folder of Hugging Face's or what was kept of one, says."""
+    original = huggingface.read_optional(beside, "config.json")
     return SeeingModel(
         model,
         params,
         tokenizer,
-        config,
-        huggingface.recorded(folder, precision),
-        huggingface.end_ids(path, tokenizer),
-        chat.renderer(path),
-        "janus" if "gen_vision_config" in folder.original else folder.original["model_type"],
-        normalization_of(path),
+        model.config,
+        recorded,
+        huggingface.end_ids(beside, tokenizer),
+        chat.renderer(beside),
+        "janus" if "gen_vision_config" in original else original.get("model_type", ""),
+        normalization_of(beside),
     )
 
 

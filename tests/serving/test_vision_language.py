@@ -11,7 +11,8 @@ import vision_language_cases as seeing
 from PIL import Image
 
 import deepseek_jax
-from deepseek_jax import generate
+from deepseek_jax import convert, generate
+from deepseek_jax.checkpoint.safetensors import open_tensors
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.serving.language import load
 
@@ -131,3 +132,28 @@ def test_the_command_and_what_does_not_fit(tmp_path, capsys):
         generate.main(["--checkpoint", str(tmp_path), *shown, "--prompt", "w6"])
     with pytest.raises(InputError, match=r"a vision-language model \(deepseek_vl\)"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_vl", "tiny"])
+def test_conversion_there_and_back(kind, tmp_path, capsys):
+    folder, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
+    if kind == "tiny":
+        seeing.vl2_folder("tiny", folder)
+    else:
+        seeing.converted(kind).save_pretrained(folder)
+    tokenizer_file(folder).save_pretrained(folder)
+    convert.main(["inspect", str(folder)])
+    assert "every tensor fits" in capsys.readouterr().out
+    convert.main(["from-hf", str(folder), str(ours)])
+    convert.main(["inspect", str(ours)])
+    convert.main(["to-hf", str(ours), str(back)])
+    before, after = open_tensors(folder), open_tensors(back)
+    assert {*before} - {*after} == {n for n in before if "attn_pool" in n}
+    for name, tensor in after.items():
+        np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
+    models = [deepseek_jax.load(path) for path in (folder, ours, back)]
+    assert models[0].config == models[1].config == models[2].config
+    rows = [[3, 4, 5]]
+    assert models[0].generate_tokens(rows) == models[1].generate_tokens(rows)
+    with pytest.raises(InputError, match="not written in float8"):
+        convert.main(["to-hf", str(ours), str(tmp_path / "f8"), "--dtype", "float8-block"])
