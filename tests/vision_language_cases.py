@@ -83,6 +83,7 @@ def vl2_folder(
 ) -> tuple[transformers.PreTrainedModel, dict[str, np.ndarray]]:
     """A folder as VL2's on the hub: its decoder in transformers, and all its tensors."""
     name, changed, own = VL2[size]
+    changed = changed | {"num_hidden_layers": 2}
     decoder = hf_cases.hf_model(name, **changed)
     hf_cases.save(decoder, folder / "decoder")
     found = {f"language.{n}": t.read() for n, t in open_tensors(folder / "decoder").items()}
@@ -278,3 +279,52 @@ def original_folder(model: transformers.PreTrainedModel, folder: pathlib.Path) -
     entries = [Entry(n, x.shape, x.dtype, lambda x=x: x) for n, x in found.items()]
     write_shard(folder / "model.safetensors", entries)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def torch_vl2(
+    decoder: transformers.PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    tokens: np.ndarray,
+    views: np.ndarray,
+) -> torch.Tensor:
+    """The answer of a VL2 of torch's own functions, through which slopes flow; rows as vl2_rows."""
+    f, half = torch.nn.functional, (SIDE + 1) // 2
+
+    def linear(x, name):
+        return f.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x, name):
+        return f.layer_norm(x, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    kernel = "vision.patch_embed.proj"
+    x = f.conv2d(
+        torch.from_numpy(views), weights[f"{kernel}.weight"], weights[f"{kernel}.bias"], PATCH
+    )
+    x = x.flatten(2).transpose(1, 2) + weights["vision.pos_embed"]
+    for block in ("vision.blocks.0", "vision.blocks.1"):
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+        q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = f.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + linear(seen, f"{block}.attn.proj")
+        inner = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        x = x + linear(f.gelu(inner, approximate="tanh"), f"{block}.mlp.fc2")
+    x = norm(x, "vision.norm").transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    x = f.unfold(f.pad(x, (0, 1, 0, 1)), kernel_size=2, stride=2).transpose(1, 2)
+    x = linear(f.gelu(linear(x, "projector.layers.0")), "projector.layers.2")
+    x = x.unflatten(1, (half, half))
+    newline, images = weights["image_newline"], []
+
+    def lines(rows):
+        end = newline.expand(rows.shape[0], 1, -1)
+        return torch.cat([rows, end], 1).flatten(0, 1)
+
+    for wide, high in GRIDS:
+        whole, tiles, x = x[0], x[1 : 1 + wide * high], x[1 + wide * high :]
+        rows = (
+            tiles.unflatten(0, (high, wide)).transpose(1, 2).reshape(high * half, wide * half, -1)
+        )
+        images += [lines(whole), weights["view_seperator"][None], lines(rows)]
+    embedded = decoder.get_input_embeddings()(torch.from_numpy(tokens))
+    mask = torch.from_numpy(tokens == IMAGE)[..., None]
+    embedded = embedded.masked_scatter(mask, torch.cat(images))
+    return decoder(inputs_embeds=embedded).logits

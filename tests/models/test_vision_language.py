@@ -62,18 +62,8 @@ def test_converted(tmp_path, kind):
 
     (theirs * torch.from_numpy(slopes)).sum().backward()
     named = encoder_cases.slopes_on_disk(model, tmp_path / "slopes")
-    noise = 1e-6 * max(abs(slope).max() for slope in named.values())
-    grads = {
-        path: Source(x.shape, x.dtype, lambda index, x=x: x[index])
-        for path, x in encoder_cases.on_disk(grads, ours.model.layers).items()
-    }
-    family = vision_language.FAMILIES[kind]
-    made = {e.name: e.read() for e in vision_language.entries(family, ours.model, grads)}
     drawn = {name for name in named if name.split(".")[1].startswith(("vq", "generation"))}
-    assert made.keys() == named.keys() - drawn
-    for name, mine in made.items():
-        atol = max(1e-3 * abs(named[name]).max(), noise)
-        np.testing.assert_allclose(mine, named[name], atol=atol, rtol=0, err_msg=name)
+    assert compared(ours.model, kind, grads, named) == drawn
 
     original = json.loads((tmp_path / "config.json").read_text())
     vision_language.write(tmp_path / "again", ours.model, ours.params, original)
@@ -127,6 +117,42 @@ def test_vl2(tmp_path, size):
     for name, array in again.items():
         np.testing.assert_array_equal(array, weights[name], err_msg=name)
     assert deepseek_jax.load(tmp_path / "again").config == ours.config
+
+
+def test_vl2s_slopes(tmp_path):
+    decoder, weights = seeing.vl2_folder("small", tmp_path)
+    ours = deepseek_jax.load(tmp_path)
+    tokens, views, _ = seeing.vl2_rows(weights)
+    given = jax.tree.map(jnp.asarray, ours.inputs(tokens, views, seeing.GRIDS))
+    torches = {name: torch.tensor(array, requires_grad=True) for name, array in weights.items()}
+    theirs = seeing.torch_vl2(decoder, torches, tokens, views)
+    slopes = np.random.default_rng(1).normal(size=theirs.shape).astype(np.float32)
+    (theirs * torch.from_numpy(slopes)).sum().backward()
+
+    def total(params):
+        hidden = ours.model.apply(params, jnp.asarray(tokens), **given).hidden
+        return jnp.vdot(ours.model.logits(params, hidden), slopes)
+
+    grads = jax.jit(jax.grad(total))(ours.params)
+    named = encoder_cases.slopes_on_disk(decoder, tmp_path / "slopes")
+    named = {f"language.{name}": slope for name, slope in named.items()}
+    named |= {name: x.grad.numpy() for name, x in torches.items() if x.grad is not None}
+    compared(ours.model, "deepseek_vl_v2", grads, named)
+
+
+def compared(model, kind, grads, named):
+    """Slopes of ours are those of a folder's tensors, `named`; which of these had no equal."""
+    noise = 1e-6 * max(abs(slope).max() for slope in named.values())
+    grads = {
+        path: Source(x.shape, x.dtype, lambda index, x=x: x[index])
+        for path, x in encoder_cases.on_disk(grads, model.layers).items()
+    }
+    made = vision_language.entries(vision_language.FAMILIES[kind], model, grads)
+    for entry in made:
+        theirs = named[entry.name]
+        atol = max(1e-3 * abs(theirs).max(), noise)
+        np.testing.assert_allclose(entry.read(), theirs, atol=atol, rtol=0, err_msg=entry.name)
+    return named.keys() - {entry.name for entry in made}
 
 
 def test_a_folder_as_deepseek_released_it(tmp_path, monkeypatch):
