@@ -238,8 +238,10 @@ class VisionLanguageDecoder(nn.Module):
     def _mixed(self, tokens: Array, features: Array | None, sources: Array | None) -> Array:
         """Embeddings of a row: each from where `sources` says."""
         x = self.language.embed(tokens)
-        if features is None or sources is None:
+        if features is None and sources is None:
             return x
+        if features is None or sources is None:
+            raise ValueError("images (or features) and sources come together, or not at all")
         index = sources[..., None] % features.shape[1]
         found = jnp.take_along_axis(features.astype(x.dtype), index, axis=1)
         return jnp.where(sources[..., None] > TEXT, found, x)
