@@ -31,12 +31,15 @@ from deepseek_jax.evaluation.placement import (
     unmoved,
 )
 from deepseek_jax.evaluation.suite import open_task
-from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
+from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.placement import AXES, taken
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.ops.placement import Devices
 from deepseek_jax.serving.language import load
+
+KINDS = (Decoder, VisionLanguage)  # the configs of what is converted
 
 
 def main(argv: list[str]) -> None:
@@ -122,8 +125,9 @@ def from_hf(
 
     Weights get `dtype`, or keep their own; float8 becomes float32.
     """
-    folder = huggingface.open_folder(source)
-    params = huggingface.params_of(folder, build(folder.config, Precision(compute="float32")))
+    folder = huggingface.open_folder(source, KINDS)
+    network = build_network(folder.config, Precision(compute="float32"))
+    params = huggingface.params_of(folder, network)
     for name, weight in params.items():
         if dtype and not name.endswith("router/bias"):
             params[name] = weight._replace(dtype=jnp.dtype(dtype))
@@ -142,6 +146,13 @@ def from_hf(
     )
 
 
+def _model_of(path: pathlib.Path) -> Decoder | VisionLanguage:
+    """The model of a checkpoint of ours; InputError for a kind that is not converted."""
+    model = read_config(path)["model"]
+    kind = next((k for k in KINDS if k.__name__ == model.get("type")), Decoder)
+    return from_dict(kind, model, "model")
+
+
 def to_hf(
     source: pathlib.Path,
     target: pathlib.Path,
@@ -154,13 +165,13 @@ def to_hf(
     The missing parts come back. Without bytes a `shard`, the weights are in PyTorch's form.
     """
     source = resolve(source)
-    config = from_dict(Decoder, read_config(source)["model"], "model")
+    config = _model_of(source)
     beside, files = source / huggingface.BESIDE, {}
     if (source / INFO).exists() and not beside.exists():
         files = huggingface.tokenizer_files(load_tokenizer(source))
     return huggingface.write_folder(
         target,
-        build(config, Precision(compute="float32")),
+        build_network(config, Precision(compute="float32")),
         read_params(source),
         part,
         beside=beside,
@@ -237,18 +248,20 @@ def _reordered(
 def inspect(path: pathlib.Path) -> str:
     """What a checkpoint is: family, sizes, dtypes, and which tensors would not fit."""
     if is_folder_of_tensors(path):
-        folder = huggingface.open_folder(path)
+        folder = huggingface.open_folder(path, KINDS)
         config, tensors = folder.config, folder.tensors
         family = folder.original["model_type"]
         try:
-            huggingface.params_of(folder, build(config, Precision(compute="float32")))
+            network = build_network(config, Precision(compute="float32"))
+            huggingface.params_of(folder, network)
             fit = "every tensor fits"
         except InputError as error:
             fit = str(error)
     else:
         path = resolve(path)
-        config = from_dict(Decoder, read_config(path)["model"], "model")
-        tensors, family, fit = read_params(path), families.family_of(config), "a checkpoint of ours"
+        config, fit = _model_of(path), "a checkpoint of ours"
+        tensors, sees = read_params(path), isinstance(config, VisionLanguage)
+        family = "a vision-language model" if sees else families.family_of(config)
     sizes = collections.Counter()
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] += math.prod(tensor.shape) * tensor.dtype.itemsize

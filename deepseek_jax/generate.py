@@ -6,7 +6,10 @@ import itertools
 import tyro
 
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.serving.language import Settings, check_texts, load
+from deepseek_jax.data.vision import read_image
+from deepseek_jax.serving.language import LanguageModel, Settings, check_texts
+from deepseek_jax.serving.language import load as load_language
+from deepseek_jax.serving.vision_language import SeeingModel, is_seeing, load_seeing
 
 Texts = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --prompt a b --prompt c
 
@@ -19,6 +22,9 @@ class Arguments(Settings):
     """A run (its newest good checkpoint is used), one of its checkpoints, or an HF folder."""
     prompt: Texts = ()
     """The text to go on from; several texts are several prompts."""
+    image: Texts = ()
+    """Files of pictures for the prompts' image tokens (as <image>), in order; a prompt without any
+    gets its pictures before it."""
     stop: Texts = ()
     """Texts before which a completion ends."""
     chat: bool = False
@@ -35,10 +41,19 @@ def main(argv: list[str]) -> None:
     checkpoint = arguments.pop("checkpoint")
     prompts, stop = (list(itertools.chain(*arguments.pop(name))) for name in ("prompt", "stop"))
     chat, system, thinking = (arguments.pop(name) for name in ("chat", "system", "thinking"))
+    files = arguments.pop("image")
     check_texts(prompts, stop)
+    if len(prompts) == 1:
+        files = (tuple(itertools.chain(*files)),) if files else ()
+    if files and (chat or len(files) != len(prompts)):
+        raise InputError("give each prompt its own --image, and no --chat")
     if (system or thinking) and not chat:
         raise InputError("--system and --thinking are for chats: add --chat")
-    model = load(checkpoint)
+    model: LanguageModel = (load_seeing if is_seeing(checkpoint) else load_language)(checkpoint)
+    if files:
+        if not isinstance(model, SeeingModel):
+            raise InputError(f"{checkpoint}: this model sees no pictures: leave out --image")
+        arguments["images"] = [[read_image(file) for file in own] for own in files]
 
     def show(new: str) -> None:
         print(new, end="", flush=True)

@@ -11,7 +11,7 @@ from deepseek_jax.checkpoint import (
     swin_encoders,
     video_encoders,
 )
-from deepseek_jax.checkpoint.tables import Family
+from deepseek_jax.checkpoint.tables import Family, read_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.encoder import EncoderConfig
 from deepseek_jax.models.two_tower import TwoTower
@@ -41,9 +41,4 @@ def config_of(
     family = family_of(original)
     if family is None:
         raise InputError(f"model_type {original.get('model_type')!r} is no encoder known here")
-    names = {name.removeprefix(family.prefix) for name in tensors}
-    there = {field: name in names for name, field in family.optional.items()}
-    try:
-        return family.config(there | {**original})
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"config.json: {error}") from None
+    return read_config(family, original, tensors)

@@ -4,7 +4,6 @@ What a folder holds beside weights (tokenizer, chat template, generation setting
 that we have no use for) is kept as it is and written back.
 """
 
-import functools
 import json
 import pathlib
 import tempfile
@@ -12,29 +11,25 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax.checkpoint import encoders, families, names, tables
+from deepseek_jax.checkpoint import encoders, families, names, tables, vision_language
+from deepseek_jax.checkpoint.entries import entries as language_entries
 from deepseek_jax.checkpoint.integrity import sync
 from deepseek_jax.checkpoint.manager import disk_names
-from deepseek_jax.checkpoint.parts import THREADS, in_parts, turn
+from deepseek_jax.checkpoint.parts import in_parts, turn
 from deepseek_jax.checkpoint.safetensors import (
     BLOCK,
-    FLOAT8,
     SCALE,
     WHOLE,
     Entry,
     Source,
     Tensor,
-    dequantized,
     mapped,
-    narrowed,
     open_scales,
     open_tensors,
-    quantized,
     shard_piece,
     shards,
     to_pickle,
@@ -49,10 +44,12 @@ from deepseek_jax.core.storage import Path
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile, open_tokenizer
 from deepseek_jax.models.build import Model, Network
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.vision_language import VisionLanguage, VisionLanguageModel
 
 KEPT = (  # as patterns
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "encoding/**/*",
 )  # fmt: skip
@@ -69,7 +66,7 @@ class Folder(NamedTuple):
 
     directory: pathlib.Path
     config: Any
-    """A `Decoder`, or an encoder's config."""
+    """A `Decoder`, a `VisionLanguage`, or an encoder's config."""
     original: dict[str, Any]
     """config.json as it stands."""
     tensors: dict[str, Tensor]
@@ -80,27 +77,32 @@ def fetched(path: str | Path) -> pathlib.Path:
     return storage.fetched(storage.located(path), threads=2)
 
 
-def open_folder(directory: str | pathlib.Path) -> Folder:
+def open_folder(directory: str | pathlib.Path, kinds: tuple[type, ...] = (Decoder,)) -> Folder:
     """Open a language model's folder; MTP layers count only if their weights are there.
 
-    Raises InputError when config.json or the weights cannot be understood, and for an encoder.
+    Raises InputError when config.json or the weights cannot be understood, and for another kind of
+    config than `kinds`.
     """
     folder = open_any(directory)
-    if not isinstance(folder.config, Decoder):
+    if not isinstance(folder.config, kinds):
+        kind = "an encoder" if encoders.family_of(folder.original) else "a vision-language model"
         raise InputError(
-            f"{directory}: holds an encoder ({folder.original['model_type']}), and this is for "
+            f"{directory}: holds {kind} ({folder.original['model_type']}), and this is for "
             "language models; deepseek_jax.load opens it in Python"
         )
     return folder
 
 
 def open_any(directory: str | pathlib.Path) -> Folder:
-    """Open the folder of a language model, an encoder or two towers: see `open_folder`."""
+    """Open the folder of any known model: see `open_folder`."""
     directory = pathlib.Path(directory)
     original = _read_json(directory / "config.json")
     tensors = open_tensors(directory)
     if encoders.family_of(original):
         config = encoders.config_of(original, tensors)
+        return Folder(directory, config, original, tensors)
+    if vision_language.joined_of(original):
+        config = vision_language.config_of(original, tensors)
         return Folder(directory, config, original, tensors)
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
@@ -120,11 +122,13 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def params_of(folder: Folder, model: Model) -> dict[str, names.Source]:
+def params_of(folder: Folder, model: Model | VisionLanguageModel) -> dict[str, names.Source]:
     """The weights of a folder by our names on disk, none read yet but copies, which must agree.
 
     Raises InputError as names.sources does, and for an MTP layer with an embedding of its own.
     """
+    if joined := vision_language.joined_of(folder.original):
+        return vision_language.sources(joined, model, folder.tensors)
     ours = names.leaves(model)
     found = names.sources(model.config, ours, folder.tensors)
     for copy, path in names.copies(model.config, ours).items():
@@ -291,7 +295,7 @@ def keep(directory: pathlib.Path) -> dict[str, bytes]:
 
 def write_folder(
     target: pathlib.Path,
-    model: Model,
+    model: Model | VisionLanguageModel,
     params: Mapping[str, Source],
     part: tuple[int, int],
     *,
@@ -313,9 +317,15 @@ def write_folder(
     original = _read_json(known) if known.exists() else {}
     scales = mapped(scales) if scales.exists() else {}
     kept = {name: path.read_bytes() for name, path in _kept(beside).items()}
-    entries = _entries(model, params, scales, original, dtype)
-    stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
-    config = families.hf_config(model.config, original, str(stored))
+    if isinstance(model.config, VisionLanguage):
+        joined = vision_language.FAMILIES[vision_language.kind_of(original, model.config)]
+        entries = vision_language.entries(joined, model, params, dtype)
+        config = vision_language.hf_config(joined, model.config, original)
+        config["dtype"] = config["torch_dtype"] = str(entries[0].dtype)
+    else:
+        entries = language_entries(model, params, scales, original, dtype)
+        stored = next(e.dtype for e in entries if e.name == "model.embed_tokens.weight")
+        config = families.hf_config(model.config, original, str(stored))
     if any(entry.name.endswith(SCALE) for entry in entries):
         config["quantization_config"] = QUANTIZATION | (original.get("quantization_config") or {})
     else:
@@ -336,53 +346,3 @@ def write_folder(
     pieces = [shard_piece(name, some) for name, some in held.items()]
     origin = [origin, dtype, max_shard_bytes]
     return in_parts(target, pieces, part, origin=origin, finish=finish, progress=progress)
-
-
-def _entries(
-    model: Model,
-    params: Mapping[str, Source],
-    scales: dict[str, Tensor],
-    original: dict,
-    dtype: str | None,
-) -> list[Entry]:
-    """The tensors of transformers' folder, in its order."""
-    ours, how = names.leaves(model), original.get("quantization_config") or {}
-    float8 = dtype == "float8-block" or (dtype is None and scales)
-    entries: list[Entry] = []
-
-    def wide(row: names.Row) -> np.ndarray:
-        if row.expert is not None:  # of the stack, only this one is read
-            stack = {row.expert: params[row.ours[0]].read((row.expert,))}
-            return names.joined(row, ours, [stack])
-        return names.joined(row, ours, [params[path].read(()) for path in row.ours])
-
-    @functools.lru_cache(THREADS)  # each thread writes the values first, their scales next
-    def pair(row: names.Row) -> tuple[np.ndarray, np.ndarray]:
-        return _float8(wide(row), scales.get(row.theirs), how)
-
-    for row in names.table(model.config, ours):
-        name, shape, kind = row.theirs, names.their_shape(row, ours), params[row.ours[0]].dtype
-        if float8 and (name in scales or (not scales and names.is_quantized(name))):
-            blocks = tuple(-(-size // BLOCK) for size in shape)
-            of_scales = scales[name].dtype if name in scales else jnp.dtype(jnp.float32)
-            entries.append(Entry(name, shape, FLOAT8, lambda row=row: pair(row)[0]))
-            entries.append(Entry(name + SCALE, blocks, of_scales, lambda row=row: pair(row)[1]))
-            continue
-        if dtype not in (None, "float8-block") and not name.endswith("correction_bias"):
-            kind = jnp.dtype(dtype)
-        entries.append(Entry(name, shape, kind, lambda row=row: wide(row)))
-    kind = entries[0].dtype
-    for name, shape in names.empty(model.config).items():
-        entries.append(Entry(name, shape, kind, lambda: np.zeros(0)))
-    return entries
-
-
-def _float8(wide: np.ndarray, scale: Tensor | None, how: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Float8 values and scales; a tensor that its old scales still express exactly keeps them."""
-    if scale is not None:
-        old = scale.read()
-        values = narrowed(wide, old)
-        if np.array_equal(dequantized(values, old).astype(wide.dtype), wide):
-            return values, old
-    values, new = quantized(wide, how.get("scale_fmt") == "ue8m0")
-    return values, new if scale is None else new.astype(scale.dtype)

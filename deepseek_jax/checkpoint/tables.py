@@ -8,7 +8,7 @@ transformers 5.23 and the published checkpoints.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,6 +56,19 @@ class Family(NamedTuple):
     """Our config and a name of `modules` -> the name that is written."""
     places: Callable[[Any, int], tuple[int, ...]] = lambda config, number: (number,)
     """Our config, a layer's number -> what stands for {0}, {1}, ... in its names."""
+
+
+def read_config(family: Family, original: Mapping[str, Any], tensors: Collection[str]) -> Any:
+    """Our config of a config.json; InputError for what has no equal here.
+
+    The names of the tensors beside it say what config.json may not.
+    """
+    names = {name.removeprefix(family.prefix) for name in tensors}
+    there = {field: name in names for name, field in family.optional.items()}
+    try:
+        return family.config(there | {**original})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"config.json: {error}") from None
 
 
 class Row(NamedTuple):

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data.vision import Method, checked, letterbox, mean_color, normalized, resized
+from deepseek_jax.data.vision import (
+    Method,
+    Normalization,
+    checked,
+    letterbox,
+    mean_color,
+    normalized,
+    resized,
+)
 
 TILE = 384  # the side of a view
 MAX_TILES = 9
@@ -64,7 +72,7 @@ def tiled(
     num_images: int = 1,
     tile: int = TILE,
     max_tiles: int = MAX_TILES,
-    normalization: str = "half",
+    normalization: Normalization = "half",
 ) -> Tiles:
     """An image of a prompt with `num_images` of them as VL2's views.
 
@@ -169,7 +177,7 @@ def patched(
     patch: int = 16,
     max_patches: int = 256,
     method: Method = "bilinear",
-    normalization: str = "half",
+    normalization: Normalization = "half",
 ) -> Patches:
     """Images uint8 [H, W, 3] of any sizes, each resized to the budget, as patches row by row."""
     pixels = np.zeros((len(images), max_patches, patch * patch * 3), np.float32)

@@ -26,6 +26,7 @@ from deepseek_jax.data.sources import one_line, reported
 
 Color: TypeAlias = tuple[int, int, int]
 Method: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
+Normalization: TypeAlias = Literal["clip", "half", "imagenet"]
 
 # What is read. EPS is not: Pillow would start Ghostscript on it.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -35,7 +36,7 @@ HEADERS = {  # of files that may say that they are 0 wide or high: where the two
     b"BM": (struct.Struct("<ii"), 18),
 }
 WHITE: Color = (255, 255, 255)
-NORMALIZATIONS = {  # mean and deviation of each channel in 0..1
+NORMALIZATIONS: dict[Normalization, tuple] = {  # mean and deviation of each channel in 0..1
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -261,7 +262,7 @@ def _placed(
     return canvas
 
 
-def normalized(pixels: np.ndarray, preset: str) -> np.ndarray:
+def normalized(pixels: np.ndarray, preset: Normalization) -> np.ndarray:
     """(pixels / 255 - mean) / deviation for uint8 [..., 3], float32."""
     if preset not in NORMALIZATIONS:
         raise InputError(f"no normalization {preset!r}; choose from {', '.join(NORMALIZATIONS)}")
@@ -271,7 +272,7 @@ def normalized(pixels: np.ndarray, preset: str) -> np.ndarray:
     return (scaled - mean.reshape(lines)) / deviation.reshape(lines)
 
 
-def mean_color(preset: str) -> Color:
+def mean_color(preset: Normalization) -> Color:
     """The color that a normalization takes to about 0; DeepSeek's models pad with it."""
     red, green, blue = (int(value * 255) for value in NORMALIZATIONS[preset][0])
     return red, green, blue
@@ -305,7 +306,7 @@ class ImageTransform:
     """Change the proportions (ViT, SigLIP); shorter side, then the middle (CLIP); longer side, at
     least 14 pixels for the other, then a frame of the mean color (DeepSeek-VL, Janus)."""
     method: Method = "bicubic"
-    normalization: Literal["clip", "half", "imagenet"] = "half"
+    normalization: Normalization = "half"
 
 
 def prepared(images: Sequence[np.ndarray], config: ImageTransform) -> np.ndarray:

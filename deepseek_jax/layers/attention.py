@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core import target
 from deepseek_jax.layers.linear import Dtypes, Projection, RMSNorm
@@ -28,6 +28,14 @@ class Place(NamedTuple):
     positions: Int[Array, "B T"] | None = None
     order: Int[Array, " T"] | None = None
     """Where in its row each token stands, when rows lie zigzag over the context axis (ops/ring)."""
+    reach: Int[Array, "B T"] | None = None
+    """Where the last token stands that each one sees, if some see later ones: its place in the row,
+    when decoding its position."""
+
+    @property
+    def last(self) -> Int[Array, "B T"] | None:
+        """The last position that each token sees when decoding."""
+        return self.positions if self.reach is None else self.reach
 
 
 class Selection(NamedTuple):
@@ -57,9 +65,12 @@ def attend(
 ) -> Float[Array, "B T N Hv"]:
     """`causal_attention`; on a mesh its kernels run on each device's own rows and heads.
 
-    Rows that lie zigzag over the context axis take `ring_attention`.
+    Rows that lie zigzag over the context axis take `ring_attention`; where tokens see later ones,
+    the whole square of scores is made.
     """
     segments = place.segments
+    if place.reach is not None:
+        return masked_attention(q, k, v, reaching_mask(place.reach, segments), options["scale"])
     if place.order is not None:
         return _around_the_ring(q, k, v, segments, **options)
     if target.partitioned() and options.get("keep") is None and preferred(q) in KERNELS:
@@ -96,6 +107,16 @@ def _around_the_ring(q, k, v, segments, *, scale, window=None, keep=None):
 def grown(cache: dict[str, Any], new: dict[str, Array], place: Place) -> dict[str, Any]:
     """The cache with every token's new values at its position."""
     return {name: write_cache(cache[name], new[name], place.positions) for name in new}
+
+
+def reaching_mask(
+    reach: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+) -> Bool[Array, "B T T"]:
+    """Which tokens of its segment each one sees: up to the place in the row that it reaches."""
+    mask = jnp.arange(reach.shape[1])[None, None] <= reach[:, :, None]
+    if segments is not None:
+        mask &= segments[:, :, None] == segments[:, None]
+    return mask
 
 
 def cache_mask(positions: Int[Array, "B T"], length: int, window: int | None = None) -> Array:
@@ -197,5 +218,5 @@ class GroupedQueryAttention(nn.Module):
             out = attend(q, k, v, place, scale=scale, window=c.window)
             return out, None, None
         cache = grown(cache, {"k": k, "v": v}, place)
-        mask = cache_mask(place.positions, cache["k"].shape[1], c.window)
+        mask = cache_mask(place.last, cache["k"].shape[1], c.window)
         return masked_attention(q, cache["k"], cache["v"], mask, scale), cache, None

@@ -121,7 +121,7 @@ class LatentAttention(nn.Module):
             return self.o(out), None, selection
         new = {"latent": latent, "rope_key": rope_key[:, :, 0]}
         cache = grown(cache, new if index is None else new | {"index_key": index[1]}, place)
-        mask = cache_mask(place.positions, cache["latent"].shape[1])
+        mask = cache_mask(place.last, cache["latent"].shape[1])
         seen = cache["latent"], cache["rope_key"]
         if index is not None:
             scores = sparse.index_scores(index[0], cache["index_key"], index[2])

@@ -123,11 +123,8 @@ class Model(Network):
 
     @property
     def _dropless(self) -> LanguageDecoder:
-        moe = self.config.moe
-        if moe is None or isinstance(moe.dispatch, Dropless):
-            return self.module
-        moe = dataclasses.replace(moe, dispatch=Dropless())
-        return LanguageDecoder(dataclasses.replace(self.config, moe=moe), self.dtypes)
+        config = without_capacity(self.config)
+        return self.module if config is self.config else LanguageDecoder(config, self.dtypes)
 
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The output projection as it is stored; products narrow it themselves."""
@@ -179,6 +176,14 @@ STARTS = {"ones": 1.0, "zeros": 0.0}
 
 def _is_declared(node: Any) -> bool:
     return isinstance(node, Declared)
+
+
+def without_capacity(config: Decoder) -> Decoder:
+    """The config, its experts without a capacity; the same object where they have none."""
+    moe = config.moe
+    if moe is None or isinstance(moe.dispatch, Dropless):
+        return config
+    return dataclasses.replace(config, moe=dataclasses.replace(moe, dispatch=Dropless()))
 
 
 def build(config: Decoder, precision: Precision = Precision()) -> Model:

@@ -9,7 +9,7 @@ from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model, Network
-from deepseek_jax.models.networks import ModelConfig, build_network
+from deepseek_jax.models.networks import AnyConfig, build_network
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.ops.sparse import room
 
@@ -22,7 +22,7 @@ def num_params(model: Network) -> tuple[int, int]:
     return sum(sizes.values()), sum(_visited(model.config, path, sizes[path]) for path in kept)
 
 
-def _visited(config: ModelConfig, path: str, size: int) -> int:
+def _visited(config: AnyConfig, path: str, size: int) -> int:
     if "/experts/" not in path or config.moe is None:
         return size
     return size * config.moe.router.num_active_experts // config.moe.num_experts
@@ -97,7 +97,7 @@ def _seen(length: int, most: int | None) -> float:
     return most * (1 - (most - 1) / (2 * length))
 
 
-def describe(config: ModelConfig) -> str:
+def describe(config: AnyConfig) -> str:
     """`12.3 M parameters (4.5 M active)`."""
     total, active = num_params(build_network(config))
     return f"{_readable(total)} parameters ({_readable(active)} active)"

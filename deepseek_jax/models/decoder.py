@@ -251,16 +251,18 @@ class LanguageDecoder(nn.Module):
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         next_tokens: Int[Array, "B T M"] | None = None,
+        embedded: Float[Array, "B T D"] | None = None,
+        reach: Int[Array, "B T"] | None = None,
     ) -> Output:
+        """`embedded` stands for the tokens' embeddings; `reach` is `Place.reach`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        order, turned, back = (
-            zigzag_rows(*tokens.shape) if sees_all(self.config.attention) else NATURAL
-        )
+        zigzags = sees_all(self.config.attention) and reach is None
+        order, turned, back = zigzag_rows(*tokens.shape) if zigzags else NATURAL
         tokens, positions = turned(tokens), turned(positions)
         segments, next_tokens = (x if x is None else turned(x) for x in (segments, next_tokens))
-        place = place_of(self.config, positions, segments, order)
-        x, reports = self.embedding(tokens), {}
+        place = place_of(self.config, positions, segments, order)._replace(reach=reach)
+        x, reports = self.embed(tokens) if embedded is None else turned(embedded), {}
         for segment in self.segments:
             x, _, reports[f"{segment.name}/block"] = segment(x, None, place)
         hidden = self.final_norm(x)
@@ -277,12 +279,22 @@ class LanguageDecoder(nn.Module):
         )
         return Output(back(hidden), tuple(map(back, predicted)), routing, selection)
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The tokens' embeddings."""
+        return self.embedding(tokens)
+
     def decode(
-        self, tokens: Int[Array, "B T"], caches: tuple, positions: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        caches: tuple,
+        positions: Int[Array, "B T"],
+        embedded: Float[Array, "B T D"] | None = None,
+        reach: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple]:
         """Final hidden states of tokens at `positions` (-1 is padding), and the grown caches."""
         place = place_of(self.config, positions, (positions >= 0).astype(jnp.int32))
-        x, grown = self.embedding(tokens), []
+        place = place._replace(reach=reach)
+        x, grown = self.embed(tokens) if embedded is None else embedded, []
         for segment, cache in zip(self.segments, caches, strict=True):
             x, cache, _ = segment(x, cache, place)
             grown.append(cache)

@@ -1,4 +1,4 @@
-"""Every model that can be trained, by the type of its config."""
+"""Every model that predicts or compares, by the type of its config."""
 
 from typing import TypeAlias
 
@@ -6,12 +6,23 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
+from deepseek_jax.models.vision_language import (
+    VisionLanguage,
+    VisionLanguageModel,
+    build_vision_language,
+)
 
 ModelConfig: TypeAlias = Decoder | TwoTower
+"""What a run of train can be of."""
+AnyConfig: TypeAlias = ModelConfig | VisionLanguage
 
 
-def build_network(config: ModelConfig, precision: Precision = Precision()) -> Model | Towers:
+def build_network(
+    config: AnyConfig, precision: Precision = Precision()
+) -> Model | Towers | VisionLanguageModel:
     """The model of a config: no parameters are made, only their shapes."""
+    if isinstance(config, VisionLanguage):
+        return build_vision_language(config, precision)
     if isinstance(config, TwoTower):
         return build_towers(config, precision)
     return build(config, precision)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from deepseek_jax.data.vision import prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
-from deepseek_jax.serving import language
+from deepseek_jax.models.vision_language import VisionLanguage
+from deepseek_jax.serving import language, vision_language
 from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
@@ -146,15 +147,22 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
     return TwoTowerModel(towers, params, config, {}, load_tokenizer(directory), data, length)
 
 
-def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
-    """What a path holds, to use: an encoder or two towers, else a language model.
+LOADS: dict[str, Callable[[Any], Any]] = {
+    TwoTower.__name__: load_towers,
+    VisionLanguage.__name__: vision_language.load_seeing,
+}
 
-    See `load_encoder`, `load_towers` and `serving.language.load`.
+
+def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
+    """What a path holds, to use: an encoder or two towers, else a language model that may see.
+
+    See `load_encoder`, `load_towers`, `vision_language.load_seeing` and `serving.language.load`.
     """
     if is_folder_of_tensors(path):
         folder = huggingface.fetched(path)
+        if vision_language.is_seeing(folder):
+            return vision_language.load_seeing(folder)
         known = encoders.family_of(huggingface.read_optional(folder, "config.json"))
         return load_encoder(folder) if known else language.load(folder)
-    recorded = manager.read_config(manager.resolve(path))
-    towers = recorded["model"].get("type") == TwoTower.__name__
-    return load_towers(path) if towers else language.load(path)
+    kind = manager.read_config(manager.resolve(path))["model"].get("type")
+    return LOADS.get(kind, language.load)(path)

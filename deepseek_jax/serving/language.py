@@ -27,6 +27,7 @@ from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder, layer_table
+from deepseek_jax.models.vision_language import VisionLanguage, VisionLanguageModel
 from deepseek_jax.ops.sampling import Sampling, draw, row_keys
 from deepseek_jax.serving import chat
 from deepseek_jax.serving.completion import Completion
@@ -104,10 +105,10 @@ def _check_utf8(texts: Sequence[str]) -> None:
 class LanguageModel:
     """A model with its weights and its tokenizer."""
 
-    model: Model
+    model: Model | VisionLanguageModel
     params: Any
     tokenizer: Tokenizer | None
-    config: Decoder
+    config: Decoder | VisionLanguage
     recorded: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The whole config of the run that it comes from, as JSON data."""
     ends: tuple[int, ...] = ()
@@ -289,7 +290,7 @@ class LanguageModel:
     def _prefilled(self, rows: list[list[int]], length: int) -> State:
         """What has read all but each row's last token, which the first step feeds."""
         width = max(len(row) for row in rows) - 1
-        chunk = min(CHUNK, _rounded(width, 16))
+        chunk = min(self._chunk, _rounded(width, 16))
         width = -(-width // chunk) * chunk
         tokens = np.zeros((len(rows), width), np.int32)
         positions = np.full((len(rows), width), -1, np.int32)
@@ -300,8 +301,19 @@ class LanguageModel:
         state = cache, jnp.zeros((len(rows), self.config.vocab_size), bool)
         for start in range(0, width, chunk):
             part = slice(start, start + chunk)
-            state = _prefill(self.model, self.params, state, tokens[:, part], positions[:, part])
+            now = tokens[:, part], positions[:, part], self._beside(part)
+            state = _prefill(self.model, self.params, state, *now)
         return state
+
+    @property
+    def _chunk(self) -> int:
+        """The most prompt tokens that enter the cache in one call."""
+        return CHUNK
+
+    def _beside(self, part: slice) -> dict[str, Any]:
+        """What the model's `decode` is given beside the tokens of these places of the prompts."""
+        del part
+        return {}
 
 
 def load(path: str | pathlib.Path) -> LanguageModel:
@@ -364,8 +376,8 @@ def _logits(model: Model, params: Any, tokens: Any, mask: Any = None) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(model: Model, params: Any, state: State, tokens: Any, positions: Any) -> State:
-    _, cache = model.decode(params, tokens, state[0], positions)  # no logits are computed
+def _prefill(model, params, state: State, tokens, positions, beside: dict[str, Any]) -> State:
+    _, cache = model.decode(params, tokens, state[0], positions, **beside)  # logits go nowhere
     return cache, _marked(state[1], tokens, positions)
 
 

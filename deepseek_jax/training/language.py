@@ -16,12 +16,15 @@ from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model
+from deepseek_jax.models.vision_language import VisionLanguageModel
 from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.ops.sparse import places
 from deepseek_jax.parallel.manual import gathered, per_device
 from deepseek_jax.parallel.sharding import tokens_spec, weight_spec
 from deepseek_jax.training.optimizer import is_indexer, is_router_bias
 from deepseek_jax.training.step import Objective
+
+INPUTS = ("tokens", "segments", "positions", "images", "sources")  # of a batch, for the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,10 @@ _in_order.defvjp(
 )
 
 
-def make_language(config: Language, model: Model) -> Objective:
+def make_language(config: Language, model: Model | VisionLanguageModel) -> Objective:
     """The objective of a decoder on the batches of data/loader.
+
+    A decoder that sees takes `images` and `sources` in a batch as well, as its `apply` does.
 
     Terms: `loss` (next-token cross-entropy), `cross_entropy` (with z: what is trained), `z_loss`,
     `mtp_loss`, `mtp_loss_2`, ... are means over tokens; summed over layers, and averaged over what
@@ -74,25 +79,26 @@ def make_language(config: Language, model: Model) -> Objective:
     `attention/indexer_loss`, a mean over tokens, summed over layers; a warm-up minimizes it alone.
     Raises InputError when model.moe is set and no layer has it, or nothing is there to warm up.
     """
-    indexer = getattr(model.config.attention, "indexer", None)
+    decoder = model.language.config if isinstance(model, VisionLanguageModel) else model.config
+    indexer = getattr(decoder.attention, "indexer", None)
     if config.indexer_warmup:
-        if indexer is None or not config.indexer_weight:
+        if isinstance(model, VisionLanguageModel) or indexer is None or not config.indexer_weight:
             raise InputError(
                 "objective.indexer_warmup needs a model whose attention has an indexer, and an "
                 "indexer_weight above 0"
             )
         model = model.dense()
-    num_mtp = model.config.num_mtp_layers if config.mtp_weight else 0
+    num_mtp = decoder.num_mtp_layers if config.mtp_weight else 0
     depths = {f"mtp_loss_{d}" if d > 1 else "mtp_loss": d for d in range(1, num_mtp + 1)}
     coefficients = {"cross_entropy": 1.0}
     coefficients |= dict.fromkeys(depths, config.mtp_weight / max(num_mtp, 1))
-    sparse = indexer is not None or isinstance(model.config.attention, GatedGQA)
-    moe, bias_rates, paths = model.config.moe, {}, tree.flatten(model.shapes)
+    sparse = indexer is not None or isinstance(decoder.attention, GatedGQA)
+    moe, bias_rates, paths = decoder.moe, {}, tree.flatten(model.shapes)
     if moe is not None:
         if not any("/moe/" in path for path in paths):
             raise InputError(
-                f"model.moe is set, but num_dense_layers ({model.config.num_dense_layers}) leaves "
-                f"none of the {model.config.num_layers} layers to it: lower it or drop model.moe"
+                f"model.moe is set, but num_dense_layers ({decoder.num_dense_layers}) leaves "
+                f"none of the {decoder.num_layers} layers to it: lower it or drop model.moe"
             )
         for name in ("sequence", "uniform", "z"):
             if weight := getattr(moe.balance, f"{name}_weight"):
@@ -118,7 +124,7 @@ def make_language(config: Language, model: Model) -> Objective:
             weights["router/z_loss"] = valid.sum().astype(jnp.float32)
         if sparse:
             seen = jnp.where(valid, places(batch["segments"], valid.shape[1]) + 1, 0)
-            layers = model.config.num_layers + num_mtp
+            layers = decoder.num_layers + num_mtp
             weights["attention/kept"] = seen.sum().astype(jnp.float32) * layers
         if indexer is not None:
             weights["attention/indexer_loss"] = valid.sum().astype(jnp.float32)
@@ -127,9 +133,10 @@ def make_language(config: Language, model: Model) -> Objective:
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
         del key  # nothing in this model is random
         targets, weights = batch["targets"], batch["weights"]
-        inputs = {name: batch[name] for name in ("tokens", "segments", "positions")}
-        following = targets[..., :num_mtp] if num_mtp else None
-        output = model.apply(params, **inputs, next_tokens=following)
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        if num_mtp:
+            inputs["next_tokens"] = targets[..., :num_mtp]
+        output = model.apply(params, **inputs)
         head = model.head(params)
 
         def entropy(hidden, depth, z_weight=0.0):

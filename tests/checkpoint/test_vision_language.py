@@ -1,0 +1,135 @@
+"""Reference: what folders of vision-language models say, beside their weights' names."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import vision_language_cases as seeing
+
+import deepseek_jax
+from deepseek_jax.checkpoint import multi_modality, vision_language
+from deepseek_jax.checkpoint.safetensors import open_tensors
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.models.counts import num_params
+from deepseek_jax.models.vision_language import MLPProjector, build_vision_language
+
+
+def test_a_head_that_is_there_is_not_the_embedding(tmp_path):
+    model = seeing.converted("deepseek_vl")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = True  # transformers' default, which released weights are not
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens, _, pixels = seeing.rows()
+    theirs = model(input_ids=torch.from_numpy(tokens), pixel_values=torch.from_numpy(pixels))
+    theirs = theirs.logits.detach().numpy()
+    mine = deepseek_jax.load(tmp_path).logits(tokens, images=pixels)
+    np.testing.assert_allclose(mine, theirs, atol=1e-4 * abs(theirs).max(), rtol=0)
+    tied = seeing.converted("deepseek_vl", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    assert deepseek_jax.load(tmp_path / "tied").config.language.tie_embeddings
+
+
+RELEASED = {  # of VL2's config.json: what differs, and the published billions of parameters
+    "tiny": (
+        {
+            "hidden_size": 1280, "intermediate_size": 6848, "moe_intermediate_size": 896,
+            "num_attention_heads": 10, "num_key_value_heads": 10, "num_hidden_layers": 12,
+            "use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0,
+            "v_head_dim": 0, "vocab_size": 129280, "n_routed_experts": 64,
+        },
+        3.37,
+    ),
+    "small": (
+        {
+            "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+            "num_attention_heads": 16, "num_hidden_layers": 27, "vocab_size": 102400,
+            "n_routed_experts": 64,
+        },
+        16.1,
+    ),
+    "base": (
+        {
+            "hidden_size": 2560, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+            "num_attention_heads": 32, "num_hidden_layers": 30, "vocab_size": 129280,
+            "n_routed_experts": 72, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "norm_topk_prob": True, "routed_scaling_factor": 2.0,
+        },
+        27.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_vl2s_have_their_published_sizes(size):
+    language, billions = RELEASED[size]
+    language = language | {
+        "first_k_dense_replace": 1, "n_shared_experts": 2, "num_experts_per_tok": 6,
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    tower = {"layers": 27, "mlp_ratio": 3.7362, "patch_size": 14, "width": 1152}
+    projector = {"model_type": "mlp_projector", "n_embed": language["hidden_size"]}
+    parts = {"language": language, "vision": tower, "projector": projector}
+    original = {f"{name}_config": part for name, part in parts.items()}
+    original["model_type"] = kind = "deepseek_vl_v2"
+    config = vision_language.config_of(original, ())
+    total, _ = num_params(build_vision_language(config))
+    pool = 1152 * (1 + 4 * 1152 + 2 * 4304)  # SigLIP's, which counts there and is left out here
+    assert float(f"{(total + pool) / 1e9:.3g}") == billions
+    assert config.view_tokens == 196
+    assert len(config.layout((3, 2))) == 210 + 1 + 28 * 43
+    fields = vision_language.hf_config(vision_language.FAMILIES[kind], config, original)
+    assert vision_language.config_of(fields, ()) == config
+
+
+def test_a_folder_as_deepseek_released_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(multi_modality.TOWERS, seeing.TOWER, seeing.SIZES)
+    model = seeing.converted("janus")
+    seeing.original_folder(model, tmp_path)
+    ours = deepseek_jax.load(tmp_path)
+    ours = dataclasses.replace(
+        ours, config=dataclasses.replace(ours.config, image_id=seeing.IMAGE)
+    )  # which its tokenizer would say
+    tokens, _, pixels = seeing.rows()
+    theirs = model(input_ids=torch.from_numpy(tokens), pixel_values=torch.from_numpy(pixels))
+    theirs = theirs.logits.detach().numpy()
+    mine = ours.logits(tokens, images=pixels)
+    np.testing.assert_allclose(mine, theirs, atol=1e-4 * abs(theirs).max(), rtol=0)
+    original = json.loads((tmp_path / "config.json").read_text())
+    vision_language.write(tmp_path / "again", ours.model, ours.params, original)
+    before, after = (open_tensors(folder) for folder in (tmp_path, tmp_path / "again"))
+    assert before.keys() - after.keys() == {
+        "gen_embed.weight", "vision_model.vision_tower.attn_pool.latent",
+    }  # fmt: skip
+    for name, tensor in after.items():
+        np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
+    original["aligner_config"]["params"]["projector_type"] = "low_high_hybrid_split_mlp_gelu"
+    (tmp_path / "config.json").write_text(json.dumps(original))  # DeepSeek-VL 7B's
+    with pytest.raises(InputError, match="low_high_hybrid_split_mlp_gelu"):
+        deepseek_jax.load(tmp_path)
+
+
+def test_models_that_no_folder_can_say_are_refused(tmp_path):
+    seeing.vl2_folder("tiny", tmp_path)
+    config = deepseek_jax.load(tmp_path).config
+    original = json.loads((tmp_path / "config.json").read_text())
+    assert vision_language.kind_of({}, config) == "deepseek_vl_v2"
+    for changed, why in (
+        ({"projector": MLPProjector()}, "has a DownsampleProjector"),
+        ({"whole_images": True}, "no equal of this model's whole_images"),
+    ):
+        other = dataclasses.replace(config, **changed)
+        with pytest.raises(InputError, match=why):
+            vision_language.hf_config(vision_language.FAMILIES["deepseek_vl_v2"], other, original)
+    with pytest.raises(InputError, match="no folder of Hugging Face has such a model"):
+        vision_language.kind_of({}, dataclasses.replace(config, whole_images=True))
+    for field, value, why in (
+        ("tile_tag", "1D", "tile_tag is '1D'"),
+        ("global_view_pos", "tail", "global_view_pos is 'tail'"),
+        ("projector_config", {"projector_type": "linear"}, "projector_type is 'linear'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(original | {field: value}))
+        with pytest.raises(InputError, match=why):
+            deepseek_jax.load(tmp_path)

@@ -1,0 +1,159 @@
+"""Reference: what models say of pictures is what transformers' own processors and models say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+import vision_language_cases as seeing
+from PIL import Image
+
+import deepseek_jax
+from deepseek_jax import convert, generate
+from deepseek_jax.checkpoint.safetensors import open_tensors
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.serving.language import load
+
+WORDS = {f"w{number}": number for number in range(97)}
+MARK = "<image_placeholder>"
+SPECIAL = {MARK: seeing.IMAGE, "<begin_of_image>": 91, "<end_of_image>": 92}
+PROMPTS = [f"w3 {MARK} w5 w6 w7 {MARK} w9", f"w4 w8 {MARK} w2"]
+
+
+def pictures():
+    """Three of different shapes."""
+    rng = np.random.default_rng(2)
+    shapes = [(30, 20), (7, 40), (16, 16)]
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+
+
+def tokenizer_file(folder):
+    """A tokenizer of words w0, w1, ... and the marks of images."""
+    names = {number: name for name, number in (WORDS | SPECIAL).items()} | {0: "<s>", 1: "</s>"}
+    vocab = {name: number for number, name in names.items()}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w2"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<s>", "</s>", *SPECIAL])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<s>",
+        padding_side="left", extra_special_tokens={
+            "image_token": MARK, "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>",
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["deepseek_vl", "janus"])
+def test_completions_are_those_of_transformers(kind, tmp_path):
+    model = seeing.converted(kind)
+    model.save_pretrained(tmp_path)
+    name = {"deepseek_vl": "DeepseekVL", "janus": "Janus"}[kind]
+    made = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = getattr(transformers, f"{name}ImageProcessorPil")(**made)
+    processor = getattr(transformers, f"{name}Processor")(
+        images, tokenizer_file(tmp_path), num_image_tokens=4
+    )
+    processor.save_pretrained(tmp_path)
+    shown = pictures()
+    given = processor(
+        text=PROMPTS, images=[Image.fromarray(p) for p in shown], padding=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    given = {k: given[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    done = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    new = done[:, given["input_ids"].shape[1] :].tolist()
+    ours = deepseek_jax.load(tmp_path)
+    rows = [
+        ids[mask > 0].tolist()
+        for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
+    ]
+    pixels = given["pixel_values"].numpy()
+    found = ours.generate_tokens(rows, images=pixels, max_new_tokens=8)
+    for mine, theirs in zip(found, new, strict=True):
+        assert mine == theirs[: len(mine)] and (len(mine) == 8 or mine[-1] == 1)
+    texts = ours.generate(PROMPTS, images=[shown[:2], shown[2]], max_new_tokens=8)
+    ended = [row[:-1] if row[-1] == 1 else row for row in found]
+    assert [text.split() for text in texts] == [[f"w{t}" for t in row] for row in ended]
+    ours = dataclasses.replace(ours, renderer=lambda messages, *_: messages[0]["content"])
+    told = ours.chat([{"role": "user", "content": PROMPTS[1]}], images=shown[2:], max_new_tokens=8)
+    assert told == texts[1]
+    with torch.no_grad():
+        theirs = model(**given).logits.numpy()
+    mask = given["attention_mask"].numpy()
+    mine = ours.logits(given["input_ids"].numpy(), mask, images=pixels)
+    there = mask > 0
+    np.testing.assert_allclose(mine[there], theirs[there], atol=1e-4 * abs(theirs).max(), rtol=0)
+
+
+def test_vl2_completes_what_it_would_score_highest(tmp_path):
+    seeing.vl2_folder("small", tmp_path)
+    tokenizer_file(tmp_path).save_pretrained(tmp_path)
+    ours = deepseek_jax.load(tmp_path)
+    picture = np.random.default_rng(3).integers(0, 256, (30, 90, 3), dtype=np.uint8)
+    prompt = f"w3 {MARK} w5 w6"
+    text = ours.generate(prompt, images=[picture], max_new_tokens=3)[0].split()
+    views, grids = ours.prepared([picture])
+    assert views.shape == (1 + grids[0][0] * grids[0][1], 3, 43, 43)
+    row = [3, *[seeing.IMAGE] * len(ours.config.layout(grids[0])), 5, 6]
+    new = ours.generate_tokens([row], images=views, grids=grids, max_new_tokens=3)[0]
+    logits = np.asarray(ours.logits([*row, *new], images=views, grids=grids))[0]
+    assert new == logits[len(row) - 1 : -1].argmax(-1).tolist()
+    assert text == ours.tokenizer.decode(new).split()
+    assert ours.generate("w3 w5", max_new_tokens=2)  # without a picture
+
+
+def test_the_command_and_what_does_not_fit(tmp_path, capsys):
+    seeing.converted("deepseek_vl").save_pretrained(tmp_path)
+    tokenizer_file(tmp_path).save_pretrained(tmp_path)
+    ours = deepseek_jax.load(tmp_path)
+    tokens, _, pixels = seeing.rows()
+    for given, why in (
+        ((tokens, pixels[:2]), "row 2 has 4 image tokens; 4 of them are no image's"),
+        ((tokens, np.concatenate([pixels, pixels])), "for all but 3 images"),
+        ((tokens, pixels[:, :, :8]), r"this encoder takes \[B, \(3, 16, 16\)\]"),
+    ):
+        with pytest.raises(InputError, match=why):
+            ours.logits(given[0], images=given[1])
+    for prompt, images, why in (
+        (f"w3 {MARK}", [pictures()[:1]], "ends with an image"),
+        ("w3 w4", [], "1 prompts"),
+        (f"w3 {MARK} w4", [pictures()[:2]], "1 image tokens .* and 2 images"),
+        (f"w3 {MARK} w4", [], "1 prompts and images for 0"),
+    ):
+        with pytest.raises(InputError, match=why):
+            ours.generate(prompt, images=images)
+    Image.fromarray(pictures()[0]).save(tmp_path / "one.png")
+    shown = ["--prompt", "w4 w5", "--image", str(tmp_path / "one.png")]
+    generate.main(["--checkpoint", str(tmp_path), *shown, "--max-new-tokens", "3"])
+    expected = ours.generate(f"{MARK} w4 w5", images=[pictures()[:1]], max_new_tokens=3)
+    assert capsys.readouterr().out == f"{expected[0]}\n"
+    with pytest.raises(InputError, match="each prompt its own --image"):
+        generate.main(["--checkpoint", str(tmp_path), *shown, "--prompt", "w6"])
+    with pytest.raises(InputError, match=r"a vision-language model \(deepseek_vl\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_vl", "tiny"])
+def test_conversion_there_and_back(kind, tmp_path, capsys):
+    folder, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
+    if kind == "tiny":
+        seeing.vl2_folder("tiny", folder)
+    else:
+        seeing.converted(kind).save_pretrained(folder)
+    tokenizer_file(folder).save_pretrained(folder)
+    convert.main(["inspect", str(folder)])
+    assert "every tensor fits" in capsys.readouterr().out
+    convert.main(["from-hf", str(folder), str(ours)])
+    convert.main(["inspect", str(ours)])
+    convert.main(["to-hf", str(ours), str(back)])
+    before, after = open_tensors(folder), open_tensors(back)
+    assert {*before} - {*after} == {n for n in before if "attn_pool" in n}
+    for name, tensor in after.items():
+        np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
+    models = [deepseek_jax.load(path) for path in (folder, ours, back)]
+    assert models[0].config == models[1].config == models[2].config
+    rows = [[3, 4, 5]]
+    assert models[0].generate_tokens(rows) == models[1].generate_tokens(rows)
+    with pytest.raises(InputError, match="not written in float8"):
+        convert.main(["to-hf", str(ours), str(tmp_path / "f8"), "--dtype", "float8-block"])
