@@ -51,6 +51,9 @@ def _pair_flops(model: Towers, length: int) -> float:
         "image": (c.image.transformer, row_tokens(model, 0) + c.image.class_token),
         "text": (c.text.transformer, length),
     }
+    if c.captioner is not None:
+        towers["captioner"] = (c.captioner.transformer, towers["image"][1] + length)
+        work += length * c.captioner.transformer.embed_dim * c.vocab_size  # the head: its table
     for path, leaf in tree.flatten(model.shapes).items():
         tokens = towers.get(path.split("/")[0], (None, 1))[1]  # a projection has one
         if specs[path].reduced and not path.endswith("embedding/weight"):

@@ -37,6 +37,7 @@ PANELS = (  # picture, title, unit, keys of metrics.jsonl or, behind eval/, of e
     ("loss", "Held-out text", "bits a byte", ("eval/bits_per_byte",)),
     ("loss", "Held-out retrieval", "of queries", ("eval/recall_at_10", "eval/chance_at_10")),
     ("loss", "Right within the batch", "of rows", ("recall_at_1", "recall_at_1_back")),
+    ("loss", "Loss of written captions", "nats", ("caption_loss",)),
     ("training", "Temperature of the pairs", "", ("temperature",)),
     ("training", "Effective rank of image vectors", "1: collapsed", ("effective_rank",)),
     ("training", "Learning rate", "", ("learning_rate",)),

@@ -139,13 +139,13 @@ def make_language(config: Language, model: Model | VisionLanguageModel) -> Objec
         output = model.apply(params, **inputs)
         head = model.head(params)
 
-        def entropy(hidden, depth, z_weight=0.0):
+        def of_depth(hidden, depth, z_weight=0.0):
             given = *_in_order(hidden, head), targets[..., depth], weights[..., depth]
-            return _entropy(*given, z_weight=z_weight, chunk=config.chunk)
+            return entropy(*given, z_weight=z_weight, chunk=config.chunk)
 
-        total, nll, z = entropy(output.hidden, 0, config.z_weight)
+        total, nll, z = of_depth(output.hidden, 0, config.z_weight)
         sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
-        sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
+        sums |= {name: of_depth(output.mtp[d - 1], d)[0] for name, d in depths.items()}
         sums |= block_terms(output.routing.values(), output.selection.values())
         terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
         return terms, {path: found._replace(chosen=None) for path, found in output.routing.items()}
@@ -169,7 +169,7 @@ def block_terms(routing: Iterable[Any], selection: Iterable[Any]) -> dict[str, A
     return sums
 
 
-def _entropy(hidden, head, targets, weights, **options):
+def entropy(hidden, head, targets, weights, **options):
     """`cross_entropy` of [B, T, D]; on a mesh each device's own tokens, the head gathered once.
 
     Left to itself, XLA would gather the head, and sum its slope, for every chunk of tokens. Where
