@@ -13,6 +13,7 @@ from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.monitoring.queries import draw_grid
 
 SHOWN, TEMPERATURE = 24, 0.5
+NOT_IN_FONTS = "\u2e80"  # from here on, what matplotlib's own font lacks
 EXAMPLES = 10_000  # whose captions tell a field's tokens
 
 
@@ -51,14 +52,13 @@ def captions(model: Towers, params: Any, dataset: pairs.PairDataset, config: Any
         for field, texts in written.items():
             if field in names:
                 lines.append(f"  {names[field][0]} -> {texts[place]}")
-    plain = [field for field, texts in written.items() if all(x.isascii() for x in texts)]
-    if plain:
-        field = plain[0]
-        cells = [
-            (image, texts, names.get(field, ("",))[0])
-            for image, texts, names in zip(images, written[field], said, strict=True)
-        ]
-        draw_grid(cells, located(config.run_dir) / "pictures")
+    for field, texts in written.items():
+        named = [names.get(field, ("",))[0] for names in said]
+        if all(max(name, default="") < NOT_IN_FONTS for name in named):
+            draw_grid(
+                [*zip(images, texts, named, strict=True)], located(config.run_dir) / "pictures"
+            )
+            break
     return "\n".join(lines)
 
 

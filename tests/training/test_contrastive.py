@@ -162,7 +162,8 @@ def test_the_caption_loss_and_its_slopes_are_gpt2s():
     seen = jax.jit(lambda p, x: towers.module.apply({"params": p}, x, method="seen"))
 
     model = transformers.GPT2Model(transformers.GPT2Config(
-        vocab_size=1, n_positions=24, bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4, n_inner=48,
+        vocab_size=1, n_positions=24, bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2,
+        n_head=4, n_inner=48,
         layer_norm_epsilon=1e-6, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0,
     ))  # fmt: skip
     ours = {
