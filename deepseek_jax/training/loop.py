@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.experimental import multihost_utils
@@ -30,7 +30,8 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
 from deepseek_jax.data.loader import Data, Dataset, batches, open_data
-from deepseek_jax.data.pairs import PairDataset, open_pairs
+from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
+from deepseek_jax.data.seeing import SeeingDataset, open_seeing
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.networks import build_network
@@ -63,12 +64,15 @@ FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 GATES = "gates.json"  # and which gates have opened, once one has
 
 
+AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset
+
+
 class Lent(NamedTuple):
     """What higher floors lend the loop."""
 
-    held_out: Callable[[Network, Any, Dataset | PairDataset, int], dict[str, float]]
+    held_out: Callable[[Network, Any, AnyDataset, int], dict[str, float]]
     """(model, params, dataset, batch size) -> loss, bits_per_byte, ... on the held-out side."""
-    closing: Callable[[Network, Any, Dataset | PairDataset, TrainConfig], str]
+    closing: Callable[[Network, Any, AnyDataset, TrainConfig], str]
     """What to print when the run is complete, e.g. a sampled completion."""
 
 
@@ -109,7 +113,7 @@ class _Run:
         self.peak = matmul_peak().flops
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
-        self.dataset: Dataset | PairDataset | None = None
+        self.dataset: AnyDataset | None = None
         self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
@@ -276,12 +280,7 @@ class _Run:
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
-            given = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
-            if isinstance(stage.data, Data):
-                targets = 1 + self.config.model.num_mtp_layers
-                self.dataset = open_data(stage.data, num_targets=targets, **given)
-            else:
-                self.dataset = open_pairs(stage.data, **given)
+            self.dataset = self._opened(stage)
             self.progress.say(self.dataset.describe())
             found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
             if found > room:
@@ -296,6 +295,15 @@ class _Run:
                 "and settings back, or start another run from its parameters with --init-from"
             )
         return new
+
+    def _opened(self, stage: Stage) -> AnyDataset:
+        given: dict[str, Any] = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
+        model = self.config.model
+        if isinstance(stage.data, Data):
+            return open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
+        if isinstance(stage.data, Pairs):
+            return open_pairs(stage.data, **given)
+        return open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
 
     def _rows(self, stage: Stage, size: BatchStep, position: int) -> Iterator[Any]:
         index, count = rows_share(batch_sharding(self.mesh), size.batch_size)
@@ -332,7 +340,7 @@ class _Run:
         self.since, self.steps = now, self.steps + 1
         if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
-            flops = train_flops_per_token(self.model, stage.sequence_length)
+            flops = train_flops_per_token(self.model, stage.sequence_length, stage.views)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
             pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.seeing import Seeing
 from deepseek_jax.models.build import Network
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
 from deepseek_jax.training.language import Language, make_language
@@ -174,7 +175,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
     else:
-        found = make_language(stage.objective, model)
+        preset = stage.data.normalization if isinstance(stage.data, Seeing) else "half"
+        found = make_language(stage.objective, model, preset)
     if not stage.trainable:
         return found
     chosen = matching(stage.trainable, tree.flatten(model.shapes), f"stages[{number}]")
