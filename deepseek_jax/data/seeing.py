@@ -157,9 +157,8 @@ class Conversations:
         )
         count, length = len(ids) - 1, self.length
         if count > length:
-            raise InputError(
-                f"a conversation of {count} tokens has no room in {length}: {talk.turns[0][1]!r:.60}"
-            )
+            begins = f"{talk.turns[0][1]!r:.60}"
+            raise InputError(f"no room in {length} for a conversation of {count} tokens: {begins}")
 
         def filled(values: list, empty: int = 0) -> np.ndarray:
             return np.array(values + [empty] * (length - count), np.int32)

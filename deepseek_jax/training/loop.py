@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,9 +29,7 @@ from deepseek_jax.checkpoint.manager import Manager
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
-from deepseek_jax.data.loader import Data, Dataset, batches, open_data
-from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
-from deepseek_jax.data.seeing import SeeingDataset, open_seeing
+from deepseek_jax.data.loader import batches
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.networks import build_network
@@ -48,23 +46,22 @@ from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
 from deepseek_jax.training.stages import (
+    AnyDataset,
     asked_gate,
     overwriting,
     shut,
     spans,
     stage_at,
+    stage_data,
     stage_optimizer,
     stage_state,
     stage_step,
 )
-from deepseek_jax.training.start import given_params
+from deepseek_jax.training.start import given_params, params_of_parts
 from deepseek_jax.training.state import TrainState, carried, initial_state
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 GATES = "gates.json"  # and which gates have opened, once one has
-
-
-AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset
 
 
 class Lent(NamedTuple):
@@ -260,11 +257,12 @@ class _Run:
         config, abstract = self.config, self._abstract(0)
         optimizer = stage_optimizer(config, self.model)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        if config.init_from is None:
+        if config.init_from is None and not config.init_parts:
             key = jax.random.key(config.seed)
             params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
         else:
-            params, said = given_params(config, self.model, abstract.params)
+            given = given_params if config.init_from else params_of_parts
+            params, said = given(config, self.model, abstract.params)
             self.progress.say(said)
 
         def start(params):
@@ -280,7 +278,7 @@ class _Run:
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
-            self.dataset = self._opened(stage)
+            self.dataset = stage_data(self.config, stage)
             self.progress.say(self.dataset.describe())
             found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
             if found > room:
@@ -295,15 +293,6 @@ class _Run:
                 "and settings back, or start another run from its parameters with --init-from"
             )
         return new
-
-    def _opened(self, stage: Stage) -> AnyDataset:
-        given: dict[str, Any] = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
-        model = self.config.model
-        if isinstance(stage.data, Data):
-            return open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
-        if isinstance(stage.data, Pairs):
-            return open_pairs(stage.data, **given)
-        return open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
 
     def _rows(self, stage: Stage, size: BatchStep, position: int) -> Iterator[Any]:
         index, count = rows_share(batch_sharding(self.mesh), size.batch_size)

@@ -5,7 +5,7 @@ The top-level fields are the defaults of the stages, of which there is one by de
 
 import dataclasses
 import math
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
 from deepseek_jax.core import config as core_config
@@ -76,6 +76,16 @@ class Gate:
     def __str__(self):
         side, limit = ("below", self.below) if self.above is None else ("above", self.above)
         return f"{self.metric} {side} {limit:g}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitPart:
+    """Where a part of a decoder that sees comes from."""
+
+    part: Literal["vision", "language"]
+    source: str
+    """A run, checkpoint or Hugging Face folder: for vision of a ViT, of two towers (the images') or
+    of a decoder that sees; for language of a decoder, which may see."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +171,9 @@ class TrainConfig:
     file>."""
     init_from: str | None = None
     """A run, checkpoint or Hugging Face folder (or gs://) whose parameters this run starts from."""
+    init_parts: tuple[InitPart, ...] = ()
+    """Of a decoder that sees: parts that start from others' parameters, each from its own source;
+    the projector starts anew."""
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
@@ -174,11 +187,19 @@ class TrainConfig:
                 f"save_every ({self.save_every}) and check_every ({self.check_every}) at least 0 "
                 "(0 switches them off)."
             )
-        for name, path in {"run_dir": self.run_dir, "init_from": self.init_from}.items():
+        paths = {"run_dir": self.run_dir, "init_from": self.init_from}
+        paths |= {f"init_parts[{i}].source": one.source for i, one in enumerate(self.init_parts)}
+        for name, path in paths.items():
             try:
                 located(path or "")
             except InputError as error:
                 raise ValueError(f"{name}: {error}.") from None
+        named = [one.part for one in self.init_parts]
+        sees = isinstance(self.model, VisionLanguage)
+        if named and (self.init_from or not sees or len(named) > len(set(named))):
+            raise ValueError(
+                f"init_parts {named} are for a decoder that sees, each part once, without init_from."
+            )
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         for index, stage in enumerate(self.stages):
