@@ -14,7 +14,7 @@ from deepseek_jax.layers.router import Balance, Sigmoid
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.vision_language import MLPProjector, VisionLanguage
 from deepseek_jax.models.vit import ViT
-from deepseek_jax.training.optimizer import AdamW
+from deepseek_jax.training.optimizer import WSD, Muon
 from deepseek_jax.training.recipe import Stage, TrainConfig
 
 
@@ -28,9 +28,9 @@ def get_config() -> TrainConfig:
         pooling="none",
     )
     decoder = Decoder(
-        vocab_size=2048,
+        vocab_size=512,
         embed_dim=128,
-        num_layers=3,
+        num_layers=2,
         attention=MLA(num_heads=4, kv_rank=64, nope_dim=32, rope_dim=16, value_dim=32),
         mlp_dim=384,
         moe=MoE(
@@ -44,24 +44,24 @@ def get_config() -> TrainConfig:
         init_scale=0.04,
         unroll=4,
     )
-    changes = Augmentation(min_area=0.5, flip=0.5, brightness=0.3, contrast=0.3)
+    changes = Augmentation(min_area=0.6, flip=0.5, brightness=0.2, contrast=0.2)
     questions = Seeing(
         parts=(SeeingPart(source=EmojiQuestions(asks=("group",), languages=("en",))),),
-        tokenizer=BPE(vocab_size=2048),
+        tokenizer=BPE(vocab_size=512),
         augmentation=changes,
     )
     return TrainConfig(
         model=VisionLanguage(language=decoder, vision=view, projector=MLPProjector()),
         data=questions,
-        optimizer=AdamW(learning_rate=1e-3, warmup_steps=20, weight_decay=0.1),
-        steps=200,
+        optimizer=Muon(learning_rate=6e-3, warmup_steps=10, schedule=WSD(decay_fraction=0.5)),
+        steps=400,
         batch_size=64,
         sequence_length=60,
         eval_every=50,
         log_every=10,
         stages=(
-            Stage(name="encoder", trainable=("vision/*",)),
+            Stage(name="encoder", trainable=("vision/*", "language/*")),
             Stage(name="align", trainable=("projector/*",), steps=40),
-            Stage(name="instruct", steps=120),
+            Stage(name="instruct", steps=160),
         ),
     )

@@ -62,7 +62,7 @@ def answers(
         batch["weights"][len(some) :] = 0
         preset = dataset.held[0].config.normalization
         losses, correct = _scored(model, preset, params, batch)
-        nats += float(np.sum(losses, dtype=np.float64))
+        nats += float(np.sum(np.asarray(losses), dtype=np.float64))
         tokens += float(np.sum(batch["weights"], dtype=np.float64))
         right += np.asarray(correct)[: len(some)].tolist()
         said += [(talk.kind, talk.answer) for talk, _ in some]

@@ -198,7 +198,7 @@ class TrainConfig:
         sees = isinstance(self.model, VisionLanguage)
         if named and (self.init_from or not sees or len(named) > len(set(named))):
             raise ValueError(
-                f"init_parts {named} are for a decoder that sees, each part once, without init_from."
+                f"init_parts {named} are of a decoder that sees, each part once, without init_from."
             )
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
