@@ -12,18 +12,21 @@ from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.pairs import open_pairs
+from deepseek_jax.evaluation.answers import answers, open_questions
 from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.evaluation.suite import compressors, held_out, open_task
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.serving.encoder import EncoderModel, TwoTowerModel, load
+from deepseek_jax.serving.vision_language import SeeingModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Score a checkpoint: loss, perplexity and bits per byte, beside two compressors'.
 
-    Of two towers: how often the right one of a pair is among the first that the other finds.
+    Of a decoder that sees: how often it answers right, beside the most frequent answer. Of two
+    towers: how often the right one of a pair is among the first that the other finds.
     """
 
     checkpoint: str
@@ -49,6 +52,12 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{arguments.checkpoint}: one encoder alone has nothing to be scored on")
     if isinstance(lm, TwoTowerModel):
         show(_pairs(lm, arguments), arguments.json)
+        return
+    if isinstance(lm, SeeingModel):
+        if arguments.data is not None:
+            raise InputError("--data is for text; a model that sees is scored on what was held out")
+        dataset = open_questions(lm.recorded, lm)
+        show(answers(lm.model, lm.params, dataset, arguments.batch_size), arguments.json)
         return
     if lm.tokenizer is None:
         raise InputError(f"{arguments.checkpoint}: has no tokenizer, so no text can be scored")

@@ -267,8 +267,11 @@ def open_tokenizer(config: Bytes | TokenizerFile | SentencePiece | DeepSeek) -> 
     return tokenizer
 
 
-def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
-    """A byte-level BPE of the texts; its vocabulary is smaller if they have too few pairs."""
+def train_bpe(config: BPE, texts: Iterator[str], marks: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE of the texts; its vocabulary is smaller if they have too few pairs.
+
+    `marks` are names of more special tokens, with the ids from 2 on.
+    """
     pre = tokenizers.pre_tokenizers
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     words = pre.Split(tokenizers.Regex(WORDS), behavior="isolated")
@@ -278,7 +281,7 @@ def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=2,
-        special_tokens=["<|bos|>", "<|eos|>"],
+        special_tokens=["<|bos|>", "<|eos|>", *marks],
         initial_alphabet=sorted(pre.ByteLevel.alphabet()),
         show_progress=False,
     )

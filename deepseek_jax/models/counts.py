@@ -4,13 +4,16 @@ Active parameters: everything but the routed experts that a token does not visit
 embedding and head included. FLOPs: two a multiply-add; matmuls and the causal half of attention.
 """
 
+import math
+
 from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model, Network
-from deepseek_jax.models.networks import AnyConfig, build_network
+from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
+from deepseek_jax.models.vision_language import VisionLanguageModel
 from deepseek_jax.ops.sparse import room
 
 
@@ -22,7 +25,7 @@ def num_params(model: Network) -> tuple[int, int]:
     return sum(sizes.values()), sum(_visited(model.config, path, sizes[path]) for path in kept)
 
 
-def _visited(config: AnyConfig, path: str, size: int) -> int:
+def _visited(config: ModelConfig, path: str, size: int) -> int:
     if "/experts/" not in path or config.moe is None:
         return size
     return size * config.moe.router.num_active_experts // config.moe.num_experts
@@ -36,11 +39,32 @@ def row_tokens(model: Network, sequence_length: int) -> int:
     return sequence_length
 
 
-def train_flops_per_token(model: Network, sequence_length: int) -> float:
-    """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens."""
+def train_flops_per_token(model: Network, sequence_length: int, views: int = 0) -> float:
+    """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens.
+
+    A decoder that sees has the work of its encoder and projector on `views` images a row. Frozen
+    parts count as if they learned.
+    """
     if isinstance(model, Towers):
         return _pair_flops(model, sequence_length) / row_tokens(model, sequence_length)
+    if isinstance(model, VisionLanguageModel):
+        seen = views * _view_flops(model) / sequence_length
+        return _decoder_flops(model.language, sequence_length) + seen
     return _decoder_flops(model, sequence_length)
+
+
+def _view_flops(model: VisionLanguageModel) -> float:
+    """Of one image, whose joined features alone pass the projector."""
+    c, vision = model.config, model.config.vision
+    patches = math.prod(vision.grid)
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    tokens = {"vision": patches + vision.leading, "projector": c.view_tokens}
+    work = 0
+    for path, leaf in tree.flatten(model.shapes).items():
+        if specs[path].reduced and (part := path.split("/")[0]) in tokens:
+            work += leaf.size * tokens[part]
+    layers, width = vision.transformer.num_layers, vision.transformer.embed_dim
+    return 6.0 * (work + 2 * layers * width * tokens["vision"] ** 2)
 
 
 def _pair_flops(model: Towers, length: int) -> float:
@@ -100,7 +124,7 @@ def _seen(length: int, most: int | None) -> float:
     return most * (1 - (most - 1) / (2 * length))
 
 
-def describe(config: AnyConfig) -> str:
+def describe(config: ModelConfig) -> str:
     """`12.3 M parameters (4.5 M active)`."""
     total, active = num_params(build_network(config))
     return f"{_readable(total)} parameters ({_readable(active)} active)"

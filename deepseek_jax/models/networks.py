@@ -12,13 +12,12 @@ from deepseek_jax.models.vision_language import (
     build_vision_language,
 )
 
-ModelConfig: TypeAlias = Decoder | TwoTower
+ModelConfig: TypeAlias = Decoder | TwoTower | VisionLanguage
 """What a run of train can be of."""
-AnyConfig: TypeAlias = ModelConfig | VisionLanguage
 
 
 def build_network(
-    config: AnyConfig, precision: Precision = Precision()
+    config: ModelConfig, precision: Precision = Precision()
 ) -> Model | Towers | VisionLanguageModel:
     """The model of a config: no parameters are made, only their shapes."""
     if isinstance(config, VisionLanguage):

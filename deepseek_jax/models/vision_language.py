@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.tiles import tile_side, token_layout
+from deepseek_jax.data.tiles import TEXT, Sight, tile_side
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import ACTIVATIONS, Activation, learned
 from deepseek_jax.layers.linear import Dtypes, Projection
@@ -33,8 +33,6 @@ from deepseek_jax.models.build import (
 )
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, sees_all
 from deepseek_jax.models.vit import VisionTransformer, ViT
-
-NEWLINE, SEPARATOR, TEXT = -1, -2, -3  # where an embedding comes from, if from no view
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,18 +119,22 @@ class VisionLanguage:
         assert isinstance(self.projector, DownsampleProjector)
         return tile_side(self.vision.image_size[0], self.vision.patch_size, self.projector.factor)
 
+    @property
+    def sight(self) -> Sight:
+        """How images are taken in."""
+        side = self.side if isinstance(self.projector, DownsampleProjector) else None
+        return Sight(self.vision.image_size[0], self.view_tokens, side)
+
     def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
         """`sources` of one image's tokens, its views numbered from 0.
 
         With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view.
         """
-        if isinstance(self.projector, DownsampleProjector):
-            return token_layout(grid, self.side)
-        return np.arange(self.view_tokens, dtype=np.int32)
+        return self.sight.layout(grid)
 
     def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
         """Views of one image."""
-        return 1 + math.prod(grid) if isinstance(self.projector, DownsampleProjector) else 1
+        return self.sight.num_views(grid)
 
     @property
     def num_layers(self) -> int:

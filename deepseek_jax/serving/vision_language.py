@@ -21,7 +21,8 @@ from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
-from deepseek_jax.data.tiles import tiled
+from deepseek_jax.data.seeing import image_token
+from deepseek_jax.data.tiles import TEXT, tiled
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
@@ -32,7 +33,6 @@ from deepseek_jax.data.vision import (
     prepared,
 )
 from deepseek_jax.models.vision_language import (
-    TEXT,
     DownsampleProjector,
     VisionLanguage,
     VisionLanguageModel,
@@ -43,7 +43,6 @@ from deepseek_jax.serving.inputs import images_of
 from deepseek_jax.serving.language import LanguageModel, check_texts
 
 Grid = tuple[int, int]
-MARKS = ("<image>", "<image_placeholder>")  # what tokenizers call the token that stands for images
 AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
 
 
@@ -66,12 +65,7 @@ class SeeingModel(LanguageModel):
     @property
     def image_id(self) -> int:
         """The token that stands for images. InputError where nothing says which it is."""
-        if self.config.image_id is not None:
-            return self.config.image_id
-        found = [self.tokenizer.token_id(name) for name in MARKS] if self.tokenizer else []
-        if not (found := [number for number in found if number is not None]):
-            raise InputError("neither config.json nor a tokenizer says which token is an image's")
-        return found[0]
+        return image_token(self.tokenizer, self.config.image_id)
 
     def logits(
         self,
@@ -372,8 +366,14 @@ def _opened(
         huggingface.end_ids(beside, tokenizer),
         chat.renderer(beside),
         "janus" if "gen_vision_config" in original else original.get("model_type", ""),
-        normalization_of(beside),
+        _trained_with(recorded) or normalization_of(beside),
     )
+
+
+def _trained_with(recorded: dict[str, Any]) -> Normalization | None:
+    """How a run that saw normalized its pictures."""
+    last = recorded.get("stages", [{}])[-1].get("data") or recorded.get("data") or {}
+    return last.get("normalization")
 
 
 def normalization_of(path: pathlib.Path) -> Normalization:

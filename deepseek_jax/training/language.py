@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.vision import Normalization, normalized
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.vision_language import VisionLanguageModel
@@ -51,6 +52,14 @@ class Language:
             )
 
 
+def inputs_of(batch: dict[str, Any], preset: Normalization = "half") -> dict[str, jax.Array]:
+    """What a model takes of a batch; pixels that are uint8 normalized by `preset`."""
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    if "images" in inputs and inputs["images"].dtype == jnp.uint8:
+        inputs["images"] = normalized(inputs["images"], preset)
+    return inputs
+
+
 @jax.custom_vjp
 def _in_order(hidden, head):
     """Both as they are; backward, the head's slope is summed over devices before the rest goes on.
@@ -66,10 +75,13 @@ _in_order.defvjp(
 )
 
 
-def make_language(config: Language, model: Model | VisionLanguageModel) -> Objective:
+def make_language(
+    config: Language, model: Model | VisionLanguageModel, preset: Normalization = "half"
+) -> Objective:
     """The objective of a decoder on the batches of data/loader.
 
-    A decoder that sees takes `images` and `sources` in a batch as well, as its `apply` does.
+    A decoder that sees takes `images` and `sources` in a batch as well, as its `apply` does; images
+    that are uint8, as data/seeing makes them, are normalized by `preset`.
 
     Terms: `loss` (next-token cross-entropy), `cross_entropy` (with z: what is trained), `z_loss`,
     `mtp_loss`, `mtp_loss_2`, ... are means over tokens; summed over layers, and averaged over what
@@ -133,7 +145,7 @@ def make_language(config: Language, model: Model | VisionLanguageModel) -> Objec
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
         del key  # nothing in this model is random
         targets, weights = batch["targets"], batch["weights"]
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = inputs_of(batch, preset)
         if num_mtp:
             inputs["next_tokens"] = targets[..., :num_mtp]
         output = model.apply(params, **inputs)

@@ -19,6 +19,7 @@ from deepseek_jax.models.build import Model
 from deepseek_jax.models.counts import num_params, row_tokens, train_flops_per_token
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.chips import Chip, Place, described
 from deepseek_jax.parallel.compile import Collective, Program, compile_program
 from deepseek_jax.parallel.mesh import make_mesh
@@ -99,7 +100,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "tokens": tokens,
         "memory_limit": int(place.chip.memory),
         "host_limit": int(place.chip.host),
-        "model_flops": train_flops_per_token(model, stage.sequence_length) * tokens,
+        "model_flops": train_flops_per_token(model, stage.sequence_length, stage.views) * tokens,
         "peak_flops": place.peak,
         "bandwidth": place.chip.bandwidth,
     }
@@ -200,6 +201,11 @@ def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> d
             "tokens": ((rows, length), jnp.int32),
             "groups": ((rows,), jnp.int32),
         }
+    elif isinstance(config.model, VisionLanguage):
+        vision, views = config.model.vision, config.filled_stages()[0].views
+        shapes = _language_batch(rows, length, 1)
+        image = (rows, views, *vision.image_size, vision.num_channels)
+        shapes |= {"images": (image, jnp.uint8), "sources": ((rows, length), jnp.int32)}
     else:
         shapes = _language_batch(rows, length, 1 + config.model.num_mtp_layers)
     sharding = batch_sharding(mesh)

@@ -5,7 +5,7 @@ The top-level fields are the defaults of the stages, of which there is one by de
 
 import dataclasses
 import math
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
 from deepseek_jax.core import config as core_config
@@ -15,8 +15,10 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.data.seeing import Seeing
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.mesh import MeshShape
 from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
@@ -25,8 +27,14 @@ from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
 Objective: TypeAlias = Language | Contrastive
+AnyData: TypeAlias = Data | Pairs | Seeing
+NEEDS: dict[type, tuple[type, type]] = {  # of which data and objective a model learns
+    TwoTower: (Pairs, Contrastive),
+    VisionLanguage: (Seeing, Language),
+}
 # Of the model, what a resumed run may change: how it runs, not what it computes.
-FREE = ("model/remat", "model/unroll", "model/scan", "model/moe/exchange/")
+HOW = ("remat", "unroll", "scan", "moe/exchange/")
+FREE = tuple(f"model/{part}{name}" for part in ("", "language/") for name in HOW)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,16 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitPart:
+    """Where a part of a decoder that sees comes from."""
+
+    part: Literal["vision", "language"]
+    source: str
+    """A run, checkpoint or Hugging Face folder: for vision of a ViT, of two towers (the images') or
+    of a decoder that sees; for language of a decoder, which may see."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """A part of a run; None takes the run's own value.
 
@@ -87,7 +105,7 @@ class Stage:
     batch_size: int | None = None
     accumulation_steps: int | None = None
     sequence_length: int | None = None
-    data: Data | Pairs | None = None
+    data: AnyData | None = None
     optimizer: Optimizer | None = None
     objective: Objective | None = None
     batch_ramp: tuple[BatchStep, ...] = ()
@@ -97,6 +115,11 @@ class Stage:
     (paths: --dry-run); empty: all. The others stay to the bit, without gradients or memory."""
     gate: Gate | None = None
     """Ends the stage before its steps are done."""
+
+    @property
+    def views(self) -> int:
+        """Images that a filled stage's rows bring to a decoder that sees."""
+        return self.data.views if isinstance(self.data, Seeing) else 0
 
     def sizes(self) -> tuple[BatchStep, ...]:
         """A filled stage's batch sizes, the first from step 0 on."""
@@ -124,10 +147,10 @@ class TrainConfig:
     """A training run."""
 
     model: ModelConfig
-    data: Data | Pairs
+    data: AnyData
     steps: int
     batch_size: int
-    """Sequences (or pairs) a step, over all devices and accumulation steps."""
+    """Sequences (pairs, conversations) a step, over all devices and accumulation steps."""
     sequence_length: int
     """Tokens of a row: of a caption, where the model has two towers."""
     optimizer: Optimizer = AdamW()
@@ -148,6 +171,9 @@ class TrainConfig:
     file>."""
     init_from: str | None = None
     """A run, checkpoint or Hugging Face folder (or gs://) whose parameters this run starts from."""
+    init_parts: tuple[InitPart, ...] = ()
+    """Of a decoder that sees: parts that start from others' parameters, each from its own source;
+    the projector starts anew."""
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
@@ -161,11 +187,19 @@ class TrainConfig:
                 f"save_every ({self.save_every}) and check_every ({self.check_every}) at least 0 "
                 "(0 switches them off)."
             )
-        for name, path in {"run_dir": self.run_dir, "init_from": self.init_from}.items():
+        paths = {"run_dir": self.run_dir, "init_from": self.init_from}
+        paths |= {f"init_parts[{i}].source": one.source for i, one in enumerate(self.init_parts)}
+        for name, path in paths.items():
             try:
                 located(path or "")
             except InputError as error:
                 raise ValueError(f"{name}: {error}.") from None
+        named = [one.part for one in self.init_parts]
+        sees = isinstance(self.model, VisionLanguage)
+        if named and (self.init_from or not sees or len(named) > len(set(named))):
+            raise ValueError(
+                f"init_parts {named} are of a decoder that sees, each part once, without init_from."
+            )
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         for index, stage in enumerate(self.stages):
@@ -177,10 +211,11 @@ class TrainConfig:
         filled = self.filled_stages()
         for index, stage in enumerate(filled):
             _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
-        if isinstance(self.model, TwoTower) and (self.mesh.stage > 1 or self.mesh.by_slice):
+        kind = type(self.model)
+        if kind in NEEDS and (self.mesh.stage > 1 or self.mesh.by_slice):
             raise ValueError(
-                "two towers have no pipeline and no int4 gradients: leave mesh.stage at 1 and "
-                "mesh.slice_gradients at float32."
+                f"a model of kind {kind.__name__} has no pipeline and no int4 gradients: leave "
+                "mesh.stage at 1 and mesh.slice_gradients at float32."
             )
         chosen = [stage.optimizer for stage in filled]
         memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
@@ -206,16 +241,24 @@ class TrainConfig:
 
 def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
-    pairs = isinstance(model, TwoTower)
-    for name, value, kind in (
-        ("data", stage.data, Pairs if pairs else Data),
-        ("objective", stage.objective, Contrastive if pairs else Language),
+    needs = NEEDS.get(type(model), (Data, Language))
+    for name, value, kind in zip(
+        ("data", "objective"), (stage.data, stage.objective), needs, strict=True
     ):
         if not isinstance(value, kind):
             found, needed = type(value).__name__, kind.__name__
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
-    if pairs:
+    if isinstance(model, VisionLanguage):
+        if stage.data.views < model.num_views():
+            raise ValueError(
+                f"{where}data.views is {stage.data.views}; one image takes {model.num_views()}."
+            )
+        if model.vision.image_size != (model.sight.size,) * 2:
+            raise ValueError(f"{where}model.vision.image_size {model.vision.image_size}: squares.")
+        if stage.objective.indexer_warmup:
+            raise ValueError(f"{where}objective.indexer_warmup: a decoder that sees has none.")
+    if isinstance(model, TwoTower):
         size, wanted = stage.data.image.size, model.image.image_size
         if (size, size) != wanted:
             raise ValueError(

@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jax.sharding import Mesh
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.loader import Data, Dataset, open_data
+from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
+from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
 from deepseek_jax.models.build import Network
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
 from deepseek_jax.training.language import Language, make_language
@@ -28,6 +31,8 @@ from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
+
+AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset
 
 
 def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -120,6 +125,17 @@ def learning(config: TrainConfig, model: Network) -> list[dict[str, int]]:
     return found
 
 
+def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
+    """The data of a run's filled stage, opened. InputError where they cannot be read."""
+    given: dict[str, Any] = {"sequence_length": stage.sequence_length, "seed": config.seed}
+    model: Any = config.model
+    if isinstance(stage.data, Data):
+        return open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
+    if isinstance(stage.data, Pairs):
+        return open_pairs(stage.data, **given)
+    return open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
+
+
 def stage_optimizer(
     config: TrainConfig, model: Network, number: int = 0
 ) -> optax.GradientTransformationExtraArgs:
@@ -174,7 +190,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
     else:
-        found = make_language(stage.objective, model)
+        preset = stage.data.normalization if isinstance(stage.data, Seeing) else "half"
+        found = make_language(stage.objective, model, preset)
     if not stage.trainable:
         return found
     chosen = matching(stage.trainable, tree.flatten(model.shapes), f"stages[{number}]")
