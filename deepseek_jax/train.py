@@ -11,10 +11,12 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
+from deepseek_jax.evaluation.classification import alone_and_together, classification
 from deepseek_jax.evaluation.queries import queries
 from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.models.counts import describe, num_params
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import failing_at_once, make_mesh, start_processes
@@ -60,9 +62,7 @@ def main(argv: list[str]) -> None:
         print(dry_run(config))
         return
     with failing_at_once():
-        pairs = isinstance(config.model, TwoTower)
-        lent = Lent(retrieval, queries) if pairs else Lent(held_out, closing)
-        code = train(config, lent, trace)
+        code = train(config, LENT.get(type(config.model), Lent(held_out, closing)), trace)
     if code:
         raise SystemExit(code)
 
@@ -95,6 +95,12 @@ def closing(model, params, dataset, config) -> str:
     lm = LanguageModel(model, params, dataset.tokenizer, config.model)
     completion = lm.generate([prompt], max_new_tokens=64, temperature=0.8, seed=config.seed)[0]
     return "\n".join([*rows, "sample:", prompt + completion])
+
+
+LENT = {
+    TwoTower: Lent(retrieval, queries),
+    Fused: Lent(classification, alone_and_together),
+}
 
 
 if __name__ == "__main__":

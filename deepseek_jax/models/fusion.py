@@ -37,6 +37,7 @@ from deepseek_jax.ops.fusion import (
     token_streams,
     where_present,
 )
+from deepseek_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,7 +227,10 @@ class Fusing(nn.Module):
         """A modality's tokens in the fusion's width, with the vector that says whose they are."""
         shape, axes = (x.shape[-1], width), ("embed", "mlp")
         project = Projection("btd,de->bte", shape, axes, self.dtypes, name=f"{name}_inward")
-        return project(x) + learned(self, name, (width,)).astype(x.dtype).reshape(1, 1, -1)
+        x = project(x) + learned(self, name, (width,)).astype(x.dtype).reshape(1, 1, -1)
+        # On a mesh of several axes XLA gets the slopes of parts that are joined wrong, where it may
+        # choose their layout (jax 0.10, CPU).
+        return constrain(x)
 
     def _weighed(self, branches: tuple[Alone, ...], present: Array) -> tuple[Array, Array, Any]:
         c, logits = self.config.fusion, jnp.stack([branch.logits for branch in branches], 1)
@@ -240,8 +244,7 @@ class Fusing(nn.Module):
                 self._inward(branch.pooled[:, None], name, c.embed_dim)
                 for branch, name in zip(branches, self.config.names, strict=True)
             ]
-            # Not concatenated: on a mesh XLA then gets the slopes wrong (jax 0.10, CPU).
-            vectors = where_present(jnp.stack([row[:, 0] for row in rows], 1), present)
+            vectors = where_present(jnp.concatenate(rows, 1), present)
             weights = self._gate(vectors, present) if c.kind == "gate" else None
             if weights is None:
                 weights = attention_weights(self._query(vectors), vectors, present)

@@ -5,6 +5,7 @@ from typing import TypeAlias
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.fusion import Fused, FusedNetwork, build_fused
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.models.vision_language import (
     VisionLanguage,
@@ -12,17 +13,19 @@ from deepseek_jax.models.vision_language import (
     build_vision_language,
 )
 
-ModelConfig: TypeAlias = Decoder | TwoTower
+ModelConfig: TypeAlias = Decoder | TwoTower | Fused
 """What a run of train can be of."""
 AnyConfig: TypeAlias = ModelConfig | VisionLanguage
 
 
 def build_network(
     config: AnyConfig, precision: Precision = Precision()
-) -> Model | Towers | VisionLanguageModel:
+) -> Model | Towers | FusedNetwork | VisionLanguageModel:
     """The model of a config: no parameters are made, only their shapes."""
     if isinstance(config, VisionLanguage):
         return build_vision_language(config, precision)
     if isinstance(config, TwoTower):
         return build_towers(config, precision)
+    if isinstance(config, Fused):
+        return build_fused(config, precision)
     return build(config, precision)

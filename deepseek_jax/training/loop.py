@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,6 +29,7 @@ from deepseek_jax.checkpoint.manager import Manager
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
+from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
 from deepseek_jax.data.loader import Data, Dataset, batches, open_data
 from deepseek_jax.data.pairs import PairDataset, open_pairs
 from deepseek_jax.models.build import Network
@@ -63,12 +64,15 @@ FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 GATES = "gates.json"  # and which gates have opened, once one has
 
 
+AnyDataset: TypeAlias = Dataset | PairDataset | DigitDataset
+
+
 class Lent(NamedTuple):
     """What higher floors lend the loop."""
 
-    held_out: Callable[[Network, Any, Dataset | PairDataset, int], dict[str, float]]
+    held_out: Callable[[Network, Any, AnyDataset, int], dict[str, float]]
     """(model, params, dataset, batch size) -> loss, bits_per_byte, ... on the held-out side."""
-    closing: Callable[[Network, Any, Dataset | PairDataset, TrainConfig], str]
+    closing: Callable[[Network, Any, AnyDataset, TrainConfig], str]
     """What to print when the run is complete, e.g. a sampled completion."""
 
 
@@ -109,7 +113,7 @@ class _Run:
         self.peak = matmul_peak().flops
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
-        self.dataset: Dataset | PairDataset | None = None
+        self.dataset: AnyDataset | None = None
         self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
@@ -280,11 +284,14 @@ class _Run:
             if isinstance(stage.data, Data):
                 targets = 1 + self.config.model.num_mtp_layers
                 self.dataset = open_data(stage.data, num_targets=targets, **given)
+            elif isinstance(stage.data, AudioVisual):
+                self.dataset = open_digits(stage.data, **given)
             else:
                 self.dataset = open_pairs(stage.data, **given)
             self.progress.say(self.dataset.describe())
-            found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
-            if found > room:
+            tokenizer = self.dataset.tokenizer
+            if tokenizer and tokenizer.vocab_size > (room := self.config.model.vocab_size):
+                found = tokenizer.vocab_size
                 why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
                 raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         new = changed and step == first
@@ -371,8 +378,9 @@ class _Run:
         return opens
 
     def _save(self, state: TrainState, step: int, position: int) -> None:
-        config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
-        files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
+        config, tokenizer = core_config.to_dict(self.config), self.dataset.tokenizer
+        files = {FINGERPRINT: self.dataset.fingerprint.encode()}
+        files |= tokenizer.files() if tokenizer else {}
         if self.opened:
             files |= {GATES: json.dumps({"gates": [*self.opened.items()]}).encode()}
         self.manager.save(step, state, position=position, config=config, files=files)

@@ -13,18 +13,24 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
+from deepseek_jax.data.audiovisual import AudioVisual
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import MeshShape
+from deepseek_jax.training.classification import Classification
 from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
-Objective: TypeAlias = Language | Contrastive
+Objective: TypeAlias = Language | Contrastive | Classification
+AnyData: TypeAlias = Data | Pairs | AudioVisual
+KINDS = {TwoTower: (Pairs, Contrastive), Fused: (AudioVisual, Classification)}
+"""What data and which objective a model takes; other models: `Data` and `Language`."""
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 FREE = ("model/remat", "model/unroll", "model/scan", "model/moe/exchange/")
 
@@ -87,7 +93,7 @@ class Stage:
     batch_size: int | None = None
     accumulation_steps: int | None = None
     sequence_length: int | None = None
-    data: Data | Pairs | None = None
+    data: AnyData | None = None
     optimizer: Optimizer | None = None
     objective: Objective | None = None
     batch_ramp: tuple[BatchStep, ...] = ()
@@ -124,12 +130,13 @@ class TrainConfig:
     """A training run."""
 
     model: ModelConfig
-    data: Data | Pairs
+    data: AnyData
     steps: int
     batch_size: int
     """Sequences (or pairs) a step, over all devices and accumulation steps."""
     sequence_length: int
-    """Tokens of a row: of a caption, where the model has two towers."""
+    """Tokens of a row: of a caption, where the model has two towers; samples of a sound, where it
+    classifies."""
     optimizer: Optimizer = AdamW()
     objective: Objective = Language()
     accumulation_steps: int = 1
@@ -177,11 +184,13 @@ class TrainConfig:
         filled = self.filled_stages()
         for index, stage in enumerate(filled):
             _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
-        if isinstance(self.model, TwoTower) and (self.mesh.stage > 1 or self.mesh.by_slice):
+        if type(self.model) in KINDS and (self.mesh.stage > 1 or self.mesh.by_slice):
             raise ValueError(
-                "two towers have no pipeline and no int4 gradients: leave mesh.stage at 1 and "
-                "mesh.slice_gradients at float32."
+                f"a {type(self.model).__name__} has no pipeline and no int4 gradients: leave "
+                "mesh.stage at 1 and mesh.slice_gradients at float32."
             )
+        if isinstance(self.model, Fused) and self.mesh.context > 1:
+            raise ValueError("a Fused model's rows are not split: leave mesh.context at 1.")
         chosen = [stage.optimizer for stage in filled]
         memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
         if len(memories) > 1:
@@ -206,16 +215,26 @@ class TrainConfig:
 
 def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
-    pairs = isinstance(model, TwoTower)
+    data, objective = KINDS.get(type(model), (Data, Language))
     for name, value, kind in (
-        ("data", stage.data, Pairs if pairs else Data),
-        ("objective", stage.objective, Contrastive if pairs else Language),
+        ("data", stage.data, data),
+        ("objective", stage.objective, objective),
     ):
         if not isinstance(value, kind):
             found, needed = type(value).__name__, kind.__name__
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
-    if pairs:
+    if isinstance(model, Fused):
+        told, wanted = (sorted(names) for names in (model.names, stage.data.modalities))
+        if told != wanted:
+            raise ValueError(f"{where}data has {wanted}, and model.modalities are {told}.")
+        labels, classes = stage.data.multi_label, len(stage.data.classes)
+        if (model.num_classes, model.multi_label) != (classes, labels):
+            raise ValueError(
+                f"{where}data has {classes} classes, multi_label {labels}; model.num_classes is "
+                f"{model.num_classes}, model.multi_label {model.multi_label}."
+            )
+    if isinstance(model, TwoTower):
         size, wanted = stage.data.image.size, model.image.image_size
         if (size, size) != wanted:
             raise ValueError(

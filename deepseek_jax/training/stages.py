@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import Network
+from deepseek_jax.training.classification import Classification, make_classification
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
 from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.optimizer import make_optimizer, make_schedule
@@ -173,6 +174,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     """What a filled stage minimizes, by the parameters that it trains."""
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
+    elif isinstance(stage.objective, Classification):
+        found = make_classification(stage.objective, model)
     else:
         found = make_language(stage.objective, model)
     if not stage.trainable:
