@@ -19,6 +19,7 @@ from deepseek_jax.data.augment import generator
 from deepseek_jax.data.corpus import cache_folder, cached, check_sides, digest, held_out, key_hash
 from deepseek_jax.data.digits import digit_numbers, load_digits
 from deepseek_jax.data.speech import spoken
+from deepseek_jax.data.vision import Normalization
 
 RATE = 16_000  # samples a second
 LOUDNESS = 0.1  # the root mean square of what is said
@@ -51,6 +52,8 @@ class AudioVisual:
     pitches: tuple[int, ...] = (30, 50, 70)
     speeds: tuple[int, ...] = (160, 190, 220)
     """Words a minute."""
+    normalization: Normalization = "half"
+    """How the model's pixels are made of these."""
     held_out: float = 0.2
     """The share of images, and of speakers, kept for evaluation."""
     num_workers: int = 0
@@ -164,7 +167,8 @@ class DigitRows:
             place = _order(self.seed, epoch, len(self.numbers))[place]
         number = self.numbers[place]
         draw = generator(self.seed, row, "digits" if self.training else "held-out digits")
-        levels = draw.uniform(*zip(self.config.image_noise, self.config.sound_noise, strict=True))
+        ranges = self.config.image_noise, self.config.sound_noise
+        levels = [draw.uniform(low, high) for low, high in ranges]
         gone = draw.integers(len(MODALITIES)) if draw.random() < self.config.missing else None
         speaker = self.speakers[draw.integers(len(self.speakers))]
         label = int(load_digits().labels[number])

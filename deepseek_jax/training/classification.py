@@ -31,8 +31,6 @@ class Classification:
     alone: float = 1.0
     """Factor of each modality's own loss."""
     label_smoothing: float = 0.0
-    normalization: Normalization = "half"
-    """Of pixels."""
 
     def __post_init__(self):
         if self.alone <= 0 or not 0 <= self.label_smoothing < 1:
@@ -83,9 +81,12 @@ def presence(config: Fused, batch: dict[str, Any]) -> jax.Array:
     return jnp.stack([batch["present"][name] for name in config.names], 1)
 
 
-def make_classification(config: Classification, model: FusedNetwork) -> Objective:
+def make_classification(
+    config: Classification, model: FusedNetwork, preset: Normalization
+) -> Objective:
     """The objective of a classifier of several modalities, on the batches of data/audiovisual.
 
+    `preset` normalizes pixels.
     Terms: `loss` of the fused answer and, for each modality, `NAME_loss` of its own head, all of
     which are trained; `accuracy` and `NAME_accuracy` (of several labels: how many are right), and
     `NAME_weight`, the mean of what the fusion gives it. Means over the rows, or known labels, that
@@ -110,7 +111,7 @@ def make_classification(config: Classification, model: FusedNetwork) -> Objectiv
         return found | {f"{name}_weight": some for name in c.names}
 
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
-        answer = model.apply(params, **inputs_of(c, batch, config.normalization), key=key)
+        answer = model.apply(params, **inputs_of(c, batch, preset), key=key)
         sums = {}
         logits = {"": answer.logits} | {n: answer.alone[:, i] for i, n in enumerate(c.names)}
         for name, rows in counts(batch).items():

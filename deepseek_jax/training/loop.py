@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,9 +29,7 @@ from deepseek_jax.checkpoint.manager import Manager
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
-from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
-from deepseek_jax.data.loader import Data, Dataset, batches, open_data
-from deepseek_jax.data.pairs import PairDataset, open_pairs
+from deepseek_jax.data.loader import batches
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.networks import build_network
@@ -48,11 +46,13 @@ from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
 from deepseek_jax.training.stages import (
+    AnyDataset,
     asked_gate,
     overwriting,
     shut,
     spans,
     stage_at,
+    stage_data,
     stage_optimizer,
     stage_state,
     stage_step,
@@ -62,9 +62,6 @@ from deepseek_jax.training.state import TrainState, carried, initial_state
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
 GATES = "gates.json"  # and which gates have opened, once one has
-
-
-AnyDataset: TypeAlias = Dataset | PairDataset | DigitDataset
 
 
 class Lent(NamedTuple):
@@ -280,20 +277,8 @@ class _Run:
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
-            given = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
-            if isinstance(stage.data, Data):
-                targets = 1 + self.config.model.num_mtp_layers
-                self.dataset = open_data(stage.data, num_targets=targets, **given)
-            elif isinstance(stage.data, AudioVisual):
-                self.dataset = open_digits(stage.data, **given)
-            else:
-                self.dataset = open_pairs(stage.data, **given)
+            self.dataset = stage_data(self.config, stage)
             self.progress.say(self.dataset.describe())
-            tokenizer = self.dataset.tokenizer
-            if tokenizer and tokenizer.vocab_size > (room := self.config.model.vocab_size):
-                found = tokenizer.vocab_size
-                why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
-                raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         new = changed and step == first
         known, self.fingerprint = self.fingerprint, None
         if not new and known not in (None, self.dataset.fingerprint):

@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jax.sharding import Mesh
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
+from deepseek_jax.data.loader import Data, Dataset, open_data
+from deepseek_jax.data.pairs import PairDataset, open_pairs
 from deepseek_jax.models.build import Network
 from deepseek_jax.training.classification import Classification, make_classification
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
@@ -29,6 +32,24 @@ from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
+
+AnyDataset: TypeAlias = Dataset | PairDataset | DigitDataset
+
+
+def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
+    """The data of a run's filled stage; InputError where the model has no room for their tokens."""
+    given = {"sequence_length": stage.sequence_length, "seed": config.seed}
+    if isinstance(stage.data, AudioVisual):
+        return open_digits(stage.data, **given)
+    if isinstance(stage.data, Data):
+        dataset = open_data(stage.data, num_targets=1 + config.model.num_mtp_layers, **given)
+    else:
+        dataset = open_pairs(stage.data, **given)
+    found, room = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if found > room:
+        why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
+        raise InputError(f"{why}: raise it or choose a smaller tokenizer")
+    return dataset
 
 
 def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -175,7 +196,7 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
     elif isinstance(stage.objective, Classification):
-        found = make_classification(stage.objective, model)
+        found = make_classification(stage.objective, model, stage.data.normalization)
     else:
         found = make_language(stage.objective, model)
     if not stage.trainable:
