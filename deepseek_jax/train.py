@@ -12,10 +12,12 @@ from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.evaluation.answers import answers, samples
+from deepseek_jax.evaluation.classification import alone_and_together, classification
 from deepseek_jax.evaluation.queries import queries
 from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.evaluation.suite import compressors, held_out
 from deepseek_jax.models.counts import describe, num_params
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
@@ -29,6 +31,7 @@ from deepseek_jax.training.state import memory_table
 LENT = {  # by the kind of model; other models are of text alone
     TwoTower: Lent(retrieval, queries),
     VisionLanguage: Lent(answers, samples),
+    Fused: Lent(classification, alone_and_together),
 }
 
 

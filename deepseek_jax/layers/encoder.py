@@ -32,8 +32,8 @@ Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu
 class Whole(NamedTuple):
     """What all blocks know of their tokens."""
 
-    mask: Bool[Array, "B S"] | None = None
-    """Which tokens are real; None: all."""
+    mask: Bool[Array, "B S"] | Bool[Array, "_ T S"] | None = None
+    """Which tokens are real, or which token (row) attends to which; None: all."""
     cosine: Float[Array, "B T half"] | None = None
     """Rotary positions, where a model has them; the same for all heads."""
     sine: Float[Array, "B T half"] | None = None

@@ -11,6 +11,7 @@ from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model, Network
+from deepseek_jax.models.fusion import FusedNetwork, token_counts
 from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.models.vision_language import VisionLanguageModel
@@ -32,7 +33,9 @@ def _visited(config: ModelConfig, path: str, size: int) -> int:
 
 
 def row_tokens(model: Network, sequence_length: int) -> int:
-    """Tokens of one training row: of a pair, the image's patches too."""
+    """Tokens of one training row: of a pair, the image's patches too; of several modalities all."""
+    if isinstance(model, FusedNetwork):
+        return sum(token_counts(model.config, sequence_length).values())
     if isinstance(model, Towers):
         height, width = model.config.image.grid
         return height * width + sequence_length
@@ -45,6 +48,8 @@ def train_flops_per_token(model: Network, sequence_length: int, views: int = 0) 
     A decoder that sees has the work of its encoder and projector on `views` images a row. Frozen
     parts count as if they learned.
     """
+    if isinstance(model, FusedNetwork):
+        return _fused_flops(model, sequence_length) / row_tokens(model, sequence_length)
     if isinstance(model, Towers):
         return _pair_flops(model, sequence_length) / row_tokens(model, sequence_length)
     if isinstance(model, VisionLanguageModel):
@@ -84,6 +89,25 @@ def _pair_flops(model: Towers, length: int) -> float:
             work += leaf.size * tokens
     for transformer, tokens in towers.values():
         work += 2 * transformer.num_layers * transformer.embed_dim * tokens**2
+    return 6.0 * work
+
+
+def _fused_flops(model: FusedNetwork, length: int) -> float:
+    """Of one row: every weight's products with the tokens behind it, and attention's.
+
+    A convolution that makes more tokens than its encoder ends with counts for too little.
+    """
+    counts, work = token_counts(model.config, length), 0
+    counts |= {"fusion": sum(counts.values())}
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for path, leaf in tree.flatten(model.shapes).items():
+        tokens = 1 if path.endswith(("head/weight", "gate/weight")) else counts[path.split("/")[0]]
+        if specs[path].reduced and not path.endswith("embedding/weight"):
+            work += leaf.size * tokens
+    parts = {m.name: m.encoder for m in model.config.modalities} | {"fusion": model.config.fusion}
+    for name, part in parts.items():
+        if transformer := getattr(part, "transformer", None):
+            work += 2 * transformer.num_layers * transformer.embed_dim * counts[name] ** 2
     return 6.0 * work
 
 

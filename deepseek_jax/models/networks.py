@@ -5,6 +5,7 @@ from typing import TypeAlias
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.fusion import Fused, FusedNetwork, build_fused
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.models.vision_language import (
     VisionLanguage,
@@ -12,16 +13,18 @@ from deepseek_jax.models.vision_language import (
     build_vision_language,
 )
 
-ModelConfig: TypeAlias = Decoder | TwoTower | VisionLanguage
+ModelConfig: TypeAlias = Decoder | TwoTower | VisionLanguage | Fused
 """What a run of train can be of."""
 
 
 def build_network(
     config: ModelConfig, precision: Precision = Precision()
-) -> Model | Towers | VisionLanguageModel:
+) -> Model | Towers | VisionLanguageModel | FusedNetwork:
     """The model of a config: no parameters are made, only their shapes."""
     if isinstance(config, VisionLanguage):
         return build_vision_language(config, precision)
     if isinstance(config, TwoTower):
         return build_towers(config, precision)
+    if isinstance(config, Fused):
+        return build_fused(config, precision)
     return build(config, precision)

@@ -15,12 +15,17 @@ SHOWN = {
     "left": "ETA {}",
     "bits_per_byte": "{:.3f} bits/byte",
     "recall_at_10": "recall@10 {:.1%}",
+    "accuracy": "accuracy {:.1%}",
 }
 # What an evaluation found, as the last line of a run says it: those that there are.
 FOUND = {
     "bits_per_byte": "{:.4f} bits per byte",
     "recall_at_10": "recall@10 {:.4f}",
     "chance_at_10": "by chance {:.4f}",
+    "accuracy": "accuracy {:.4f}",
+    "auroc": "AUROC {:.4f}",
+    "sensitivity@0.9": "sensitivity at specificity 0.9 {:.4f}",
+    "calibration_error": "calibration error {:.4f}",
     "loss": "loss {:.4f}",
 }
 

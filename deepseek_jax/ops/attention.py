@@ -58,17 +58,18 @@ def full_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    mask: Bool[Array, "B S"] | None,
+    mask: Bool[Array, "B S"] | Bool[Array, "_ T S"] | None,
     *,
     scale: float,
     causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention of every token to all tokens that `mask` calls real, or the earlier of them.
 
-    A row without a real token attends to all alike. On GPU cuDNN's kernel where it can, else
-    `masked_attention`: encoders' rows are short.
+    A mask [_, T, S] says it of each pair. A row without a real token attends to all alike. On GPU
+    cuDNN's kernel where it can, else `masked_attention`: encoders' rows are short.
     """
-    seen = jnp.ones((1, 1, k.shape[1]), bool) if mask is None else mask[:, None, :]
+    mask = mask[:, None, :] if mask is not None and mask.ndim == 2 else mask
+    seen = jnp.ones((1, 1, k.shape[1]), bool) if mask is None else mask
     if preferred(q) == "cudnn":
         seen = None if mask is None else seen[:, None]
         return jax.nn.dot_product_attention(

@@ -280,10 +280,6 @@ class _Run:
         if self.dataset is None or changed:
             self.dataset = stage_data(self.config, stage)
             self.progress.say(self.dataset.describe())
-            found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
-            if found > room:
-                why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
-                raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         new = changed and step == first
         known, self.fingerprint = self.fingerprint, None
         if not new and known not in (None, self.dataset.fingerprint):
@@ -368,8 +364,9 @@ class _Run:
         return opens
 
     def _save(self, state: TrainState, step: int, position: int) -> None:
-        config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
-        files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
+        config, tokenizer = core_config.to_dict(self.config), self.dataset.tokenizer
+        files = {FINGERPRINT: self.dataset.fingerprint.encode()}
+        files |= tokenizer.files() if tokenizer else {}
         if self.opened:
             files |= {GATES: json.dumps({"gates": [*self.opened.items()]}).encode()}
         self.manager.save(step, state, position=position, config=config, files=files)

@@ -17,6 +17,7 @@ from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.counts import num_params, row_tokens, train_flops_per_token
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
@@ -194,7 +195,9 @@ def compile_step(
 
 def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> dict:
     """A batch's shapes, as the loader makes them, on the mesh."""
-    if isinstance(config.model, TwoTower):
+    if isinstance(config.model, Fused):
+        shapes = config.filled_stages()[0].data.shapes(rows, length)
+    elif isinstance(config.model, TwoTower):
         image = (*config.model.image.image_size, config.model.image.num_channels)
         shapes = {
             "images": ((rows, *image), jnp.uint8),
@@ -209,10 +212,11 @@ def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> d
     else:
         shapes = _language_batch(rows, length, 1 + config.model.num_mtp_layers)
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
-    }
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(*leaf, sharding=sharding),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
 
 
 def _language_batch(rows: int, length: int, targets: int) -> dict[str, tuple]:

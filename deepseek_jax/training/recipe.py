@@ -13,24 +13,28 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
+from deepseek_jax.data.audiovisual import AudioVisual
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.seeing import Seeing
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.mesh import MeshShape
+from deepseek_jax.training.classification import Classification
 from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
 
 Optimizer: TypeAlias = AdamW | Muon
-Objective: TypeAlias = Language | Contrastive
-AnyData: TypeAlias = Data | Pairs | Seeing
+Objective: TypeAlias = Language | Contrastive | Classification
+AnyData: TypeAlias = Data | Pairs | Seeing | AudioVisual
 NEEDS: dict[type, tuple[type, type]] = {  # of which data and objective a model learns
     TwoTower: (Pairs, Contrastive),
     VisionLanguage: (Seeing, Language),
+    Fused: (AudioVisual, Classification),
 }
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 HOW = ("remat", "unroll", "scan", "moe/exchange/")
@@ -152,7 +156,8 @@ class TrainConfig:
     batch_size: int
     """Sequences (pairs, conversations) a step, over all devices and accumulation steps."""
     sequence_length: int
-    """Tokens of a row: of a caption, where the model has two towers."""
+    """Tokens of a row: of a caption, where the model has two towers; samples of a sound, where it
+    classifies."""
     optimizer: Optimizer = AdamW()
     objective: Objective = Language()
     accumulation_steps: int = 1
@@ -217,6 +222,8 @@ class TrainConfig:
                 f"a model of kind {kind.__name__} has no pipeline and no int4 gradients: leave "
                 "mesh.stage at 1 and mesh.slice_gradients at float32."
             )
+        if isinstance(self.model, Fused) and self.mesh.context > 1:
+            raise ValueError("a Fused model's rows are not split: leave mesh.context at 1.")
         chosen = [stage.optimizer for stage in filled]
         memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
         if len(memories) > 1:
@@ -258,6 +265,16 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
             raise ValueError(f"{where}model.vision.image_size {model.vision.image_size}: squares.")
         if stage.objective.indexer_warmup:
             raise ValueError(f"{where}objective.indexer_warmup: a decoder that sees has none.")
+    if isinstance(model, Fused):
+        told, wanted = (sorted(names) for names in (model.names, stage.data.modalities))
+        if told != wanted:
+            raise ValueError(f"{where}data has {wanted}, and model.modalities are {told}.")
+        labels, classes = stage.data.multi_label, len(stage.data.classes)
+        if (model.num_classes, model.multi_label) != (classes, labels):
+            raise ValueError(
+                f"{where}data has {classes} classes, multi_label {labels}; model.num_classes is "
+                f"{model.num_classes}, model.multi_label {model.multi_label}."
+            )
     if isinstance(model, TwoTower):
         size, wanted = stage.data.image.size, model.image.image_size
         if (size, size) != wanted:

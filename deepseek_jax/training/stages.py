@@ -19,10 +19,12 @@ from jax.sharding import Mesh
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
 from deepseek_jax.data.loader import Data, Dataset, open_data
 from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
 from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
 from deepseek_jax.models.build import Network
+from deepseek_jax.training.classification import Classification, make_classification
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
 from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.optimizer import make_optimizer, make_schedule
@@ -32,7 +34,7 @@ from deepseek_jax.training.slices import add_slices
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
 
-AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset
+AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset | DigitDataset
 
 
 def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -126,14 +128,26 @@ def learning(config: TrainConfig, model: Network) -> list[dict[str, int]]:
 
 
 def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
-    """The data of a run's filled stage, opened. InputError where they cannot be read."""
+    """The data of a run's filled stage, opened.
+
+    InputError where they cannot be read, or the model has no room for their tokens.
+    """
     given: dict[str, Any] = {"sequence_length": stage.sequence_length, "seed": config.seed}
     model: Any = config.model
+    if isinstance(stage.data, AudioVisual):
+        return open_digits(stage.data, **given)
+    dataset: Dataset | PairDataset | SeeingDataset
     if isinstance(stage.data, Data):
-        return open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
-    if isinstance(stage.data, Pairs):
-        return open_pairs(stage.data, **given)
-    return open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
+        dataset = open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
+    elif isinstance(stage.data, Pairs):
+        dataset = open_pairs(stage.data, **given)
+    else:
+        dataset = open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
+    found, room = dataset.tokenizer.vocab_size, model.vocab_size
+    if found > room:
+        why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
+        raise InputError(f"{why}: raise it or choose a smaller tokenizer")
+    return dataset
 
 
 def stage_optimizer(
@@ -189,6 +203,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     """What a filled stage minimizes, by the parameters that it trains."""
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
+    elif isinstance(stage.objective, Classification):
+        found = make_classification(stage.objective, model, stage.data.normalization)
     else:
         preset = stage.data.normalization if isinstance(stage.data, Seeing) else "half"
         found = make_language(stage.objective, model, preset)
