@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -13,7 +14,9 @@ from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.evaluation.queries import queries
 from deepseek_jax.evaluation.retrieval import retrieval
+from deepseek_jax.evaluation.speech import speech_scores, transcripts
 from deepseek_jax.evaluation.suite import compressors, held_out
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.counts import describe, num_params
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
@@ -60,11 +63,19 @@ def main(argv: list[str]) -> None:
         print(dry_run(config))
         return
     with failing_at_once():
-        pairs = isinstance(config.model, TwoTower)
-        lent = Lent(retrieval, queries) if pairs else Lent(held_out, closing)
-        code = train(config, lent, trace)
+        code = train(config, lent_to(config), trace)
     if code:
         raise SystemExit(code)
+
+
+def lent_to(config: TrainConfig) -> Lent:
+    """What the loop is lent: how this kind of model is scored, and what its end shows."""
+    if isinstance(config.model, TwoTower):
+        return Lent(retrieval, queries)
+    if isinstance(config.model, Wav2Vec2):
+        objective = config.filled_stages()[-1].objective
+        return Lent(functools.partial(speech_scores, objective), transcripts)
+    return Lent(held_out, closing)
 
 
 def dry_run(config: TrainConfig) -> str:

@@ -8,9 +8,11 @@ from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model, Network
 from deepseek_jax.models.networks import AnyConfig, build_network
 from deepseek_jax.models.two_tower import Towers
+from deepseek_jax.ops.convolution import num_windows
 from deepseek_jax.ops.sparse import room
 
 
@@ -29,7 +31,9 @@ def _visited(config: AnyConfig, path: str, size: int) -> int:
 
 
 def row_tokens(model: Network, sequence_length: int) -> int:
-    """Tokens of one training row: of a pair, the image's patches too."""
+    """Tokens of one training row: of a pair, the image's patches too; of a wave, its frames."""
+    if isinstance(model.config, Wav2Vec2):
+        return model.config.num_frames(sequence_length)
     if isinstance(model, Towers):
         height, width = model.config.image.grid
         return height * width + sequence_length
@@ -40,6 +44,8 @@ def train_flops_per_token(model: Network, sequence_length: int) -> float:
     """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens."""
     if isinstance(model, Towers):
         return _pair_flops(model, sequence_length) / row_tokens(model, sequence_length)
+    if isinstance(model.config, Wav2Vec2):
+        return _wave_flops(model, sequence_length) / row_tokens(model, sequence_length)
     return _decoder_flops(model, sequence_length)
 
 
@@ -57,6 +63,20 @@ def _pair_flops(model: Towers, length: int) -> float:
             work += leaf.size * tokens
     for transformer, tokens in towers.values():
         work += 2 * transformer.num_layers * transformer.embed_dim * tokens**2
+    return 6.0 * work
+
+
+def _wave_flops(model: Network, samples: int) -> float:
+    """Of one wave: every convolution at its own rate, the rest at that of the frames."""
+    c, places = model.config, {}
+    for i, (_, size, stride) in enumerate(c.convolutions):
+        samples = num_windows(samples, size, stride)
+        places[f"convolution_{i}"] = samples
+    work = 2 * c.num_layers * c.transformer.embed_dim * samples**2
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for path, leaf in tree.flatten(model.shapes).items():
+        if specs[path].reduced:
+            work += leaf.size * places.get(path.split("/")[0], samples)
     return 6.0 * work
 
 

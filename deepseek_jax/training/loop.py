@@ -29,8 +29,8 @@ from deepseek_jax.checkpoint.manager import Manager
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
-from deepseek_jax.data.loader import Data, Dataset, batches, open_data
-from deepseek_jax.data.pairs import PairDataset, open_pairs
+from deepseek_jax.data.loader import batches
+from deepseek_jax.data.opened import AnyDataset, opened
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.networks import build_network
@@ -46,6 +46,7 @@ from deepseek_jax.training import invariants, slices
 from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
+from deepseek_jax.training.speech import speech_warning
 from deepseek_jax.training.stages import (
     asked_gate,
     overwriting,
@@ -66,9 +67,9 @@ GATES = "gates.json"  # and which gates have opened, once one has
 class Lent(NamedTuple):
     """What higher floors lend the loop."""
 
-    held_out: Callable[[Network, Any, Dataset | PairDataset, int], dict[str, float]]
+    held_out: Callable[[Network, Any, AnyDataset, int], dict[str, float]]
     """(model, params, dataset, batch size) -> loss, bits_per_byte, ... on the held-out side."""
-    closing: Callable[[Network, Any, Dataset | PairDataset, TrainConfig], str]
+    closing: Callable[[Network, Any, AnyDataset, TrainConfig], str]
     """What to print when the run is complete, e.g. a sampled completion."""
 
 
@@ -109,7 +110,7 @@ class _Run:
         self.peak = matmul_peak().flops
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
-        self.dataset: Dataset | PairDataset | None = None
+        self.dataset: AnyDataset | None = None
         self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
@@ -277,11 +278,8 @@ class _Run:
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
             given = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
-            if isinstance(stage.data, Data):
-                targets = 1 + self.config.model.num_mtp_layers
-                self.dataset = open_data(stage.data, num_targets=targets, **given)
-            else:
-                self.dataset = open_pairs(stage.data, **given)
+            targets = 1 + getattr(self.config.model, "num_mtp_layers", 0)
+            self.dataset = opened(stage.data, num_targets=targets, **given)
             self.progress.say(self.dataset.describe())
             found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
             if found > room:
@@ -340,7 +338,7 @@ class _Run:
             if load:
                 self.log.expert_load(step, jax.device_get(load))
             self.progress.step(step, values)
-            if warning := collapse(step, values):
+            for warning in filter(None, (collapse(step, values), speech_warning(step, values))):
                 self.progress.say(f"step {step}: {warning}")
             times, named = self.peers.straggler(pace, self.config.faults.straggler_factor)
             if times:

@@ -15,6 +15,9 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.data.utterances import Utterances
+from deepseek_jax.models.audio import Wav2Vec2
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.parallel.mesh import MeshShape
@@ -22,9 +25,15 @@ from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
+from deepseek_jax.training.speech import Transcription, Wav2Vec, check_speech
 
 Optimizer: TypeAlias = AdamW | Muon
-Objective: TypeAlias = Language | Contrastive
+Objective: TypeAlias = Language | Contrastive | Transcription | Wav2Vec
+SUITS = {  # by the kind of a model: the data, then the objectives that train it
+    Decoder: (Data, Language),
+    TwoTower: (Pairs, Contrastive),
+    Wav2Vec2: (Utterances, Transcription, Wav2Vec),
+}
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 FREE = ("model/remat", "model/unroll", "model/scan", "model/moe/exchange/")
 
@@ -87,7 +96,7 @@ class Stage:
     batch_size: int | None = None
     accumulation_steps: int | None = None
     sequence_length: int | None = None
-    data: Data | Pairs | None = None
+    data: Data | Pairs | Utterances | None = None
     optimizer: Optimizer | None = None
     objective: Objective | None = None
     batch_ramp: tuple[BatchStep, ...] = ()
@@ -124,12 +133,12 @@ class TrainConfig:
     """A training run."""
 
     model: ModelConfig
-    data: Data | Pairs
+    data: Data | Pairs | Utterances
     steps: int
     batch_size: int
     """Sequences (or pairs) a step, over all devices and accumulation steps."""
     sequence_length: int
-    """Tokens of a row: of a caption, where the model has two towers."""
+    """Tokens of a row: of a caption, where the model has two towers; samples of a wave."""
     optimizer: Optimizer = AdamW()
     objective: Objective = Language()
     accumulation_steps: int = 1
@@ -177,10 +186,11 @@ class TrainConfig:
         filled = self.filled_stages()
         for index, stage in enumerate(filled):
             _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
-        if isinstance(self.model, TwoTower) and (self.mesh.stage > 1 or self.mesh.by_slice):
+        encoders = {TwoTower: "two towers have", Wav2Vec2: "a speech encoder has"}
+        if type(self.model) in encoders and (self.mesh.stage > 1 or self.mesh.by_slice):
             raise ValueError(
-                "two towers have no pipeline and no int4 gradients: leave mesh.stage at 1 and "
-                "mesh.slice_gradients at float32."
+                f"{encoders[type(self.model)]} no pipeline and no int4 gradients: leave mesh.stage "
+                "at 1 and mesh.slice_gradients at float32."
             )
         chosen = [stage.optimizer for stage in filled]
         memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
@@ -206,13 +216,13 @@ class TrainConfig:
 
 def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
-    pairs = isinstance(model, TwoTower)
-    for name, value, kind in (
-        ("data", stage.data, Pairs if pairs else Data),
-        ("objective", stage.objective, Contrastive if pairs else Language),
+    pairs, (data, *objectives) = isinstance(model, TwoTower), SUITS[type(model)]
+    for name, value, kinds in (
+        ("data", stage.data, (data,)),
+        ("objective", stage.objective, tuple(objectives)),
     ):
-        if not isinstance(value, kind):
-            found, needed = type(value).__name__, kind.__name__
+        if not isinstance(value, kinds):
+            found, needed = type(value).__name__, " or ".join(kind.__name__ for kind in kinds)
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
     if pairs:
@@ -226,6 +236,8 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
                 f"{where}sequence_length ({stage.sequence_length}) is more than "
                 f"model.text.max_length ({model.text.max_length})."
             )
+    if isinstance(model, Wav2Vec2):
+        check_speech(model, stage.data, stage.objective, stage.sequence_length, where)
     if stage.steps < 1:
         raise ValueError(f"{where}steps is {stage.steps}; there must be at least 1.")
     if stage.sequence_length < 2:

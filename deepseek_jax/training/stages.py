@@ -26,6 +26,7 @@ from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
+from deepseek_jax.training.speech import Transcription, Wav2Vec, make_speech
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
 
@@ -164,6 +165,9 @@ def stage_step(
 
     def run_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if isinstance(stage.objective, Wav2Vec):  # its temperature falls
+            steps = jnp.broadcast_to(state.step - first, batch["rows"].shape)
+            batch = batch | {"steps": steps}
         return train_step(on_device(state), batch, key)
 
     return run_step
@@ -173,6 +177,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     """What a filled stage minimizes, by the parameters that it trains."""
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
+    elif isinstance(stage.objective, Transcription | Wav2Vec):
+        found = make_speech(stage.objective, model)
     else:
         found = make_language(stage.objective, model)
     if not stage.trainable:
