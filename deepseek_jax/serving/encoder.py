@@ -73,8 +73,9 @@ class SpeechModel(EncoderModel):
 
     def prepared(self, waves: Any) -> dict[str, np.ndarray]:
         """What `encode` takes of one wave [T] or several, as they are: padded, with a mask."""
-        one = np.ndim(waves) == 1 and np.ndim(waves[0]) == 0 if len(waves) else False
-        rows = [np.asarray(wave, np.float32) for wave in ([waves] if one else waves)]
+        rows = [np.asarray(wave, np.float32) for wave in waves]
+        if rows and not any(row.ndim for row in rows):
+            rows = [np.asarray(waves, np.float32)]  # one wave
         if not rows or any(row.ndim != 1 or not row.size for row in rows):
             shapes = [row.shape for row in rows]
             raise InputError(f"waves have shapes {shapes}; give one wave [T] or a list of such")
