@@ -250,6 +250,10 @@ class Characters(Tokenizer):
     def token_id(self, name: str) -> int | None:
         return self._ids.get(name)
 
+    def token(self, number: int) -> str:
+        """The name of the token with this id."""
+        return self._tokens[number]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts; InputError for a character that the vocabulary lacks."""
         return [list(self._spelling(unicodedata.normalize("NFC", text))) for text in texts]

@@ -201,7 +201,14 @@ class UtteranceRows:
     def _row(self, row: int) -> Batch:
         epoch, place = divmod(row, len(self.numbers))
         numbers = self.numbers[_order(self.seed, epoch, len(self.numbers))]
-        return media.usable(numbers, place, functools.partial(self.view, row), self.skips)
+        for number in np.roll(numbers, -place).tolist():
+            # What was skipped before is tried anew: another voice or caption may do, and a row must
+            # not depend on what was read before it.
+            try:
+                return self.view(row, number)
+            except InputError as error:
+                self.skips.add(number, str(error))
+        raise InputError(f"none of {len(numbers)} utterances can be used")
 
     def view(self, row: int, number: int, still: bool = False) -> Batch:
         """An example as row `row` hears it; `still`: cropped in its middle, to be evaluated."""

@@ -99,8 +99,8 @@ HOSTILE = {
     "playlist": (b"#EXTM3U\n#EXTINF:1\nfile:///etc/passwd\n", "not a video file"),
     "a wave": (b"RIFF\x2c\0\0\0WAVEdata\x20\0\0\0" + bytes(32), "no video in it, for it is wav"),
     "8000 x 8000": (
-        patched(b"raw ", 28, ">HH", 40_000, 40_000, data=RAW),
-        "1,600,000,000 pixels, more",
+        patched(b"raw ", 28, ">HH", 8000, 8000, data=RAW),
+        "64,000,000 pixels, more",
     ),
     "no width": (patched(b"raw ", 28, ">HH", 0, 0, data=RAW), "frames of 0|corrupt"),
     "a frame in eight minutes": (
