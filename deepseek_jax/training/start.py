@@ -23,7 +23,8 @@ from deepseek_jax.training.recipe import TrainConfig
 def given_params(config: TrainConfig, whole: Network, abstract: Any) -> tuple[Any, str]:
     """The parameters of `init_from`, shaped and placed as `abstract`, and what to say of them.
 
-    Indexers that it has not, and another head of a wav2vec 2.0, start anew. InputError where it is of another model.
+    Indexers that it has not, and another head of a wav2vec 2.0, start anew. InputError where it is
+    of another model.
     """
     model, note = whole, ""
     folder, source = None, None

@@ -1,6 +1,7 @@
 """Speech in training: any mesh, resumed runs, transformers' transcripts and folders, refusals."""
 
 import dataclasses
+import functools
 import io
 import json
 import wave as wave_files
@@ -26,7 +27,6 @@ from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.audio import CTC, Codebook, Wav2Vec2
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.encoder import build_encoder
-from deepseek_jax.models.speech import hidden_frames
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 from deepseek_jax.train import lent_to
@@ -72,58 +72,76 @@ def make_batch(rows, seed=0):
 KINDS = {"ctc": (MODEL, Transcription()), "wav2vec": (PRETRAINED, WAV2VEC)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_mesh_and_microbatches_change_nothing(kind):
+@functools.cache
+def gradients(kind):
+    """A model, parameters, its objective and its compiled gradient function."""
     config, objective = KINDS[kind]
     model = build_encoder(config, Precision(compute="float32"))
-    params, batch = model.init(jax.random.key(1)), make_batch(8)
     objective = make_speech(objective, model)
-    given = jax.random.key(0), np.float32(1)
-    alone = jax.jit(make_gradients(objective))(params, batch, *given)
+    return model, model.init(jax.random.key(1)), objective, jax.jit(make_gradients(objective))
+
+
+GIVEN = jax.random.key(0), np.float32(1)
+
+
+def same_gradients(found, wanted):
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(wanted))
+    other = tree.flatten(found)
+    for path, grad in tree.flatten(wanted).items():
+        atol = 2e-5 * largest
+        np.testing.assert_allclose(other[path], grad, rtol=1e-3, atol=atol, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_changes_nothing(kind):
+    model, params, objective, alone = gradients(kind)
+    batch = make_batch(8)
+    grads, means, _ = alone(params, batch, *GIVEN)
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, tree_shardings(mesh, model.specs, model.shapes))
-        found = jax.jit(make_gradients(objective))(placed, place_batch(mesh, batch), *given)
-    for name, mean in alone[1].items():
+        found = jax.jit(make_gradients(objective))(placed, place_batch(mesh, batch), *GIVEN)
+    for name, mean in means.items():
         np.testing.assert_allclose(found[1][name], mean, rtol=1e-5, atol=1e-6, err_msg=name)
-    largest = max(float(abs(g).max()) for g in jax.tree.leaves(alone[0]))
-    other = tree.flatten(found[0])
-    for path, grad in tree.flatten(alone[0]).items():
-        atol = 2e-5 * largest
-        np.testing.assert_allclose(other[path], grad, rtol=1e-3, atol=atol, err_msg=path)
-    if kind == "ctc":
-        halves = jax.jit(make_gradients(objective, 2))(params, batch, *given)
-        for path, grad in tree.flatten(halves[0]).items():
-            whole = tree.flatten(alone[0])[path]
-            atol = 2e-5 * largest
-            np.testing.assert_allclose(grad, whole, rtol=1e-3, atol=atol, err_msg=path)
-        return
-    assert alone[1]["code_temperature"] == pytest.approx(2 * 0.999995**7, rel=1e-6)
-    masked, _ = hidden(WAV2VEC, PRETRAINED, batch)
+    same_gradients(found[0], grads)
+
+
+def test_microbatches_change_nothing():
+    _, params, objective, alone = gradients("ctc")
+    batch = make_batch(8)
+    halves = jax.jit(make_gradients(objective, 2))(params, batch, *GIVEN)
+    grads, means, _ = alone(params, batch, *GIVEN)
+    same_gradients(halves[0], grads)
+    for name, mean in means.items():
+        np.testing.assert_allclose(halves[1][name], mean, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_masks_are_of_a_rows_number():
+    _, params, _, alone = gradients("wav2vec")
+    batch = {name: jnp.asarray(x) for name, x in make_batch(8).items()}
+    means = alone(params, batch, *GIVEN)[1]
+    assert float(means["code_temperature"]) == pytest.approx(2 * 0.999995**7, rel=1e-6)
+    masked, others = map(np.asarray, hidden(WAV2VEC, PRETRAINED, batch))
     half = {name: x[4:] for name, x in batch.items()}
     np.testing.assert_array_equal(hidden(WAV2VEC, PRETRAINED, half)[0], masked[4:])
     frames = np.array([PRETRAINED.num_frames(int(n)) for n in batch["counts"]])
-    assert not np.asarray(masked)[np.arange(29) >= frames[:, None]].any()
-    np.testing.assert_allclose(alone[1]["masked"], masked.sum() / frames.sum(), rtol=1e-6)
-    assert (np.asarray(masked).sum(1) >= 3).all()
-    one, _ = hidden_frames(
-        WAV2VEC, jax.random.fold_in(jax.random.key(2006), 42), jnp.array([frames[2]]), 29
-    )
-    np.testing.assert_array_equal(one[0], masked[2])
+    assert not masked[np.arange(29) >= frames[:, None]].any()
+    np.testing.assert_allclose(means["masked"], masked.sum() / frames.sum(), rtol=1e-6)
+    assert (masked.sum(1) >= 3).all() and len({row.tobytes() for row in masked}) == 8
+    assert all(masked[row, others[row, masked[row]]].all() for row in range(8))
 
 
 def test_rows_that_cannot_be_said_are_reported_and_teach_nothing():
-    model = build_encoder(MODEL, Precision(compute="float32"))
-    params, batch = model.init(jax.random.key(1)), make_batch(4)
-    batch["counts"][2] = 90  # one frame, several characters
-    gradients = jax.jit(make_gradients(make_speech(Transcription(), model)))
-    grads, means, _ = gradients(params, batch, jax.random.key(0), np.float32(1))
-    assert means["impossible"] == 0.25 and np.isfinite(means["loss"])
+    _, params, _, alone = gradients("ctc")
+    batch = make_batch(8)
+    batch["counts"][2] = 90  # a frame, several characters
+    grads, means, _ = alone(params, batch, *GIVEN)
+    assert means["impossible"] == 0.125 and np.isfinite(means["loss"])
     batch["wave"][2] = 3 * batch["wave"][1]
-    again, other, _ = gradients(params, batch, jax.random.key(0), np.float32(1))
+    again, other, _ = alone(params, batch, *GIVEN)
     assert means["loss"] == other["loss"]
     jax.tree.map(np.testing.assert_array_equal, grads, again)
-    assert "25.0% of the rows have more characters than frames" in speech_warning(1, means)
+    assert "12.5% of the rows have more characters than frames" in speech_warning(1, means)
 
 
 @pytest.mark.parametrize("values, said", [
@@ -137,11 +155,9 @@ def test_collapse_is_said(values, said):
 
 
 def test_a_step_without_a_masked_frame_fails_loudly():
-    model = build_encoder(PRETRAINED, Precision(compute="float32"))
-    batch = make_batch(4) | {"counts": np.full(4, 60, np.int32)}  # a frame each: no span of 3
-    objective = make_speech(WAV2VEC, model)
-    sums, _ = jax.jit(objective.loss_fn)(model.init(jax.random.key(0)), batch, jax.random.key(0))
-    values = {name: float(a) for name, (a, _) in sums.items()}
+    _, params, _, alone = gradients("wav2vec")
+    batch = make_batch(8) | {"counts": np.full(8, 60, np.int32)}  # a frame each: no span of 3
+    values = {name: float(x) for name, x in alone(params, batch, *GIVEN)[1].items()}
     assert values["masked"] == 0 and np.isfinite(list(values.values())).all()
     with pytest.raises(InputError, match="step 9: no frame was masked"):
         speech_warning(9, values)
