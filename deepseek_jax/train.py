@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -15,7 +16,9 @@ from deepseek_jax.evaluation.answers import answers, samples
 from deepseek_jax.evaluation.classification import alone_and_together, classification
 from deepseek_jax.evaluation.queries import queries
 from deepseek_jax.evaluation.retrieval import retrieval
+from deepseek_jax.evaluation.speech import speech_scores, transcripts
 from deepseek_jax.evaluation.suite import compressors, held_out
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.counts import describe, num_params
 from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
@@ -28,7 +31,7 @@ from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.stages import stage_state
 from deepseek_jax.training.state import memory_table
 
-LENT = {  # by the kind of model; other models are of text alone
+LENT = {  # by the kind of a model; see `lent_to` for the others
     TwoTower: Lent(retrieval, queries),
     VisionLanguage: Lent(answers, samples),
     Fused: Lent(classification, alone_and_together),
@@ -70,9 +73,17 @@ def main(argv: list[str]) -> None:
         print(dry_run(config))
         return
     with failing_at_once():
-        code = train(config, LENT.get(type(config.model), Lent(held_out, closing)), trace)
+        code = train(config, lent_to(config), trace)
     if code:
         raise SystemExit(code)
+
+
+def lent_to(config: TrainConfig) -> Lent:
+    """What the loop is lent: how this kind of model is scored, and what its end shows."""
+    if isinstance(config.model, Wav2Vec2):
+        objective = config.filled_stages()[-1].objective
+        return Lent(functools.partial(speech_scores, objective), transcripts)
+    return LENT.get(type(config.model), Lent(held_out, closing))
 
 
 def dry_run(config: TrainConfig) -> str:

@@ -10,11 +10,13 @@ from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model, Network
 from deepseek_jax.models.fusion import FusedNetwork, token_counts
 from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.models.vision_language import VisionLanguageModel
+from deepseek_jax.ops.convolution import num_windows
 from deepseek_jax.ops.sparse import room
 
 
@@ -33,9 +35,12 @@ def _visited(config: ModelConfig, path: str, size: int) -> int:
 
 
 def row_tokens(model: Network, sequence_length: int) -> int:
-    """Tokens of one training row: of a pair, the image's patches too; of several modalities all."""
+    """Tokens of one training row: of a pair, the image's patches too; of a wave, its frames; of
+    several modalities, all of theirs."""
     if isinstance(model, FusedNetwork):
         return sum(token_counts(model.config, sequence_length).values())
+    if isinstance(model.config, Wav2Vec2):
+        return model.config.num_frames(sequence_length)
     if isinstance(model, Towers):
         height, width = model.config.image.grid
         return height * width + sequence_length
@@ -55,6 +60,8 @@ def train_flops_per_token(model: Network, sequence_length: int, views: int = 0) 
     if isinstance(model, VisionLanguageModel):
         seen = views * _view_flops(model) / sequence_length
         return _decoder_flops(model.language, sequence_length) + seen
+    if isinstance(model.config, Wav2Vec2):
+        return _wave_flops(model, sequence_length) / row_tokens(model, sequence_length)
     return _decoder_flops(model, sequence_length)
 
 
@@ -108,6 +115,20 @@ def _fused_flops(model: FusedNetwork, length: int) -> float:
     for name, part in parts.items():
         if transformer := getattr(part, "transformer", None):
             work += 2 * transformer.num_layers * transformer.embed_dim * counts[name] ** 2
+    return 6.0 * work
+
+
+def _wave_flops(model: Network, samples: int) -> float:
+    """Of one wave: every convolution at its own rate, the rest at that of the frames."""
+    c, places = model.config, {}
+    for i, (_, size, stride) in enumerate(c.convolutions):
+        samples = num_windows(samples, size, stride)
+        places[f"convolution_{i}"] = samples
+    work = 2 * c.num_layers * c.transformer.embed_dim * samples**2
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for path, leaf in tree.flatten(model.shapes).items():
+        if specs[path].reduced:
+            work += leaf.size * places.get(path.split("/")[0], samples)
     return 6.0 * work
 
 

@@ -45,6 +45,7 @@ from deepseek_jax.training import invariants, slices
 from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
+from deepseek_jax.training.speech import speech_warning
 from deepseek_jax.training.stages import (
     AnyDataset,
     asked_gate,
@@ -333,7 +334,7 @@ class _Run:
             if load:
                 self.log.expert_load(step, jax.device_get(load))
             self.progress.step(step, values)
-            if warning := collapse(step, values):
+            for warning in filter(None, (collapse(step, values), speech_warning(step, values))):
                 self.progress.say(f"step {step}: {warning}")
             times, named = self.peers.straggler(pace, self.config.faults.straggler_factor)
             if times:

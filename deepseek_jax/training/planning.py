@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.counts import num_params, row_tokens, train_flops_per_token
 from deepseek_jax.models.fusion import Fused
@@ -209,6 +210,13 @@ def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> d
         shapes = _language_batch(rows, length, 1)
         image = (rows, views, *vision.image_size, vision.num_channels)
         shapes |= {"images": (image, jnp.uint8), "sources": ((rows, length), jnp.int32)}
+    elif isinstance(config.model, Wav2Vec2):
+        shapes = {
+            "wave": ((rows, length), jnp.float32),
+            "labels": ((rows, config.filled_stages()[0].data.max_characters), jnp.int32),
+            "counts": ((rows,), jnp.int32),
+            "rows": ((rows,), jnp.int32),
+        }
     else:
         shapes = _language_batch(rows, length, 1 + config.model.num_mtp_layers)
     sharding = batch_sharding(mesh)

@@ -17,6 +17,9 @@ from deepseek_jax.data.audiovisual import AudioVisual
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.seeing import Seeing
+from deepseek_jax.data.utterances import Utterances
+from deepseek_jax.models.audio import Wav2Vec2
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
@@ -27,14 +30,17 @@ from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
+from deepseek_jax.training.speech import Transcription, Wav2Vec, check_speech
 
 Optimizer: TypeAlias = AdamW | Muon
-Objective: TypeAlias = Language | Contrastive | Classification
-AnyData: TypeAlias = Data | Pairs | Seeing | AudioVisual
-NEEDS: dict[type, tuple[type, type]] = {  # of which data and objective a model learns
+Objective: TypeAlias = Language | Contrastive | Classification | Transcription | Wav2Vec
+AnyData: TypeAlias = Data | Pairs | Seeing | AudioVisual | Utterances
+SUITS = {  # by the kind of a model: the data, then the objectives that train it
+    Decoder: (Data, Language),
     TwoTower: (Pairs, Contrastive),
     VisionLanguage: (Seeing, Language),
     Fused: (AudioVisual, Classification),
+    Wav2Vec2: (Utterances, Transcription, Wav2Vec),
 }
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 HOW = ("remat", "unroll", "scan", "moe/exchange/")
@@ -156,8 +162,7 @@ class TrainConfig:
     batch_size: int
     """Sequences (pairs, conversations) a step, over all devices and accumulation steps."""
     sequence_length: int
-    """Tokens of a row: of a caption, where the model has two towers; samples of a sound, where it
-    classifies."""
+    """Tokens of a row: of a caption, where the model has two towers; samples, where it hears."""
     optimizer: Optimizer = AdamW()
     objective: Objective = Language()
     accumulation_steps: int = 1
@@ -217,7 +222,7 @@ class TrainConfig:
         for index, stage in enumerate(filled):
             _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
         kind = type(self.model)
-        if kind in NEEDS and (self.mesh.stage > 1 or self.mesh.by_slice):
+        if kind is not Decoder and (self.mesh.stage > 1 or self.mesh.by_slice):
             raise ValueError(
                 f"a model of kind {kind.__name__} has no pipeline and no int4 gradients: leave "
                 "mesh.stage at 1 and mesh.slice_gradients at float32."
@@ -248,12 +253,13 @@ class TrainConfig:
 
 def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
-    needs = NEEDS.get(type(model), (Data, Language))
-    for name, value, kind in zip(
-        ("data", "objective"), (stage.data, stage.objective), needs, strict=True
+    data, *objectives = SUITS[type(model)]
+    for name, value, kinds in (
+        ("data", stage.data, (data,)),
+        ("objective", stage.objective, tuple(objectives)),
     ):
-        if not isinstance(value, kind):
-            found, needed = type(value).__name__, kind.__name__
+        if not isinstance(value, kinds):
+            found, needed = type(value).__name__, " or ".join(kind.__name__ for kind in kinds)
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
     if isinstance(model, VisionLanguage):
@@ -286,6 +292,8 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
                 f"{where}sequence_length ({stage.sequence_length}) is more than "
                 f"model.text.max_length ({model.text.max_length})."
             )
+    if isinstance(model, Wav2Vec2):
+        check_speech(model, stage.data, stage.objective, stage.sequence_length, where)
     if stage.steps < 1:
         raise ValueError(f"{where}steps is {stage.steps}; there must be at least 1.")
     if stage.sequence_length < 2:

@@ -23,6 +23,7 @@ from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
 from deepseek_jax.data.loader import Data, Dataset, open_data
 from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
 from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
+from deepseek_jax.data.utterances import UtteranceDataset, Utterances, open_utterances
 from deepseek_jax.models.build import Network
 from deepseek_jax.training.classification import Classification, make_classification
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
@@ -31,10 +32,11 @@ from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
+from deepseek_jax.training.speech import Transcription, Wav2Vec, make_speech
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
 
-AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset | DigitDataset
+AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset | DigitDataset | UtteranceDataset
 
 
 def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -136,11 +138,13 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
     model: Any = config.model
     if isinstance(stage.data, AudioVisual):
         return open_digits(stage.data, **given)
-    dataset: Dataset | PairDataset | SeeingDataset
+    dataset: Dataset | PairDataset | SeeingDataset | UtteranceDataset
     if isinstance(stage.data, Data):
         dataset = open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
     elif isinstance(stage.data, Pairs):
         dataset = open_pairs(stage.data, **given)
+    elif isinstance(stage.data, Utterances):
+        dataset = open_utterances(stage.data, **given)
     else:
         dataset = open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
     found, room = dataset.tokenizer.vocab_size, model.vocab_size
@@ -194,6 +198,9 @@ def stage_step(
 
     def run_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if isinstance(stage.objective, Wav2Vec):  # its temperature falls
+            steps = jnp.broadcast_to(state.step - first, batch["rows"].shape)
+            batch = batch | {"steps": steps}
         return train_step(on_device(state), batch, key)
 
     return run_step
@@ -205,6 +212,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
     elif isinstance(stage.objective, Classification):
         found = make_classification(stage.objective, model, stage.data.normalization)
+    elif isinstance(stage.objective, Transcription | Wav2Vec):
+        found = make_speech(stage.objective, model)
     else:
         preset = stage.data.normalization if isinstance(stage.data, Seeing) else "half"
         found = make_language(stage.objective, model, preset)

@@ -14,6 +14,7 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.encoder import build_encoder
@@ -21,6 +22,7 @@ from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
+from deepseek_jax.parallel.sharding import tree_shardings
 from deepseek_jax.training.optimizer import is_indexer
 from deepseek_jax.training.recipe import InitPart, TrainConfig
 
@@ -28,34 +30,49 @@ from deepseek_jax.training.recipe import InitPart, TrainConfig
 def given_params(config: TrainConfig, whole: Network, abstract: Any) -> tuple[Any, str]:
     """The parameters of `init_from`, shaped and placed as `abstract`, and what to say of them.
 
-    Indexers that it has not start anew. InputError where it is of another model.
+    Indexers that it has not, and another head of a wav2vec 2.0, start anew. InputError where it is
+    of another model.
     """
-    model, added, note = whole, {}, ""
+    model, note = whole, ""
     folder, source, theirs = _opened(config.init_from)
     if type(theirs) is not type(config.model):
         found, wanted = type(theirs).__name__, type(config.model).__name__
         raise InputError(f"{config.init_from} holds a {found}, and this run trains a {wanted}")
     indexer = getattr(getattr(config.model, "attention", None), "indexer", None)
+    there, anew = abstract, set[str]()
     if indexer and getattr(theirs.attention, "indexer", indexer) is None:
         # As V3.2 grew out of V3.1.
         attention = dataclasses.replace(config.model.attention, indexer=None)
         bare = dataclasses.replace(config.model, attention=attention)
         model, note = build_network(bare, config.precision), ", its new indexers made anew"
         leaves = tree.flatten(abstract)
-        places = {path: leaf.sharding for path, leaf in leaves.items() if is_indexer(path)}
-
-        def make() -> dict[str, Any]:
-            fresh = tree.flatten(whole.init(jax.random.key(config.seed)))
-            return {path: fresh[path] for path in places}  # nothing else is computed
-
-        added = jax.jit(make, out_shardings=places)()
-        abstract = unflatten_dict({p: x for p, x in leaves.items() if p not in added}, sep="/")
+        anew = {path for path in leaves if is_indexer(path)}
+        there = unflatten_dict({p: x for p, x in leaves.items() if p not in anew}, sep="/")
+    elif isinstance(theirs, Wav2Vec2) and theirs.head != config.model.head:
+        # As wav2vec 2.0 learns to write after it was pretrained.
+        given = dataclasses.replace(config.model, head=theirs.head, mask_vector=theirs.mask_vector)
+        model, note = build_network(given, config.precision), ", its new head made anew"
+        mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+        places = tree_shardings(mesh, model.specs, model.shapes)
+        there = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes, places
+        )
+        anew = tree.flatten(abstract).keys() - tree.flatten(there).keys()
     if folder:
-        params = huggingface.load_any(folder, model, abstract)
+        params = huggingface.load_any(folder, model, there)
     else:
-        params = load_params(source, abstract, whole.layers)
+        params = load_params(source, there, model.layers)
+    leaves = tree.flatten(abstract)
+    places = {path: leaves[path].sharding for path in sorted(anew)}
+
+    def make() -> dict[str, Any]:
+        fresh = tree.flatten(whole.init(jax.random.key(config.seed)))
+        return {path: fresh[path] for path in places}  # nothing else is computed
+
+    added = jax.jit(make, out_shardings=places)() if anew else {}
+    kept = {path: leaf for path, leaf in tree.flatten(params).items() if path in leaves}
     said = f"starting from the parameters of {config.init_from}{note}"
-    return unflatten_dict(tree.flatten(params) | added, sep="/"), said
+    return unflatten_dict(kept | added, sep="/"), said
 
 
 def _opened(given: str) -> tuple[huggingface.Folder | None, Any, Any]:
