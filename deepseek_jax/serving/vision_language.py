@@ -31,9 +31,9 @@ from deepseek_jax.data.vision import (
     normalized,
     prepared,
 )
+from deepseek_jax.models.projectors import DownsampleProjector
 from deepseek_jax.models.vision_language import (
     TEXT,
-    DownsampleProjector,
     VisionLanguage,
     VisionLanguageModel,
     build_vision_language,
