@@ -6,10 +6,12 @@ import itertools
 import tyro
 
 from deepseek_jax.core.errors import InputError, run_command
-from deepseek_jax.data.vision import read_image
 from deepseek_jax.serving.language import LanguageModel, Settings, check_texts
 from deepseek_jax.serving.language import load as load_language
+from deepseek_jax.serving.media import FRAMES
 from deepseek_jax.serving.vision_language import SeeingModel, is_seeing, load_seeing
+
+MEDIA = {"image": "images", "audio": "audio", "video": "video"}  # flags, and arguments of generate
 
 Texts = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --prompt a b --prompt c
 
@@ -25,6 +27,12 @@ class Arguments(Settings):
     image: Texts = ()
     """Files of pictures for the prompts' image tokens (as <image>), in order; a prompt without any
     gets its pictures before it."""
+    audio: Texts = ()
+    """Files of sounds, in the same way."""
+    video: Texts = ()
+    """Files of films, in the same way."""
+    num_frames: int = FRAMES
+    """Frames that are taken of each film."""
     stop: Texts = ()
     """Texts before which a completion ends."""
     chat: bool = False
@@ -41,32 +49,38 @@ def main(argv: list[str]) -> None:
     checkpoint = arguments.pop("checkpoint")
     prompts, stop = (list(itertools.chain(*arguments.pop(name))) for name in ("prompt", "stop"))
     chat, system, thinking = (arguments.pop(name) for name in ("chat", "system", "thinking"))
-    files = arguments.pop("image")
+    media = {kind: files for kind in MEDIA if (files := arguments.pop(kind))}
+    num_frames = arguments.pop("num_frames")
     check_texts(prompts, stop)
     if len(prompts) == 1:
-        files = (tuple(itertools.chain(*files)),) if files else ()
-    if files and (chat or len(files) != len(prompts)):
-        raise InputError("give each prompt its own --image, and no --chat")
+        media = {kind: (tuple(itertools.chain(*files)),) for kind, files in media.items()}
+    for kind, files in media.items():
+        if len(files) != len(prompts):
+            raise InputError(f"give each prompt its own --{kind}")
     if (system or thinking) and not chat:
         raise InputError("--system and --thinking are for chats: add --chat")
     model: LanguageModel = (load_seeing if is_seeing(checkpoint) else load_language)(checkpoint)
-    if files:
-        if not isinstance(model, SeeingModel):
-            raise InputError(f"{checkpoint}: this model sees no pictures: leave out --image")
-        arguments["images"] = [[read_image(file) for file in own] for own in files]
+    for kind in media:
+        if not isinstance(model, SeeingModel) or (kind == "audio" and not model.config.audio):
+            raise InputError(f"{checkpoint}: this model takes no {kind}: leave out --{kind}")
+    if media:
+        arguments["num_frames"] = num_frames
 
     def show(new: str) -> None:
         print(new, end="", flush=True)
 
     if chat:
         before = [{"role": "system", "content": system}] if system else []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             if len(prompts) > 1:
                 print(f"--- {prompt!r}")
-            messages = [*before, {"role": "user", "content": prompt}]
+            shown = [{"type": k, "path": x} for k, files in media.items() for x in files[number]]
+            content = [*shown, {"type": "text", "text": prompt}] if shown else prompt
+            messages = [*before, {"role": "user", "content": content}]
             model.chat(messages, thinking=thinking, stop=stop, stream=show, **arguments)
             print()
         return
+    arguments |= {MEDIA[kind]: [list(own) for own in files] for kind, files in media.items()}
     if len(prompts) == 1:
         model.generate(prompts, stop=stop, stream=lambda _, new: show(new), **arguments)
         print()

@@ -18,7 +18,8 @@ from deepseek_jax.checkpoint.joined import (
 )
 from deepseek_jax.checkpoint.tables import Family, only
 from deepseek_jax.models.decoder import Decoder
-from deepseek_jax.models.vision_language import MLPProjector, VisionLanguage
+from deepseek_jax.models.projectors import MLPProjector
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
 
 LLAMA = {  # transformers' defaults, which a text_config may leave out

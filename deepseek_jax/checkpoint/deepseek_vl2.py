@@ -17,7 +17,8 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.layers.mla import MLA
 from deepseek_jax.models.decoder import Decoder
-from deepseek_jax.models.vision_language import DownsampleProjector, VisionLanguage
+from deepseek_jax.models.projectors import DownsampleProjector
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.ops.routing import Sigmoid
 

@@ -20,7 +20,8 @@ from deepseek_jax.checkpoint.joined import (
 from deepseek_jax.checkpoint.tables import Family, only
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.layers.encoder import Transformer
-from deepseek_jax.models.vision_language import MLPProjector, VisionLanguage
+from deepseek_jax.models.projectors import MLPProjector
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
 
 TOWERS = {  # encoders that a config.json names: patch, width, layers, heads, inner width

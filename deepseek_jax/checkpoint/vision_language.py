@@ -19,7 +19,9 @@ from deepseek_jax.checkpoint.names import Leaf
 from deepseek_jax.checkpoint.safetensors import WHOLE, Entry, Source, Tensor, write_shard
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.models.projectors import Resampler
 from deepseek_jax.models.vision_language import VisionLanguage, VisionLanguageModel
+from deepseek_jax.models.vit import ViT
 
 LANGUAGE = "language/"  # before the decoder's weights here
 FAMILIES: dict[str, Joined] = {
@@ -39,6 +41,12 @@ def kind_of(original: Mapping[str, Any], config: VisionLanguage) -> str:
 
     Raises InputError when none can.
     """
+    if (
+        config.audio
+        or not isinstance(config.vision, ViT)
+        or isinstance(config.projector, Resampler)
+    ):
+        raise InputError("no folder of Hugging Face has an ear, a NaFlex or a Resampler as here")
     if joined_of(original):
         return original["model_type"]
     faults = []

@@ -8,6 +8,7 @@ what data/containers has looked at, and stops where the limit is passed. libsoxr
 
 import io
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data.augment import generator
 from deepseek_jax.data.containers import container_of
-from deepseek_jax.data.sources import one_line
+from deepseek_jax.data.shards import MAX_MEDIUM
+from deepseek_jax.data.sources import one_line, reported
 
 RATES = 1_000, 192_000  # samples a second that a file may have
 MAX_CHANNELS = 8
@@ -45,6 +47,43 @@ def decoded_wave(data: bytes, name: str, rate: int, max_seconds: float = 600.0) 
             raise InputError(f"too short to be heard at {rate} samples a second")
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
+    return wave
+
+
+def read_wave(path: str | pathlib.Path, rate: int, max_seconds: float = 600.0) -> np.ndarray:
+    """`decoded_wave` of a file; InputError where it cannot be read."""
+    with reported(str(path)), open(path, "rb") as stream:
+        data = stream.read(MAX_MEDIUM + 1)
+    if len(data) > MAX_MEDIUM:
+        raise InputError(f"{path}: more than 1 GiB")
+    return decoded_wave(data, str(path), rate, max_seconds)
+
+
+def wave_of_samples(samples: Any, native: int, rate: int, name: str) -> np.ndarray:
+    """Samples of `native` a second as a wave, float32 [T], at `rate`: what `decoded_wave` gives.
+
+    [T], [channels, T] or [T, channels]: the shorter side are the channels, whose mean is taken.
+    Whole numbers are divided by their type's full scale. InputError, which begins with `name`.
+    """
+    samples = np.asarray(samples)
+    if samples.dtype.kind not in "fi":
+        raise InputError(f"{name}: samples are floats or signed integers, not {samples.dtype}")
+    channels = min(samples.shape) if samples.ndim == 2 else 1
+    if samples.ndim not in (1, 2) or not samples.size:
+        raise InputError(f"{name}: a sound of shape {samples.shape}; give samples [T], not none")
+    try:
+        _check_form(native, channels)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    full = 1.0 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)
+    wave = samples.astype(np.float64)
+    if wave.ndim == 2:
+        wave = wave.mean(int(wave.shape[0] != channels))
+    wave = (wave / full).astype(np.float32)
+    if not np.isfinite(wave).all():
+        raise InputError(f"{name}: a sample is infinite or not a number")
+    if not len(wave := resampled(wave, native, rate)):
+        raise InputError(f"{name}: too short to be heard at {rate} samples a second")
     return wave
 
 

@@ -13,6 +13,30 @@ from deepseek_jax.ops.attention import full_attention
 Pooling: TypeAlias = Literal["none", "class", "mean", "attention", "tanh"]
 
 
+def cross_attention(
+    queries: Float[Array, "B U E"],
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"] | None,
+    num_heads: int,
+    dtypes: Dtypes,
+) -> Float[Array, "B U E"]:
+    """What queries find in the real tokens of x, called within a module: its weights lie there.
+
+    torch.nn.MultiheadAttention(E, num_heads, kdim=D, vdim=D), with biases.
+    """
+    width = queries.shape[-1]
+    h, axes = width // num_heads, ("embed", "heads", "head")
+    q, k, v = (
+        Projection(
+            "btd,dnh->btnh", (y.shape[-1], num_heads, h), axes, dtypes, True, name=name
+        )(y)
+        for name, y in (("q", queries), ("k", x), ("v", x))
+    )  # fmt: skip
+    y = full_attention(q, k, v, mask, scale=h**-0.5)
+    shape, axes = (num_heads, h, width), ("heads", "head", "embed")
+    return Projection("btnh,nhd->btd", shape, axes, dtypes, True, name="o")(y)
+
+
 class AttentionPool(nn.Module):
     """A learned query attends to all real tokens; its answer passes a feed-forward part.
 
@@ -28,19 +52,9 @@ class AttentionPool(nn.Module):
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B D"]:
         c, kept = self.config, self.dtypes
-        n, h = c.num_heads, c.embed_dim // c.num_heads
         probe = learned(self, "probe", (c.embed_dim,)).astype(x.dtype)
         probe = jnp.broadcast_to(probe[None, None], (x.shape[0], 1, c.embed_dim))
-        q, k, v = (
-            Projection(
-                "btd,dnh->btnh", (c.embed_dim, n, h), ("embed", "heads", "head"), kept, True,
-                name=name,
-            )(y)
-            for name, y in (("q", probe), ("k", x), ("v", x))
-        )  # fmt: skip
-        y = full_attention(q, k, v, mask, scale=h**-0.5)
-        shape, axes = (n, h, c.embed_dim), ("heads", "head", "embed")
-        y = Projection("btnh,nhd->btd", shape, axes, kept, True, name="o")(y)
+        y = cross_attention(probe, x, mask, c.num_heads, kept)
         normal = LayerNorm(kept, eps=c.norm_eps, name="norm")(y)
         y = y + MLP(c.embed_dim, c.mlp_dim, c.activation, kept, name="mlp")(normal)
         return y[:, 0]

@@ -1,15 +1,17 @@
-"""Vision-language decoders: what an image encoder sees stands among the tokens of a row.
+"""Vision-language decoders: what encoders see and hear stands among the tokens of a row.
 
 An encoder's features pass a projector and replace the embeddings of the tokens that stand for an
-image; the decoder is as it is for text. DeepSeek-VL (arXiv 2403.05525) and Janus's understanding
-(2410.13848) take a plain MLP; DeepSeek-VL2 (2412.10302) joins 2 x 2 features and lays tiles out as
-lines with newlines. Images are Float[Array, "B M H W C"]: M views a row, of which a row need not
-use all. Left out: multi-token prediction, whose layers would have to see images too.
+image or a sound; the decoder is as it is for text. DeepSeek-VL (arXiv 2403.05525) and Janus's
+understanding (2410.13848) take a plain MLP; DeepSeek-VL2 (2412.10302) joins 2 x 2 features and lays
+tiles out as lines with newlines. Images are Float[Array, "B M H W C"]: M views a row, of which a
+row need not use all; a NaFlex's are patches, "B M T X". A video is its frames, a view each. Sounds
+are waves, "B A S". Left out: multi-token prediction, whose layers would have to see images too.
 """
 
 import dataclasses
 import math
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,8 +22,8 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.tiles import TEXT, Sight, tile_side
 from deepseek_jax.layers.block import Remat
-from deepseek_jax.layers.encoder import ACTIVATIONS, Activation, learned
-from deepseek_jax.layers.linear import Dtypes, Projection
+from deepseek_jax.layers.encoder import learned
+from deepseek_jax.layers.linear import Dtypes
 from deepseek_jax.layers.moe import MoE
 from deepseek_jax.models.build import (
     Model,
@@ -32,105 +34,121 @@ from deepseek_jax.models.build import (
     without_capacity,
 )
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, sees_all
+from deepseek_jax.models.ear import Ear, Hearing
+from deepseek_jax.models.naflex import NaFlex, NaFlexTransformer
+from deepseek_jax.models.projectors import (
+    Aligner,
+    DownsampleProjector,
+    MLPProjector,
+    Projector,
+    Resampler,
+)
 from deepseek_jax.models.vit import VisionTransformer, ViT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MLPProjector:
-    """Each feature on its own: linear layers to the decoder's width, activations between."""
-
-    depth: int = 2
-    activation: Activation = "gelu"
-
-    def __post_init__(self):
-        if self.depth < 1:
-            raise ValueError(f"projector.depth is {self.depth}; it must be at least 1.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DownsampleProjector:
-    """Squares of `factor` x `factor` features joined, then an MLP: DeepSeek-VL2.
-
-    Sides are filled up with zeros. An image's tokens are lines with a learned newline after each:
-    the whole image, a learned separator, the tiles (`data.tiles.token_layout`).
-    """
-
-    factor: int = 2
-    depth: int = 2
-    ratio: int = 1
-    """Width between the layers, in the decoder's."""
-    activation: Activation = "gelu"
-
-    def __post_init__(self):
-        if self.factor < 1 or self.depth < 2 or self.ratio < 1:
-            raise ValueError(
-                f"projector.factor ({self.factor}) and ratio ({self.ratio}) must be at least 1, "
-                f"depth ({self.depth}) at least 2."
-            )
-
-
-Projector: TypeAlias = MLPProjector | DownsampleProjector
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionLanguage:
-    """A decoder that sees images."""
+    """A decoder that sees images and, with `audio`, hears."""
 
     language: Decoder
-    vision: ViT
+    vision: ViT | NaFlex
     projector: Projector = MLPProjector()
+    audio: Ear | None = None
+    max_patches: int = 256
+    """Patches that a NaFlex's view has room for."""
     image_id: int | None = None
     """The token that stands, as often as needed, for an image; None: the tokenizer knows it."""
     whole_images: bool = False
-    """Tokens of one image see each other both ways (images that touch count as one); all else stays
-    causal, as everything does in the published models."""
+    """Tokens of one image (or sound) see each other both ways (what touches counts as one); all
+    else stays causal, as everything does in the published models."""
     init_scale: float = 0.02
 
     def __post_init__(self):
         if self.language.num_mtp_layers:
             raise ValueError("language.num_mtp_layers must be 0: those layers do not see images.")
-        if self.image_id is not None and not 0 <= self.image_id < self.vocab_size:
-            raise ValueError(
-                f"image_id is {self.image_id}; it must lie in the vocabulary of {self.vocab_size}."
-            )
+        ids = {"image_id": self.image_id, "audio.audio_id": self.audio and self.audio.audio_id}
+        for name, number in ids.items():
+            if number is not None and not 0 <= number < self.vocab_size:
+                raise ValueError(
+                    f"{name} is {number}; it must lie in the vocabulary of {self.vocab_size}."
+                )
+        if self.image_id is not None and self.image_id == ids["audio.audio_id"]:
+            raise ValueError(f"image_id and audio.audio_id are both {self.image_id}.")
         attention = self.language.attention
         if self.whole_images and (not sees_all(attention) or getattr(attention, "window", None)):
             raise ValueError("whole_images needs a language.attention that leaves out nothing.")
-        if isinstance(self.projector, DownsampleProjector) and self.grid[0] != self.grid[1]:
-            raise ValueError(
-                f"vision's grid is {self.grid}; a DownsampleProjector takes square views."
-            )
+        if isinstance(self.projector, DownsampleProjector):
+            grid = self.grid
+            if grid is None or grid[0] != grid[1]:
+                shape = "NaFlex's, of any shape" if grid is None else grid
+                raise ValueError(
+                    f"vision's grid is {shape}; a DownsampleProjector takes square views."
+                )
+        if self.max_patches < 1:
+            raise ValueError(f"max_patches is {self.max_patches}; it must be at least 1.")
+        widths = [(self.projector, self.language.embed_dim)]
+        widths += [(self.audio.projector, self.language.embed_dim)] if self.audio else []
+        for projector, width in widths:
+            if isinstance(projector, Resampler) and width % projector.num_heads:
+                raise ValueError(
+                    f"language.embed_dim ({width}) must be a multiple of the Resampler's num_heads "
+                    f"({projector.num_heads})."
+                )
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of a view's features."""
-        return self.vision.grid
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of a view's features; None: each image has its own."""
+        return self.vision.grid if isinstance(self.vision, ViT) else None
 
     @property
     def view_tokens(self) -> int:
-        """Tokens of one view, newlines left out."""
-        if isinstance(self.projector, MLPProjector):
-            return math.prod(self.grid)
-        return self.side**2
+        """Tokens that a view has room for, newlines left out."""
+        if isinstance(self.projector, Resampler):
+            return self.projector.num_tokens
+        if isinstance(self.projector, DownsampleProjector):
+            return self.side**2
+        return math.prod(self.grid or (self.max_patches,))
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """Of one view in `images`: height, width, channels, or a NaFlex's patches, their values."""
+        if isinstance(self.vision, NaFlex):
+            return self.max_patches, self.vision.patch_dim
+        return *self.vision.image_size, self.vision.num_channels
 
     @property
     def side(self) -> int:
         """Tokens along a joined view's side."""
-        assert isinstance(self.projector, DownsampleProjector)
+        assert isinstance(self.projector, DownsampleProjector) and isinstance(self.vision, ViT)
         return tile_side(self.vision.image_size[0], self.vision.patch_size, self.projector.factor)
 
     @property
     def sight(self) -> Sight:
-        """How images are taken in."""
+        """How images are taken in. ValueError where they have no one size (NaFlex)."""
+        if not isinstance(self.vision, ViT):
+            raise ValueError("a NaFlex's images have no one size.")
         side = self.side if isinstance(self.projector, DownsampleProjector) else None
         return Sight(self.vision.image_size[0], self.view_tokens, side)
 
     def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
         """`sources` of one image's tokens, its views numbered from 0.
 
-        With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view.
+        With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view,
+        of a NaFlex with `grid` patches. A video's frame is an image; of tiles it has (0, 0).
         """
+        if isinstance(self.vision, NaFlex):
+            known = not isinstance(self.projector, MLPProjector)
+            return np.arange(self.view_tokens if known else math.prod(grid), dtype=np.int32)
         return self.sight.layout(grid)
+
+    def laid_out(self, grids: Sequence[tuple[int, int]]) -> np.ndarray:
+        """`sources` of the tokens of images one after another: also of a video's frames."""
+        found, views = [np.empty(0, np.int32)], 0
+        for grid in grids:
+            one = self.layout(grid)
+            found.append(np.where(one >= 0, one + views * self.view_tokens, one))
+            views += self.num_views(grid)
+        return np.concatenate(found)
 
     def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
         """Views of one image."""
@@ -138,8 +156,9 @@ class VisionLanguage:
 
     @property
     def num_layers(self) -> int:
-        """Of both parts."""
-        return self.vision.transformer.num_layers + self.language.num_layers
+        """Of all parts."""
+        heard = self.audio.encoder.transformer.num_layers if self.audio else 0
+        return self.vision.transformer.num_layers + heard + self.language.num_layers
 
     @property
     def moe(self) -> MoE | None:
@@ -157,43 +176,6 @@ class VisionLanguage:
         return self.language.vocab_size
 
 
-def joined(x: Float[Array, "B T D"], grid: tuple[int, int], factor: int) -> Float[Array, "B U E"]:
-    """Squares of features as one vector each, in reading order.
-
-    Sides are filled with zeros, below and right. A vector runs over channels, then rows and columns
-    of its square (torch's unfold).
-    """
-    (rows, columns), width = grid, x.shape[-1]
-    x = x.reshape(-1, rows, columns, width)
-    x = jnp.pad(x, ((0, 0), (0, -rows % factor), (0, -columns % factor), (0, 0)))
-    high, wide = x.shape[1] // factor, x.shape[2] // factor
-    x = x.reshape(-1, high, factor, wide, factor, width).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(-1, high * wide, width * factor**2)
-
-
-class Aligner(nn.Module):
-    """A projector as a module: a view's features [B, T, D] as tokens of the decoder."""
-
-    config: Projector
-    grid: tuple[int, int]
-    embed_dim: int
-    dtypes: Dtypes
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B U E"]:
-        c, inner = self.config, self.embed_dim
-        if isinstance(c, DownsampleProjector):
-            x, inner = joined(x, self.grid, c.factor), self.embed_dim * c.ratio
-        for number in range(1, c.depth + 1):
-            last = number == c.depth
-            shape = (x.shape[-1], self.embed_dim if last else inner)
-            axes = ("mlp", "embed") if last and number > 1 else ("embed", "mlp")
-            name = f"linear_{number}"
-            x = Projection("btd,de->bte", shape, axes, self.dtypes, bias=True, name=name)(x)
-            x = x if last else ACTIVATIONS[c.activation](x)
-        return x
-
-
 def image_ends(sources: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
     """Where in the row the last token of each token's image stands; of text its own place."""
     length = sources.shape[1]
@@ -207,7 +189,7 @@ def image_ends(sources: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -
 
 
 class VisionLanguageDecoder(nn.Module):
-    """Encoder, projector and decoder as a module."""
+    """Encoders, projectors and decoder as a module."""
 
     config: VisionLanguage
     dtypes: Dtypes
@@ -215,27 +197,54 @@ class VisionLanguageDecoder(nn.Module):
     def setup(self):
         c, width = self.config, self.config.language.embed_dim
         self.language = LanguageDecoder(c.language, self.dtypes)
-        self.vision = VisionTransformer(c.vision, self.dtypes)
+        kind = NaFlexTransformer if isinstance(c.vision, NaFlex) else VisionTransformer
+        self.vision = kind(c.vision, self.dtypes)
         self.projector = Aligner(c.projector, c.grid, width, self.dtypes)
+        if c.audio:
+            self.audio = Hearing(c.audio, width, self.dtypes)
         if isinstance(c.projector, DownsampleProjector):
             self.image_newline = learned(self, "image_newline", (width,))
             self.view_separator = learned(self, "view_separator", (width,))
 
-    def features(self, images: Float[Array, "B M H W C"]) -> Float[Array, "B F D"]:
-        """What tokens of a row may stand for: its views' tokens, one view after another.
+    def features(
+        self,
+        images: Float[Array, "B M ..."] | None = None,
+        shapes: Int[Array, "B M 2"] | None = None,
+        sounds: Float[Array, "B A S"] | None = None,
+    ) -> Float[Array, "B F D"]:
+        """What tokens of a row may stand for: its views' tokens, then its windows of sound's.
 
         Behind them, where the projector has them, the separator and the newline: `sources` finds
         these from the end.
         """
-        rows = images.shape[0]
-        seen = self.vision(images.reshape(-1, *images.shape[2:])).hidden
-        found = self.projector(seen[:, self.config.vision.leading :])
-        found = found.reshape(rows, -1, found.shape[-1])
-        if not isinstance(self.config.projector, DownsampleProjector):
-            return found
-        more = jnp.stack([self.view_separator, self.image_newline]).astype(found.dtype)
-        more = jnp.broadcast_to(more[None], (rows, *more.shape))
-        return jnp.concatenate([found, more], axis=1)
+        parts = [] if images is None else [self._seen(images, shapes)]
+        if sounds is not None:
+            if self.config.audio is None:
+                raise ValueError("this model takes no audio: its config has none")
+            parts.append(self.audio(sounds))
+        rows, dtype = len(parts[0]), parts[0].dtype
+        parts = [part.reshape(rows, -1, part.shape[-1]) for part in parts]
+        if isinstance(self.config.projector, DownsampleProjector):
+            more = jnp.stack([self.view_separator, self.image_newline]).astype(dtype)
+            parts.append(jnp.broadcast_to(more[None], (rows, *more.shape)))
+        return jnp.concatenate(parts, axis=1)
+
+    def _seen(self, images: Array, shapes: Array | None) -> Float[Array, "B M U D"]:
+        """Each view's tokens."""
+        c, lead = self.config, images.shape[:2]
+        if c.grid is None and images.shape[2:] != c.view_shape:
+            raise ValueError(f"a view is {images.shape[2:]}, and this model's {c.view_shape}")
+        if (shapes is None) == isinstance(c.vision, NaFlex):
+            raise ValueError("a NaFlex's images, and no others, come with shapes")
+        images, mask = images.reshape(-1, *images.shape[2:]), None
+        if shapes is None:
+            seen = self.vision(images).hidden[:, c.vision.leading :]
+        else:
+            shapes = jnp.maximum(shapes.reshape(-1, 2), 1)  # views that no row uses may have none
+            mask = jnp.arange(c.max_patches)[None] < shapes.prod(1)[:, None]
+            seen = self.vision(images, mask, shapes).hidden
+        found = self.projector(seen, mask)
+        return found.reshape(*lead, *found.shape[1:])
 
     def _mixed(self, tokens: Array, features: Array | None, sources: Array | None) -> Array:
         """Embeddings of a row: each from where `sources` says."""
@@ -243,7 +252,9 @@ class VisionLanguageDecoder(nn.Module):
         if features is None and sources is None:
             return x
         if features is None or sources is None:
-            raise ValueError("images (or features) and sources come together, or not at all")
+            raise ValueError(
+                "images, sounds (or features) and sources come together, or not at all"
+            )
         index = sources[..., None] % features.shape[1]
         found = jnp.take_along_axis(features.astype(x.dtype), index, axis=1)
         return jnp.where(sources[..., None] > TEXT, found, x)
@@ -251,12 +262,15 @@ class VisionLanguageDecoder(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        images: Float[Array, "B M H W C"] | None = None,
+        images: Float[Array, "B M ..."] | None = None,
         sources: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        shapes: Int[Array, "B M 2"] | None = None,
+        sounds: Float[Array, "B A S"] | None = None,
     ) -> Output:
-        features = None if images is None else self.features(images)
+        nothing = images is None and sounds is None
+        features = None if nothing else self.features(images, shapes, sounds)
         x = self._mixed(tokens, features, sources)
         reach = None
         if self.config.whole_images and sources is not None:
@@ -286,11 +300,13 @@ class VisionLanguageDecoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class VisionLanguageModel(Network):
-    """A decoder that sees images, as functions.
+    """A decoder that sees images and may hear sounds, as functions.
 
     `sources` says of each token of a row where its embedding comes from: a number of the row's
-    features (its views' tokens, `view_tokens` each, one view after another), NEWLINE, SEPARATOR,
-    or TEXT: the token itself. Views that no token of the row stands for change nothing.
+    features, NEWLINE, SEPARATOR, or TEXT: the token itself. Features are the tokens of its M views,
+    `view_tokens` each, one view after another, then those of its A windows of sound, from
+    M * view_tokens on, `audio.window_tokens` each. Views and windows that no token of the row
+    stands for change nothing. `shapes` are a NaFlex's views' rows and columns of patches.
     """
 
     config: VisionLanguage
@@ -303,15 +319,17 @@ class VisionLanguageModel(Network):
         params: Any,
         tokens: Int[Array, "B T"],
         *,
-        images: Float[Array, "B M H W C"] | None = None,
+        images: Float[Array, "B M ..."] | None = None,
+        shapes: Int[Array, "B M 2"] | None = None,
+        sounds: Float[Array, "B A S"] | None = None,
         sources: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         drop: bool = True,
     ) -> Output:
         """Final hidden states and reports, as of `Model.apply`."""
-        module = self.module if drop else self._dropless
-        return module.apply({"params": params}, tokens, images, sources, segments, positions)
+        module, where = self.module if drop else self._dropless, (segments, positions)
+        return module.apply({"params": params}, tokens, images, sources, *where, shapes, sounds)
 
     @property
     def _dropless(self) -> VisionLanguageDecoder:
@@ -321,9 +339,16 @@ class VisionLanguageModel(Network):
         config = dataclasses.replace(self.config, language=language)
         return VisionLanguageDecoder(config, self.dtypes)
 
-    def features(self, params: Any, images: Float[Array, "B M H W C"]) -> Float[Array, "B F D"]:
+    def features(
+        self,
+        params: Any,
+        images: Float[Array, "B M ..."] | None = None,
+        *,
+        shapes: Int[Array, "B M 2"] | None = None,
+        sounds: Float[Array, "B A S"] | None = None,
+    ) -> Float[Array, "B F D"]:
         """What tokens of each row may stand for, to be given to `decode`."""
-        return self.module.apply({"params": params}, images, method="features")
+        return self.module.apply({"params": params}, images, shapes, sounds, method="features")
 
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The output projection as it is stored."""
@@ -361,7 +386,10 @@ def build_vision_language(
     dtypes = dtypes_of(precision)
     module = VisionLanguageDecoder(config, dtypes)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    view = (1, 1, *config.vision.image_size, config.vision.num_channels)
-    images = jax.ShapeDtypeStruct(view, jnp.float32)
-    declared = declarations(module, tokens=tokens, images=images, sources=tokens)
+    given = {"images": jax.ShapeDtypeStruct((1, 1, *config.view_shape), jnp.float32)}
+    if isinstance(config.vision, NaFlex):
+        given["shapes"] = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+    if config.audio:
+        given["sounds"] = jax.ShapeDtypeStruct((1, 1, config.audio.window), jnp.float32)
+    declared = declarations(module, tokens=tokens, sources=tokens, **given)
     return VisionLanguageModel(config, dtypes, declared, module, build(config.language, precision))

@@ -12,6 +12,7 @@ import json
 import pathlib
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,24 +22,66 @@ from deepseek_jax.core.extras import require
 from deepseek_jax.data.sources import one_line, reported
 from deepseek_jax.serving import deepseek_v32
 
+PARTS = ("text", "image", "video", "audio")  # of a message whose content is a list
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TIME = 10.0  # seconds that a template may take
 LARGEST = 2**24  # product of two numbers, or characters of a repeated text, in a template
+
+NO_MARKS: Mapping[str, str] = types.MappingProxyType({})
 
 # From checked messages, tools or None, and further variables to a text.
 Renderer = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]], str]
 
 
-def renderer(directory: pathlib.Path) -> Renderer | None:
+def renderer(directory: pathlib.Path, marks: Mapping[str, str] = NO_MARKS) -> Renderer | None:
     """What writes conversations as the checkpoint wants them; None if it does not say how.
 
-    `directory` is a Hugging Face folder, or what `huggingface.keep` kept of one. InputError if its
-    files are damaged.
+    `directory` is a Hugging Face folder, or what `huggingface.keep` kept of one. `marks` stand in
+    texts for media, by kind. InputError if its files are damaged.
     """
     if templates := _templates(directory):
-        return functools.partial(_rendered, templates, huggingface.token_names(directory))
+        inner = functools.partial(_rendered, templates, huggingface.token_names(directory))
+        return functools.partial(_of_parts, inner, marks)
     kind = huggingface.read_optional(directory, "config.json").get("model_type")
-    return deepseek_v32.rendered if kind == "deepseek_v32" else None
+    if kind == "deepseek_v32":
+        return functools.partial(_of_parts, deepseek_v32.rendered, marks)
+    return None
+
+
+def _of_parts(
+    inner: Renderer,
+    marks: Mapping[str, str],
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, Any],
+) -> str:
+    """What `inner` writes of messages of which some are lists of parts.
+
+    Templates read texts, or such lists, or both; which, only trying tells. First the parts become
+    one text, with marks: who reads lists alone finds nothing in it, and gets the list.
+    """
+    lists = [m for m in messages if isinstance(m["content"], list)]
+    if not lists:
+        return inner(messages, tools, variables)
+    for kind in {part["type"] for m in lists for part in m["content"]} - {"text", *marks}:
+        raise InputError(f"this model takes no {kind}: its tokenizer has no mark for one")
+    flat = [m | {"content": _as_text(m["content"], marks)} for m in messages]
+    asked = [part for m in lists if m["role"] == "user" for part in m["content"]]
+    with contextlib.suppress(InputError):
+        text = inner(flat, tools, variables)
+        if all(_as_text([part], marks).strip() in text for part in asked):
+            return text
+    text = inner(messages, tools, variables)
+    if not all(part.get("text", "").strip() in text for part in asked):
+        raise InputError("the chat template leaves out what the user says; correct it")
+    return text
+
+
+def _as_text(content: Any, marks: Mapping[str, str]) -> Any:
+    """A message's content as one text; what is no list as it is."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part.get("text") or marks.get(part["type"], "") for part in content)
 
 
 def _templates(directory: pathlib.Path) -> dict[str, str]:
@@ -99,8 +142,20 @@ def _complaint(message: Any) -> str:
     ):
         return "its tool_calls must be a list of dicts"
     content = message.get("content")
+    if isinstance(content, list | tuple) and content:
+        return next(filter(None, map(_part_complaint, content)), "")
     if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
         return f"its content must be text, not {type(content).__name__}"
+    return ""
+
+
+def _part_complaint(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in PARTS:
+        what = f"is {kind!r}" if kind else "has no type"
+        return f"a part of its content {what}; it must be one of {', '.join(PARTS)}"
+    if kind == "text" and not isinstance(part.get("text"), str):
+        return 'a text of its content must be {"type": "text", "text": "..."}'
     return ""
 
 

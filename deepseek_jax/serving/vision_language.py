@@ -1,7 +1,8 @@
-"""A language model that sees, to use: score and complete rows in which images stand.
+"""A language model that sees and may hear, to use: rows in which images, videos, sounds stand.
 
 A row has as many of the image's tokens as an image takes (`VisionLanguage.layout`); a prompt has
-one an image, which is repeated here. Images are prepared as the published processors do.
+one an image, which is repeated here. A video's frames are images. Images are prepared as the
+published processors do.
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -19,38 +19,31 @@ from deepseek_jax.checkpoint import huggingface, manager, vision_language
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.target import leave_absent_tpus
-from deepseek_jax.data.seeing import image_token
-from deepseek_jax.data.tiles import TEXT, tiled
+from deepseek_jax.data.tiles import TEXT
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
-from deepseek_jax.data.vision import (
-    NORMALIZATIONS,
-    ImageTransform,
-    Normalization,
-    channels_first,
-    normalized,
-    prepared,
-)
+from deepseek_jax.data.vision import Normalization
+from deepseek_jax.models.ear import Ear
 from deepseek_jax.models.vision_language import (
-    DownsampleProjector,
     VisionLanguage,
     VisionLanguageModel,
     build_vision_language,
 )
-from deepseek_jax.serving import chat
-from deepseek_jax.serving.inputs import images_of
-from deepseek_jax.serving.language import LanguageModel, check_texts
-
-Grid = tuple[int, int]
-AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
+from deepseek_jax.serving import chat, media
+from deepseek_jax.serving.language import (
+    LanguageModel,
+    check_texts,
+    precision_of_folder,
+    precision_of_run,
+)
+from deepseek_jax.serving.media import Grid
 
 
 @dataclasses.dataclass(frozen=True)
 class SeeingModel(LanguageModel):
     """A vision-language model with its weights and its tokenizer.
 
-    All that a `LanguageModel` does it does with images among the tokens.
+    All that a `LanguageModel` does it does with images, videos and sounds among the tokens.
     """
 
     model: VisionLanguageModel
@@ -65,7 +58,31 @@ class SeeingModel(LanguageModel):
     @property
     def image_id(self) -> int:
         """The token that stands for images. InputError where nothing says which it is."""
-        return image_token(self.tokenizer, self.config.image_id)
+        return self._id("image", self.config.image_id)
+
+    @property
+    def ear(self) -> Ear:
+        """What hears. InputError where the model has no ear."""
+        if self.config.audio is None:
+            raise InputError(
+                "this model takes no audio: it has no ear (its config's audio is None)"
+            )
+        return self.config.audio
+
+    @property
+    def audio_id(self) -> int:
+        """The token that stands for sounds. InputError without one, or an ear."""
+        return self._id("audio", self.ear.audio_id)
+
+    def _id(self, kind: str, known: int | None = None) -> int:
+        if known is not None:
+            return known
+        mark = media.marks_of(self.tokenizer).get(kind)
+        if self.tokenizer is None or mark is None:
+            raise InputError(f"neither the config nor a tokenizer says which token is {kind}")
+        found = self.tokenizer.token_id(mark)
+        assert found is not None  # it has the mark
+        return found
 
     def logits(
         self,
@@ -74,17 +91,26 @@ class SeeingModel(LanguageModel):
         *,
         images: Any = None,
         grids: Sequence[Grid] | None = None,
+        audio: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Next-token logits, float32, of rows [T] or [B, T] and their images, in the rows' order.
+        """Next-token logits, float32, of rows [T] or [B, T] and their media, in the rows' order.
 
         `images` are views [N, C, H, W] as Hugging Face's processors make them. DeepSeek-VL2's are
-        each image's whole and its tiles, and `grids` each image's (tiles_w, tiles_h). Raises
-        InputError where a row's image tokens are not as many as its images take.
+        each image's whole and its tiles, and `grids` each image's (tiles_w, tiles_h); a NaFlex's
+        are patches [N, T, X], and `grids` (patches_w, patches_h). Instead `video` may be films,
+        their frames being images; `audio` are sounds (see `media.opened`). Raises InputError where
+        a row's tokens are not as many as its media take.
         """
-        if images is None:
+        if images is None and audio is None and video is None:
             return super().logits(tokens, mask)
+        if video is not None:
+            if images is not None:
+                raise InputError("logits takes images or video: give frames as images, with grids")
+            films = [media.opened("video", film) for film in video]
+            images, grids = media.views_of_films(self.config, self.normalization, films)
         tokens = self._checked(tokens)
-        given = self.inputs(tokens, images, grids)
+        given = self.inputs(tokens, images, grids, audio)
         if mask is not None:
             mask = np.atleast_2d(np.asarray(mask, bool))
             if mask.shape != tokens.shape:
@@ -94,103 +120,124 @@ class SeeingModel(LanguageModel):
         return _logits(self.model, self.params, tokens, given)
 
     def inputs(
-        self, tokens: np.ndarray, images: Any, grids: Sequence[Grid] | None = None
+        self,
+        tokens: np.ndarray,
+        images: Any = None,
+        grids: Sequence[Grid] | None = None,
+        audio: Sequence[Any] | None = None,
     ) -> dict[str, np.ndarray]:
-        """`images` [B, M, H, W, C] and `sources` [B, T] of the model's calls; see `logits`."""
-        views = images_of(self.config.vision, images)["images"]
-        if isinstance(self.config.projector, DownsampleProjector):
-            if grids is None:
-                raise InputError("this model's images come as tiles: give each one's grid, too")
-            grids = [(int(wide), int(high)) for wide, high in grids]
-        else:
-            grids = [(1, 1)] * len(views)
-        if sum(map(self.config.num_views, grids)) != len(views):
-            raise InputError(f"the grids {grids} are not those of {len(views)} views")
-        sources, by_row = _sources(self.config, tokens == self.image_id, grids)
-        found = np.zeros((len(tokens), max(map(len, by_row)), *views.shape[1:]), views.dtype)
-        for row, numbers in enumerate(by_row):
-            found[row, : len(numbers)] = views[numbers]
-        return {"images": found, "sources": sources}
+        """What the model's calls take beside tokens: see `logits`."""
+        slots, given = 0, {"sources": np.full(tokens.shape, TEXT, np.int32)}
+        if images is not None:
+            given = media.seen(self.config, tokens == self.image_id, images, grids)
+            slots = len(given["images"][0]) * self.config.view_tokens
+        if audio is not None:
+            marked = tokens == self.audio_id
+            given["sounds"], heard = media.heard(self.ear, marked, audio)
+            given["sources"] = np.where(marked, heard + slots, given["sources"])
+        return given
 
     def prepared(self, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Grid]]:
-        """Pictures uint8 [H, W, 3] of one prompt as views [N, 3, H, W], normalized, and grids."""
-        size, way = self.config.vision.image_size[0], self.normalization
-        if not isinstance(self.config.projector, DownsampleProjector):
-            transform = ImageTransform(size=size, fit="pad", normalization=way)
-            return prepared(pictures, transform), [(1, 1)] * len(pictures)
-        made = [
-            tiled(picture, num_images=len(pictures), tile=size, normalization=way)
-            for picture in pictures
-        ]
-        views = np.concatenate([one.views for one in made])
-        return channels_first(normalized(views, way)), [one.grid for one in made]
+        """Pictures uint8 [H, W, 3] of one prompt as views [N, ...], normalized, and grids."""
+        return media.views_of_pictures(self.config, self.normalization, pictures)
 
     def generate(
         self,
         prompts: str | Sequence[str],
         *,
         images: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
+        num_frames: int = media.FRAMES,
         **more: Any,
     ) -> list[str]:
-        """Complete each prompt: `LanguageModel.generate`, with pictures uint8 [H, W, 3].
+        """Complete each prompt: `LanguageModel.generate`, with pictures, sounds and films.
 
-        `images` holds each prompt's list of them (or its one picture); a prompt has one image token
-        (such as <image_placeholder>) for each, or none: then they come before it. Raises InputError
-        for what does not fit.
+        `images`, `audio` and `video` hold each prompt's list of them (or its one), as
+        `media.opened` takes them; a prompt has one mark (such as <image_placeholder>) for each of a
+        kind, or none: then they come before it. `num_frames` are taken of a film that is a file.
+        Raises InputError for what does not fit.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if images is None or self.tokenizer is None:
+        given = {"image": images, "video": video, "audio": audio}
+        if all(x is None for x in given.values()) or self.tokenizer is None:
             return super().generate(prompts, **more)
         stop, stream = more.pop("stop", ()), more.pop("stream", None)
         stop = [stop] if isinstance(stop, str) else list(stop)
         check_texts(prompts, stop)
-        if len(images) != len(prompts):
-            raise InputError(f"there are {len(prompts)} prompts and images for {len(images)}")
+        lists = {k: media.by_prompt(k, x, len(prompts)) for k, x in given.items()}
+        shown = [{kind: lists[kind][row] for kind in lists} for row in range(len(prompts))]
         bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        listed = [[x] if isinstance(x, np.ndarray) else list(x) for x in images]
         rows = []
-        for prompt, own in zip(prompts, listed, strict=True):
-            ids = self.tokenizer.encode_marked(prompt)
-            before = [] if self.image_id in ids else [self.image_id] * len(own)
-            rows.append([*bos, *before, *ids])
-        return self._told(rows, listed, stop, stream, more)
+        for prompt, own in zip(prompts, shown, strict=True):
+            row = self._marked(self.tokenizer.encode_marked(prompt))
+            before = [kind for kind in own if kind not in row for _ in own[kind]]
+            rows.append([*bos, *before, *row])
+        return self._told(rows, shown, num_frames, stop, stream, more)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        images: Sequence[np.ndarray] | None = None,
+        images: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
+        num_frames: int = media.FRAMES,
         **more: Any,
     ) -> str:
-        """`LanguageModel.chat`, with a picture uint8 [H, W, 3] for each image token.
+        """`LanguageModel.chat`, with a picture, film or sound for each of their marks.
 
-        Raises InputError for what does not fit.
+        They may stand in the messages instead: content [{"type": "image", "image": picture},
+        {"type": "text", "text": "what is it?"}]. Raises InputError for what does not fit.
         """
-        if images is None:
+        given = {"image": images, "video": video, "audio": audio}
+        messages, within = media.without_media(messages)
+        for kind, found in within.items():
+            if given[kind] is not None:
+                raise InputError(f"give {media.NOUNS[kind]} in the messages or beside, not both")
+            given[kind] = found
+        if all(x is None for x in given.values()):
             return super().chat(messages, **more)
         stop, stream = more.pop("stop", ()), more.pop("stream", None)
         stop = [stop] if isinstance(stop, str) else list(stop)
         how = {name: more.pop(name) for name in ("tools", "thinking", "variables") if name in more}
-        row = self.chat_tokens(messages, **how)
+        row = self._marked(self.chat_tokens(messages, **how))
+        shown = {kind: list(x or ()) for kind, x in given.items()}
         show = (lambda _, new: stream(new)) if stream else None
-        return self._told([row], [list(images)], stop, show, more)[0]
+        return self._told([row], [shown], num_frames, stop, show, more)[0]
+
+    def _marked(self, ids: list[int]) -> list[int | str]:
+        """A prompt with each medium's mark as its kind."""
+        ear, marks = self.config.audio, media.marks_of(self.tokenizer)
+        known = {"image": self.config.image_id, "video": None}
+        known |= {"audio": ear.audio_id} if ear else {}
+        there = [kind for kind, number in known.items() if number is not None or kind in marks]
+        kinds = {self._id(kind, known[kind]): kind for kind in there}
+        return [kinds.get(number, number) for number in ids]
 
     def _told(
         self,
-        rows: list[list[int]],
-        images: list[list[np.ndarray]],
+        rows: list[list[int | str]],
+        shown: list[dict[str, list[Any]]],
+        num_frames: int,
         stop: Sequence[str],
         stream: Callable[[int, str], None] | None,
         settings: dict[str, Any],
     ) -> list[str]:
-        """Completions of rows with one token an image."""
+        """Completions of rows with one mark a medium."""
         assert self.tokenizer is not None  # the callers have looked
-        pairs = [self._expanded(row, own) for row, own in zip(rows, images, strict=True)]
-        rows = [row for row, *_ in pairs]
-        views = [views for _, views, _ in pairs if len(views)]
-        grids = [grid for *_, own in pairs for grid in own]
-        looking = self.looking(rows, np.concatenate(views), grids) if views else self
-        return looking._completed(self.tokenizer, rows, stop, stream, settings)
+        found, views, grids, waves = [], [], [], []
+        for row, own in zip(rows, shown, strict=True):
+            full, seen, laid, heard = self._expanded(row, own, num_frames)
+            found.append(full)
+            views += seen
+            grids += laid
+            waves += heard
+        images = np.concatenate(views) if views else None
+        looking = self
+        if views or waves:
+            looking = self.looking(found, images, grids or None, waves or None)
+        return looking._completed(self.tokenizer, found, stop, stream, settings)
 
     def generate_tokens(
         self,
@@ -198,53 +245,65 @@ class SeeingModel(LanguageModel):
         *,
         images: Any = None,
         grids: Sequence[Grid] | None = None,
+        audio: Sequence[Any] | None = None,
         **settings: Any,
     ) -> list[list[int]]:
-        """`LanguageModel.generate_tokens`, of rows with all their image tokens; see `logits`."""
-        if images is None:
+        """`LanguageModel.generate_tokens`, of rows with all their media's tokens; see `logits`."""
+        if images is None and audio is None:
             return super().generate_tokens(rows, **settings)
         rows = [self._checked(row)[0].tolist() for row in rows]
-        return self.looking(rows, images, grids).generate_tokens(rows, **settings)
+        return self.looking(rows, images, grids, audio).generate_tokens(rows, **settings)
 
     def looking(
-        self, rows: Sequence[Sequence[int]], images: Any, grids: Sequence[Grid] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        images: Any = None,
+        grids: Sequence[Grid] | None = None,
+        audio: Sequence[Any] | None = None,
     ) -> "SeeingModel":
-        """The model while it completes these rows: their images encoded."""
+        """The model while it completes these rows: their media encoded."""
         tokens = np.full((len(rows), max(map(len, rows))), -1, np.int32)
         for number, row in enumerate(rows):
             tokens[number, : len(row)] = row
-            if row[-1] == self.image_id:
-                raise InputError("a prompt ends with an image; let text follow it")
-        given = self.inputs(tokens, images, grids)
-        features = _features(self.model, self.params, given["images"])
-        return dataclasses.replace(self, seen={"features": features, "sources": given["sources"]})
+        given = self.inputs(tokens, images, grids, audio)
+        sources = given.pop("sources")
+        if any(sources[number, len(row) - 1] != TEXT for number, row in enumerate(rows)):
+            raise InputError("a prompt ends with an image or a sound; let text follow it")
+        features = _features(self.model, self.params, given)
+        return dataclasses.replace(self, seen={"features": features, "sources": sources})
 
     def _expanded(
-        self, row: list[int], pictures: Sequence[np.ndarray]
-    ) -> tuple[list[int], np.ndarray, list[Grid]]:
-        """A prompt with each image's tokens in the place of its one, its views and their grids."""
-        assert self.tokenizer is not None
-        if (count := row.count(self.image_id)) != len(pictures):
-            raise InputError(
-                f"a prompt has {count} image tokens (id {self.image_id}) and {len(pictures)} images"
-            )
-        if not pictures:
-            return row, np.empty(0), []
-        views, grids = self.prepared(pictures)
-        names = AROUND.get(self.kind, ())
-        known = [self.tokenizer.token_id(name) for name in names]
-        around = [number for number in known if number is not None]
-        if len(around) < len(names):
-            raise InputError(f"the tokenizer has no {' or no '.join(names)}")
-        first, last = around[:1], around[1:]
-        found: list[int] = []
-        left = iter(grids)
+        self, row: list[int | str], own: Mapping[str, list[Any]], num_frames: int
+    ) -> tuple[list[int], list[np.ndarray], list[Grid], list[np.ndarray]]:
+        """A prompt with each medium's tokens in the place of its mark; its views, grids, waves."""
+        audio_id = self.audio_id if own["audio"] else -1  # who has no ear refuses first
+        for kind, given in own.items():
+            if (count := row.count(kind)) != len(given):
+                raise InputError(
+                    f"a prompt has {count} {kind} tokens ({' or '.join(media.MARKS[kind])}) and "
+                    f"{len(given)} {media.NOUNS[kind]}"
+                )
+        there = {k: [media.opened(k, x, num_frames) for x in given] for k, given in own.items()}
+        seen = self.prepared(there["image"]) if there["image"] else (np.empty(0), [])
+        pictures = media.apart(self.config, *seen)
+        way, sounds = self.normalization, iter(there["audio"])
+        filmed = (media.views_of_films(self.config, way, [film]) for film in there["video"])
+        films = (media.apart(self.config, *views) for views in filmed)
+        first, last = media.around(self.kind, self.tokenizer)
+        found, views, grids = [], [], []
         for token in row:
-            if token != self.image_id:
+            if not isinstance(token, str):
                 found.append(token)
                 continue
-            found += [*first, *[token] * len(self.config.layout(next(left))), *last]
-        return found, views, grids
+            if token == "audio":
+                found += [audio_id] * len(self.ear.layout(len(next(sounds))))
+                continue
+            shown = iter([next(pictures)]) if token == "image" else next(films)
+            for own_views, grid in shown:
+                views.append(own_views)
+                grids.append(grid)
+                found += [*first, *[self.image_id] * len(self.config.layout(grid)), *last]
+        return found, views, grids, there["audio"]
 
     @property
     def _chunk(self) -> int:
@@ -260,35 +319,6 @@ class SeeingModel(LanguageModel):
         return {"features": self.seen["features"], "sources": sources}
 
 
-def _sources(
-    config: VisionLanguage, marked: np.ndarray, grids: Sequence[Grid]
-) -> tuple[np.ndarray, list[list[int]]]:
-    """Where each token's embedding comes from, [B, T], and each row's views, by their numbers."""
-    sources = np.full(marked.shape, TEXT, np.int32)
-    by_row: list[list[int]] = []
-    left, first = list(grids), 0
-    for row, its in enumerate(marked):
-        needed, laid, own = int(its.sum()), [], 0
-        while needed and left:
-            layout = config.layout(left[0])
-            if len(layout) > needed:
-                break
-            laid.append(np.where(layout >= 0, layout + own * config.view_tokens, layout))
-            needed -= len(layout)
-            own += config.num_views(left.pop(0))
-        if needed:
-            raise InputError(
-                f"row {row} has {int(its.sum())} image tokens; {needed} of them are no image's"
-            )
-        if laid:
-            sources[row, its] = np.concatenate(laid)
-        by_row.append(list(range(first, first + own)))
-        first += own
-    if left:
-        raise InputError(f"the rows have image tokens for all but {len(left)} images")
-    return sources, by_row
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model: VisionLanguageModel, params: Any, tokens: Any, given: dict[str, Any]) -> Array:
     output = model.apply(params, tokens, **given, drop=False)
@@ -296,8 +326,8 @@ def _logits(model: VisionLanguageModel, params: Any, tokens: Any, given: dict[st
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(model: VisionLanguageModel, params: Any, images: Any) -> Array:
-    return model.features(params, images)
+def _features(model: VisionLanguageModel, params: Any, given: dict[str, Any]) -> Array:
+    return model.features(params, **given)
 
 
 def is_seeing(path: str | pathlib.Path) -> bool:
@@ -320,10 +350,7 @@ def load_seeing(path: str | pathlib.Path) -> SeeingModel:
         directory = manager.resolve(path)
         recorded = manager.read_config(directory)
         config = from_dict(VisionLanguage, recorded["model"], "model")
-        precision = from_dict(Precision, recorded["precision"], "precision")
-        if precision.compute == "auto" and jax.default_backend() == "cpu":
-            precision = dataclasses.replace(precision, compute="float32")
-        model = build_vision_language(_unrolled(config), precision)
+        model = build_vision_language(_unrolled(config), precision_of_run(recorded))
         params = manager.load_params(directory, model.shapes, model.layers)
         beside = directory / huggingface.BESIDE
         tokenizer = huggingface.tokenizer_of(beside)
@@ -332,10 +359,7 @@ def load_seeing(path: str | pathlib.Path) -> SeeingModel:
         return _opened(model, params, recorded, beside, tokenizer)
     folder = huggingface.open_any(huggingface.fetched(path))
     folder = folder._replace(config=_unrolled(folder.config))
-    dtype = next(iter(folder.tensors.values())).dtype
-    precision = Precision(params="bfloat16" if dtype == jnp.bfloat16 else "float32")
-    if jax.default_backend() == "cpu":
-        precision = Precision(compute="float32")
+    precision = precision_of_folder(next(iter(folder.tensors.values())).dtype)
     model = build_vision_language(folder.config, precision)
     params = huggingface.load_any(folder, model, model.shapes)
     beside = folder.directory
@@ -364,9 +388,9 @@ def _opened(
         model.config,
         recorded,
         huggingface.end_ids(beside, tokenizer),
-        chat.renderer(beside),
+        chat.renderer(beside, media.marks_of(tokenizer)),
         "janus" if "gen_vision_config" in original else original.get("model_type", ""),
-        _trained_with(recorded) or normalization_of(beside),
+        _trained_with(recorded) or media.normalization_of(beside),
     )
 
 
@@ -374,17 +398,3 @@ def _trained_with(recorded: dict[str, Any]) -> Normalization | None:
     """How a run that saw normalized its pictures."""
     last = recorded.get("stages", [{}])[-1].get("data") or recorded.get("data") or {}
     return last.get("normalization")
-
-
-def normalization_of(path: pathlib.Path) -> Normalization:
-    """How a folder's processor normalizes pictures, 0.5 and 0.5 where it does not say.
-
-    Raises InputError for a way that has no name here.
-    """
-    found = huggingface.read_optional(path, "preprocessor_config.json", "processor_config.json")
-    found |= found.get("image_processor") or {}
-    mean, deviation = (found.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
-    for name, (known, other) in NORMALIZATIONS.items():
-        if np.allclose(mean, known, atol=1e-6) and np.allclose(deviation, other, atol=1e-6):
-            return name
-    raise InputError(f"{path}: pictures of mean {mean} and deviation {deviation} are unknown here")

@@ -24,6 +24,7 @@ from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
+from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape
 from deepseek_jax.training.classification import Classification
 from deepseek_jax.training.contrastive import Contrastive
@@ -263,6 +264,11 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
     if isinstance(model, VisionLanguage):
+        if not isinstance(model.vision, ViT) or model.audio is not None:
+            raise ValueError(
+                f"{where}data.Seeing has views of one size and no sounds: train a model whose "
+                "vision is a ViT, without audio."
+            )
         if stage.data.views < model.num_views():
             raise ValueError(
                 f"{where}data.views is {stage.data.views}; one image takes {model.num_views()}."

@@ -13,7 +13,8 @@ from deepseek_jax.checkpoint import multi_modality, vision_language
 from deepseek_jax.checkpoint.safetensors import open_tensors
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.counts import num_params
-from deepseek_jax.models.vision_language import MLPProjector, build_vision_language
+from deepseek_jax.models.projectors import MLPProjector
+from deepseek_jax.models.vision_language import build_vision_language
 
 
 def test_a_head_that_is_there_is_not_the_embedding(tmp_path):

@@ -1,6 +1,6 @@
 """Several modalities in one classifier.
 
-Reference: attention under a mask of pairs is torch's. Invariance: what is absent, and in which order
+Reference: attention under a mask of pairs is torch's. Invariance: what is absent, and in what order
 modalities stand, changes nothing. Sharded = single device.
 """
 
@@ -119,7 +119,7 @@ def test_what_is_absent_changes_nothing_and_the_rest_does(fusion):
     assert (np.asarray(found.alone)[~ABSENT] == 0).all()
     # A modality that is nowhere gets no slope; where it is somewhere, all of its weights do.
     nowhere = ABSENT & np.array([[True, False, True]])
-    (_, without), slopes = run(params, inputs, nowhere)
+    _, slopes = run(params, inputs, nowhere)
     flat = tree.flatten(jax.device_get(slopes))
     for path, slope in flat.items():
         gone = path.startswith(("sound/", "fusion/sound"))

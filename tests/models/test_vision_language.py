@@ -20,14 +20,12 @@ from deepseek_jax.checkpoint.safetensors import Source, open_tensors
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.projectors import DownsampleProjector, MLPProjector, joined
 from deepseek_jax.models.vision_language import (
     TEXT,
-    DownsampleProjector,
-    MLPProjector,
     VisionLanguage,
     build_vision_language,
     image_ends,
-    joined,
 )
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh

@@ -13,12 +13,8 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.layers.router import Balance
-from deepseek_jax.models.vision_language import (
-    TEXT,
-    DownsampleProjector,
-    VisionLanguage,
-    build_vision_language,
-)
+from deepseek_jax.models.projectors import DownsampleProjector
+from deepseek_jax.models.vision_language import TEXT, VisionLanguage, build_vision_language
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.optimizer import AdamW, make_optimizer

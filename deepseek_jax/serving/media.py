@@ -1,0 +1,289 @@
+"""What is shown and played to a model: pictures, films, sounds, their marks and their places.
+
+A prompt's media come one list a kind. Where a prompt has marks for a kind, they stand for its media
+in order; else the media come before the prompt.
+"""
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepseek_jax.checkpoint import huggingface
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.audio import read_wave, wave_of_samples
+from deepseek_jax.data.film import read_frames
+from deepseek_jax.data.tiles import TEXT, patched, tiled
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.vision import (
+    NORMALIZATIONS,
+    ImageTransform,
+    Normalization,
+    channels_first,
+    checked,
+    normalized,
+    prepared,
+    read_image,
+)
+from deepseek_jax.models.ear import RATE, Ear
+from deepseek_jax.models.naflex import NaFlex
+from deepseek_jax.models.projectors import DownsampleProjector
+from deepseek_jax.models.vision_language import VisionLanguage
+from deepseek_jax.serving.inputs import images_of
+
+Grid = tuple[int, int]
+MARKS = {  # what tokenizers call the token that stands for one medium of a kind
+    "image": ("<image>", "<image_placeholder>"),
+    "video": ("<video>",),
+    "audio": ("<audio>",),
+}
+AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
+NOUNS = {"image": "images", "video": "videos", "audio": "sounds"}
+FRAMES = 8  # of a film that is a file
+
+
+def marks_of(tokenizer: Tokenizer | None) -> dict[str, str]:
+    """The mark of each kind that a tokenizer has one for."""
+    known = {
+        kind: [name for name in names if tokenizer and tokenizer.token_id(name) is not None]
+        for kind, names in MARKS.items()
+    }
+    return {kind: names[0] for kind, names in known.items() if names}
+
+
+def around(family: str, tokenizer: Tokenizer | None) -> tuple[list[int], list[int]]:
+    """The tokens that stand before an image's and behind them; InputError where they are missing.
+
+    `family` is `SeeingModel.kind`.
+    """
+    names = AROUND.get(family, ())
+    known = [tokenizer.token_id(name) for name in names] if tokenizer else []
+    found = [number for number in known if number is not None]
+    if len(found) < len(names):
+        raise InputError(f"the tokenizer has no {' or no '.join(names)}")
+    return found[:1], found[1:]
+
+
+def opened(kind: str, medium: Any, num_frames: int = FRAMES) -> np.ndarray:
+    """A picture uint8 [H, W, 3], a film [T, H, W, 3] or a wave [T] at `RATE`.
+
+    `medium` is a file's path, or an array: of a sound its samples, at RATE, or (samples, their
+    rate). `num_frames` are taken of a film that is a file. InputError for what is none.
+    """
+    if isinstance(medium, str | pathlib.Path):
+        if kind == "audio":
+            return read_wave(medium, RATE)
+        return read_frames(medium, num_frames) if kind == "video" else read_image(medium)
+    if kind == "audio":
+        samples, native = medium if isinstance(medium, tuple) else (medium, RATE)
+        return wave_of_samples(samples, native, RATE, "a sound")
+    if kind == "image":
+        return checked(medium)
+    frames = np.asarray(medium)
+    if frames.ndim != 4 or not len(frames):
+        raise InputError(f"a video of shape {frames.shape}; give a file, or frames [T, H, W, 3]")
+    return np.stack([checked(frame) for frame in frames])
+
+
+def by_prompt(kind: str, given: Sequence[Any] | None, count: int) -> list[list[Any]]:
+    """Each prompt's media of a kind; one medium alone is a list of one."""
+    if given is None:
+        return [[] for _ in range(count)]
+    if len(given) != count:
+        raise InputError(f"there are {count} prompts and {NOUNS[kind]} for {len(given)}")
+    return [list(own) if isinstance(own, list) or _many(own) else [own] for own in given]
+
+
+def _many(own: Any) -> bool:
+    pair = isinstance(own, tuple) and len(own) == 2 and isinstance(own[1], int)
+    return isinstance(own, tuple) and not pair
+
+
+def normalization_of(path: pathlib.Path) -> Normalization:
+    """How a folder's processor normalizes pictures, 0.5 and 0.5 where it does not say.
+
+    Raises InputError for a way that has no name here.
+    """
+    found = huggingface.read_optional(path, "preprocessor_config.json", "processor_config.json")
+    found |= found.get("image_processor") or {}
+    mean, deviation = (found.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
+    for name, (known, other) in NORMALIZATIONS.items():
+        if np.allclose(mean, known, atol=1e-6) and np.allclose(deviation, other, atol=1e-6):
+            return name
+    raise InputError(f"{path}: pictures of mean {mean} and deviation {deviation} are unknown here")
+
+
+def views_of_pictures(
+    config: VisionLanguage, way: Normalization, pictures: Sequence[np.ndarray]
+) -> tuple[np.ndarray, list[Grid]]:
+    """Pictures uint8 [H, W, 3] of one prompt as views [N, ...], normalized, and their grids."""
+    vision = config.vision
+    if isinstance(vision, NaFlex):
+        patch, most = vision.patch_size, config.max_patches
+        made = patched(pictures, patch=patch, max_patches=most, normalization=way)
+        return made.pixels, [(wide, high) for high, wide in made.shapes.tolist()]
+    size = vision.image_size[0]
+    if not isinstance(config.projector, DownsampleProjector):
+        transform = ImageTransform(size=size, fit="pad", normalization=way)
+        return prepared(pictures, transform), [(1, 1)] * len(pictures)
+    tiles = [
+        tiled(picture, num_images=len(pictures), tile=size, normalization=way)
+        for picture in pictures
+    ]
+    views = np.concatenate([one.views for one in tiles])
+    return channels_first(normalized(views, way)), [one.grid for one in tiles]
+
+
+def views_of_films(
+    config: VisionLanguage, way: Normalization, films: Sequence[np.ndarray]
+) -> tuple[np.ndarray, list[Grid]]:
+    """Films' frames, one film after another, as pictures of which none is cut into tiles."""
+    frames = [frame for film in films for frame in film]
+    views, grids = views_of_pictures(config, way, frames)
+    if not isinstance(config.projector, DownsampleProjector):
+        return views, grids
+    firsts = np.cumsum([0, *map(config.num_views, grids)])[:-1]
+    return views[firsts], [(0, 0)] * len(frames)
+
+
+def apart(
+    config: VisionLanguage, views: np.ndarray, grids: Sequence[Grid]
+) -> Iterator[tuple[np.ndarray, Grid]]:
+    """Each image's views and its grid."""
+    start = 0
+    for grid in grids:
+        end = start + config.num_views(grid)
+        yield views[start:end], grid
+        start = end
+
+
+class Item(NamedTuple):
+    """An image or a sound of a row."""
+
+    layout: np.ndarray
+    """`sources` of its tokens, counted from its first view's or window's first."""
+    units: int
+    """Its views or windows."""
+
+
+def placed(
+    marked: np.ndarray, items: Sequence[Item], unit_tokens: int, noun: str
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Where each marked token's embedding comes from, [B, T], and each row's units, by number.
+
+    Each row takes as many of the items, in order, as its marked tokens hold. Raises InputError
+    where they hold no whole number of them, or not all.
+    """
+    sources = np.full(marked.shape, TEXT, np.int32)
+    by_row: list[list[int]] = []
+    left, first = list(items), 0
+    for row, its in enumerate(marked):
+        needed, laid, own = int(its.sum()), [], 0
+        while needed and left and len(left[0].layout) <= needed:
+            layout, units = left.pop(0)
+            laid.append(np.where(layout >= 0, layout + own * unit_tokens, layout))
+            needed -= len(layout)
+            own += units
+        if needed:
+            raise InputError(
+                f"row {row} has {int(its.sum())} {noun} tokens; {needed} of them are no {noun}'s"
+            )
+        if laid:
+            sources[row, its] = np.concatenate(laid)
+        by_row.append(list(range(first, first + own)))
+        first += own
+    if left:
+        raise InputError(f"the rows have {noun} tokens for all but {len(left)} {noun}s")
+    return sources, by_row
+
+
+def gathered(units: np.ndarray, by_row: list[list[int]]) -> np.ndarray:
+    """Each row's units [N, ...] as [B, most of a row, ...], zeros behind them."""
+    found = np.zeros((len(by_row), max(map(len, by_row)), *units.shape[1:]), units.dtype)
+    for row, numbers in enumerate(by_row):
+        found[row, : len(numbers)] = units[numbers]
+    return found
+
+
+def seen(
+    config: VisionLanguage, marked: np.ndarray, images: Any, grids: Sequence[Grid] | None
+) -> dict[str, np.ndarray]:
+    """`images`, `sources` and, of a NaFlex, `shapes` of rows whose image tokens are `marked`.
+
+    Images and grids are as `SeeingModel.logits` takes them. Raises InputError for what is not.
+    """
+    vision, several = config.vision, isinstance(config.projector, DownsampleProjector)
+    flexible = isinstance(vision, NaFlex)
+    if grids is None and (several or flexible):
+        raise InputError("this model's images come as tiles or patches: give each one's grid, too")
+    if isinstance(vision, NaFlex):
+        views = _patches(config, images)
+    else:
+        views = images_of(vision, images)["images"]
+    grids = [(int(wide), int(high)) for wide, high in grids or [(1, 1)] * len(views)]
+    if sum(map(config.num_views, grids)) != len(views):
+        raise InputError(f"the grids {grids} are not those of {len(views)} views")
+    most = config.max_patches
+    if flexible and not all(min(grid) >= 1 and math.prod(grid) <= most for grid in grids):
+        raise InputError(f"the grids {grids} must have from 1 to {most} patches each")
+    items = [Item(config.layout(grid), config.num_views(grid)) for grid in grids]
+    sources, by_row = placed(marked, items, config.view_tokens, "image")
+    given = {"images": gathered(views, by_row), "sources": sources}
+    if flexible:
+        given["shapes"] = gathered(np.array(grids, np.int32)[:, ::-1], by_row)
+    return given
+
+
+def _patches(config: VisionLanguage, images: Any) -> np.ndarray:
+    patches = np.asarray(images, np.float32)
+    if patches.shape[1:] != config.view_shape:
+        wanted = ", ".join(map(str, ("N", *config.view_shape)))
+        raise InputError(f"images have shape {patches.shape}; this model takes [{wanted}]")
+    return patches
+
+
+def heard(ear: Ear, marked: np.ndarray, audio: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """`sounds` and `sources`, counted from their first token, of rows with `marked` tokens.
+
+    Raises InputError for what is no sound (`opened`), or does not fill the tokens.
+    """
+    waves = [opened("audio", sound) for sound in audio]
+    counts = [ear.num_windows(len(wave)) for wave in waves]
+    windows = np.zeros((sum(counts), ear.window), np.float32)
+    for start, wave in zip(np.cumsum([0, *counts]), waves, strict=False):
+        windows[start:].reshape(-1)[: len(wave)] = wave
+    items = [Item(ear.layout(len(wave)), n) for wave, n in zip(waves, counts, strict=True)]
+    sources, by_row = placed(marked, items, ear.window_tokens, "sound")
+    return gathered(windows, by_row), sources
+
+
+def without_media(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], dict[str, list[Any]]]:
+    """Messages whose parts are marks alone, and the media that stood in them, by kind.
+
+    A part is {"type": "image", "image": a medium}; its medium may be called "path" too, and may be
+    missing: then it is an argument of `chat`. InputError where some have one and others none.
+    """
+    found: dict[str, list[Any]] = {}
+    plain: list[Mapping[str, Any]] = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            plain.append(message)
+            continue
+        parts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind in MARKS:
+                found.setdefault(kind, []).append(part.get(kind, part.get("path")))
+                part = {"type": kind}
+            parts.append(part)
+        plain.append({**message, "content": parts})
+    for kind, media in found.items():
+        missing = sum(medium is None for medium in media)
+        if 0 < missing < len(media):
+            raise InputError(f"{missing} of {len(media)} {NOUNS[kind]} in the messages are missing")
+    return plain, {kind: media for kind, media in found.items() if media[0] is not None}
