@@ -97,9 +97,10 @@ class EmojiTalks:
         self.given = source, size, cache
         self.source, self.found = source, emoji.open_emoji(size, cache)
         members: dict[str, list[int]] = {}
-        for number, group in enumerate(self.found.groups):
-            if self._said(number):
-                members.setdefault(group, []).append(number)
+        names = self.found.names
+        for number in sorted(range(len(names)), key=lambda n: (len(names[n]), names[n])):
+            if self._said(number):  # the plainest comes first
+                members.setdefault(self.found.groups[number], []).append(number)
         self.members = [*members.values()]
         self.hashes = np.array([*map(key_hash, members)], np.uint64)
         said = [self._said(number) for numbers in self.members for number in numbers]
