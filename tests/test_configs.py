@@ -15,6 +15,7 @@ import transformers
 from deepseek_jax.checkpoint import families
 from deepseek_jax.core import tree
 from deepseek_jax.core.config import from_dict, load_config, override, to_dict
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import num_params
 from deepseek_jax.models.decoder import Decoder
@@ -183,6 +184,13 @@ def test_model_has_shapes(config):
         tokens = jax.ShapeDtypeStruct((2, config.sequence_length), "int32")
         pair = jax.eval_shape(model.apply, shapes, images, tokens)
         assert pair.image.shape == pair.text.shape == (2, config.model.shared_dim)
+        return
+    if isinstance(config.model, Wav2Vec2):
+        assert active == total
+        wave = jax.ShapeDtypeStruct((2, config.sequence_length), "float32")
+        found = jax.eval_shape(lambda params, wave: model.apply(params, wave=wave), shapes, wave)
+        frames = config.model.num_frames(config.sequence_length)
+        assert found.hidden.shape == (2, frames, config.model.transformer.embed_dim)
         return
     moe = config.model.moe
     assert (active < total) == (moe is not None and moe.router.num_active_experts < moe.num_experts)
