@@ -1,7 +1,7 @@
 """Several modalities in one classifier.
 
-Reference: attention under a mask of pairs is torch's. Invariance: what is absent, and in which order
-modalities stand, changes nothing. Sharded = single device.
+Reference: attention under a mask of pairs is torch's. Invariance: what is absent, and in which
+order modalities stand, changes nothing. Sharded = single device.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def test_what_is_absent_changes_nothing_and_the_rest_does(fusion):
     assert (np.asarray(found.alone)[~ABSENT] == 0).all()
     # A modality that is nowhere gets no slope; where it is somewhere, all of its weights do.
     nowhere = ABSENT & np.array([[True, False, True]])
-    (_, without), slopes = run(params, inputs, nowhere)
+    _, slopes = run(params, inputs, nowhere)
     flat = tree.flatten(jax.device_get(slopes))
     for path, slope in flat.items():
         gone = path.startswith(("sound/", "fusion/sound"))
@@ -201,7 +201,7 @@ def test_attention_between_modalities_is_torchs(kind):
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, Whole(seen))["params"]
     params = cases.random_params(
         jax.tree.map(lambda d: d.value, shapes, is_leaf=lambda d: hasattr(d, "spec")), 6
-    )  # noqa: E501
+    )
 
     def run(params, x):
         y = module.apply({"params": params}, x, Whole(seen))
