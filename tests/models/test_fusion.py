@@ -1,7 +1,7 @@
 """Several modalities in one classifier.
 
-Reference: attention under a mask of pairs is torch's. Invariance: what is absent, and in what order
-modalities stand, changes nothing. Sharded = single device.
+Reference: attention under a mask of pairs is torch's. Invariance: what is absent, and in which
+order modalities stand, changes nothing. Sharded = single device.
 """
 
 import dataclasses
