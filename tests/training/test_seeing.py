@@ -74,7 +74,7 @@ def recipe(folder, run_dir, **fields):
     data = Seeing(parts=(part,), tokenizer=BPE(vocab_size=290), cache_dir=str(folder / "cache"))
     base = {"steps": 3, "batch_size": 8, "sequence_length": 32, "log_every": 1}
     base |= {"precision": Precision(compute="float32"), "model": model_config(), "data": data}
-    base |= {"optimizer": AdamW(learning_rate=3e-3, schedule=Constant())}
+    base |= {"optimizer": AdamW(learning_rate=1e-2, schedule=Constant())}
     return TrainConfig(run_dir=str(run_dir), **(base | fields))
 
 
