@@ -4,7 +4,7 @@
 
 Three stages: encoder and projector to a frozen decoder, everything, then answers to instructions.
 SIGLIP is the folder of google/siglip-so400m-patch14-384, DECODER V2-Lite's; to fine-tune the
-released model take `--init-parts () --init-from` and its folder. Captions, conversations and text
+released model, name its folder by `--init-from` instead. Captions, conversations and text
 come from captions/, conversations/ and corpus/. 16.1 B parameters.
 """
 

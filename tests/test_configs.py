@@ -23,7 +23,7 @@ from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.training.language import INPUTS
+from deepseek_jax.training.language import inputs_of
 from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import TrainConfig
 
@@ -200,8 +200,7 @@ def test_model_has_shapes(config):
     if isinstance(decoder, VisionLanguage):
         decoder = decoder.language
         batch = abstract_batch(make_mesh(MeshShape(data=8)), 8, 1024, config)
-        inputs = {name: batch[name] for name in INPUTS}
-        seen = jax.eval_shape(model.apply, shapes, **inputs)
+        seen = jax.eval_shape(lambda p, b: model.apply(p, **inputs_of(b)), shapes, batch)
         assert seen.hidden.shape == (8, 1024, decoder.embed_dim)
     assert output.hidden.shape == (1, 16, decoder.embed_dim)
 

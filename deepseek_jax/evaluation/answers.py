@@ -123,7 +123,8 @@ def answered(lm: SeeingModel, row: dict[str, np.ndarray], preset: Any, most: int
     first = int(np.argmax(row["weights"][:, 0] > 0))  # the target of this token is learned
     prompt = row["tokens"][: first + 1].tolist()
     given = {"images": row["images"][None], "sources": row["sources"][None, : first + 1]}
-    features = lm.model.features(lm.params, inputs_of(given, preset)["images"])
+    images = jnp.asarray(inputs_of(given, preset)["images"])
+    features = lm.model.features(lm.params, images)
     seen = {"features": features, "sources": given["sources"]}
     looking = dataclasses.replace(lm, seen=seen)
     return lm.tokenizer.decode(looking.generate_tokens([prompt], max_new_tokens=most)[0])

@@ -26,6 +26,7 @@ FOUND = {
     "character_error_rate": "character error rate {:.4f}",
     "word_error_rate": "word error rate {:.4f}",
     "accuracy": "accuracy {:.4f}",
+    "majority_accuracy": "of the most frequent answer {:.4f}",
     "perplexity": "perplexity {:.1f}",
     "auroc": "AUROC {:.4f}",
     "sensitivity@0.9": "sensitivity at specificity 0.9 {:.4f}",
@@ -69,7 +70,7 @@ class Progress:
 
     def evaluation(self, found: Mapping[str, float]) -> None:
         """Show this from now on as the last evaluation."""
-        names = ("bits_per_byte", "recall_at_10", "character_error_rate")
+        names = ("bits_per_byte", "recall_at_10", "accuracy", "character_error_rate")
         shown = [name for name in names if name in found]
         self._last |= {name: float(found[name]) for name in shown}
 

@@ -184,7 +184,7 @@ class TrainConfig:
     """A run, checkpoint or Hugging Face folder (or gs://) whose parameters this run starts from."""
     init_parts: tuple[InitPart, ...] = ()
     """Of a decoder that sees: parts that start from others' parameters, each from its own source;
-    the projector starts anew."""
+    the rest starts anew. Not used with init_from."""
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
@@ -207,10 +207,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: {error}.") from None
         named = [one.part for one in self.init_parts]
         sees = isinstance(self.model, VisionLanguage)
-        if named and (self.init_from or not sees or len(named) > len(set(named))):
-            raise ValueError(
-                f"init_parts {named} are of a decoder that sees, each part once, without init_from."
-            )
+        if named and (not sees or len(named) > len(set(named))):
+            raise ValueError(f"init_parts {named} are of a decoder that sees, each part once.")
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         for index, stage in enumerate(self.stages):
