@@ -107,6 +107,7 @@ HOSTILE = {
         film("mov", frames=2, rate=Fraction(1, 500)),
         "seconds long, more than 600",
     ),
+    "lost frames": (patched(b"mdhd", 16, ">I", 1), "truncated: it holds 1 of 30 frames"),
     "a broken frame": (patched(b"mdat", 4, "8s", b"\xff" * 8), "truncated or corrupt"),
 }
 
