@@ -6,6 +6,7 @@ Left out: dropout and stochastic depth.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from deepseek_jax.layers.block import Remat, stacked
 from deepseek_jax.layers.encoder import MLP, Activation, Encoded, learned
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection, weight
 from deepseek_jax.models.vit import patches
+from deepseek_jax.ops.grid import resized
 from deepseek_jax.ops.windows import (
     from_windows,
     relative_index,
@@ -34,7 +36,8 @@ class Swin:
     """A Swin transformer."""
 
     image_size: tuple[int, int] = (224, 224)
-    """Height and width that absolute positions belong to; without these any size goes."""
+    """Height and width that absolute positions belong to; of other sizes they are resized,
+    bicubically."""
     patch_size: int = 4
     num_channels: int = 3
     embed_dim: int = 96
@@ -232,9 +235,9 @@ class SwinTransformer(nn.Module):
         _, height, width, channels = images.shape
         if channels != c.num_channels:
             raise ValueError(f"images have {channels} channels, and this encoder {c.num_channels}")
-        if c.absolute_positions and (height, width) != c.image_size:
+        if c.absolute_positions and (height % p or width % p):
             raise ValueError(
-                f"images are {(height, width)}, and this encoder's positions for {c.image_size}"
+                f"images are {(height, width)}; this encoder has positions for whole patches of {p}"
             )
         grid = c.grid(height, width)
         filled = ((0, 0), (0, grid[0] * p - height), (0, grid[1] * p - width), (0, 0))
@@ -243,7 +246,11 @@ class SwinTransformer(nn.Module):
         x = embed(patches(jnp.pad(images, filled), p))
         x = LayerNorm(kept, eps=EDGE_EPS, name="patch_norm")(x)
         if c.absolute_positions:
-            x = x + learned(self, "positions", (x.shape[1], c.embed_dim))[None].astype(x.dtype)
+            own = c.grid(*c.image_size)
+            table = learned(self, "positions", (math.prod(own), c.embed_dim))
+            if grid != own:
+                table = resized(table.reshape(*own, -1), grid, "bicubic", antialias=False)
+            x = x + table.reshape(1, -1, c.embed_dim).astype(x.dtype)
         layers, stage = [x], 0
         for i, run in enumerate(runs(c)):
             if run.stage > stage:

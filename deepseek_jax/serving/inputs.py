@@ -126,12 +126,21 @@ def wave_of(config: Wav2Vec2, wave: Any, attention_mask: Any = None) -> dict[str
     return {"wave": wave.astype(np.float32), "counts": counts}
 
 
-def swin_images_of(config: Swin, pixels: Any) -> dict[str, np.ndarray]:
-    """Pixels [B, C, H, W] as a Swin's inputs."""
-    pixels = np.asarray(pixels, np.float32)
-    fits = pixels.ndim == 4 and pixels.size and pixels.shape[1] == config.num_channels
-    if not fits or (config.absolute_positions and pixels.shape[2:] != config.image_size):
-        sizes = config.image_size if config.absolute_positions else ("H", "W")
+def swin_images_of(
+    config: Swin, pixels: Any, *, interpolate_pos_encoding: bool = False
+) -> dict[str, np.ndarray]:
+    """Pixels [B, C, H, W] as a Swin's inputs; absolute positions are resized where that is asked.
+
+    Raises InputError for another size than these belong to, or, resized, for one of broken patches.
+    """
+    pixels, patch = np.asarray(pixels, np.float32), config.patch_size
+    given, fits = pixels.shape[2:], True
+    sizes: tuple[Any, ...] = ("H", "W")
+    if config.absolute_positions and interpolate_pos_encoding:
+        fits, sizes = not any(side % patch for side in given), (f"a multiple of {patch}",) * 2
+    elif config.absolute_positions:
+        fits, sizes = given == config.image_size, config.image_size
+    if pixels.ndim != 4 or not pixels.size or pixels.shape[1] != config.num_channels or not fits:
         wanted = ", ".join(map(str, ("B", config.num_channels, *sizes)))
         raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [{wanted}]")
     return {"images": pixels.transpose(0, 2, 3, 1)}

@@ -70,6 +70,19 @@ def test_swin(tmp_path, case):
             np.testing.assert_allclose(mine, one.detach(), atol=1e-4 * one.abs().max().item())
 
 
+@pytest.mark.parametrize("size", [(12, 24), (22, 10)], ids=str)
+def test_absolute_positions_are_resized_as_transformers_does(tmp_path, size):
+    fields = {"depths": [2], "num_heads": [2], "image_size": 16, "window_size": 3}
+    model = theirs(**SMALL | fields | {"use_absolute_embeddings": True})
+
+    def run(model, x, interpolate_pos_encoding):
+        out = model(x, interpolate_pos_encoding=interpolate_pos_encoding)
+        return out.last_hidden_state, out.pooler_output
+
+    x = pixels(2, 3, *size)
+    encoder_cases.agrees(model, tmp_path, x, run, interpolate_pos_encoding=True)
+
+
 def test_a_window_larger_than_the_map_shrinks_and_uses_the_middle_of_its_table(tmp_path):
     """transformers shrinks the window and not its bias, and fails: here its index is cut too."""
     model = theirs(**SMALL | {"depths": [2], "num_heads": [2], "window_size": 5})
@@ -92,6 +105,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     encoder = load_encoder(tmp_path)
     with pytest.raises(InputError, match=r"\(2, 3, 30, 32\); this encoder takes \[B, 3, 32, 32\]"):
         encoder.encode(pixels(2, 3, 30, 32))
+    with pytest.raises(InputError, match=r"takes \[B, 3, a multiple of 2, a multiple of 2\]"):
+        encoder.encode(pixels(2, 3, 30, 31), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="positions for whole patches of 2"):
+        encoder.encoder.apply(encoder.params, images=jnp.zeros((1, 31, 30, 3)))
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"window_size": 4', '"window_size": 3'))
     with pytest.raises(InputError, match=r"relative_position_bias_table has shape \(49, 2\)"):

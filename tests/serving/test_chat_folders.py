@@ -120,6 +120,7 @@ def test_the_command_refuses_a_chat_in_one_line(places, saved, capsys):
     for flags, message in (
         ([str(saved), "--chat"], "error: this checkpoint has no chat template"),
         ([str(places / "ours"), "--system", "x"], "error: --system and --thinking are for chats"),
+        ([str(saved), "--audio", "x.wav"], f"error: {saved}: this model takes no audio: leave out"),
     ):
         with pytest.raises(SystemExit) as exit_:
             run_command(generate.main, ["--prompt", "a", "--checkpoint", *flags])

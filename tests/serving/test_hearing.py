@@ -122,6 +122,12 @@ def test_a_run_goes_on_as_its_logits_say(lm, tmp_path, capsys, saved):
     counts = [wide * high for wide, high in grids]
     row = [3, *[50] * counts[0], 4, *[50] * sum(counts[1:]), 5, *[51] * 4, 6]  # two windows
     beside = {"images": views, "grids": grids, "audio": [LOUD]}
+    given = lm.inputs(np.array([row]), **beside)
+    np.testing.assert_array_equal(given["images"][0], views)
+    assert given["shapes"][0].tolist() == [[high, wide] for wide, high in grids]
+    assert any(wide != high for wide, high in grids)
+    np.testing.assert_array_equal(given["sounds"].ravel()[:2500], LOUD.astype(np.float32))
+    assert given["sounds"].shape == (1, 2, 1920) and not given["sounds"].ravel()[2500:].any()
     new = lm.generate_tokens([row], **beside, max_new_tokens=3)[0]
     logits = np.asarray(lm.logits([*row, *new], **beside))[0]
     assert new == logits[len(row) - 1 : -1].argmax(-1).tolist()
