@@ -19,6 +19,7 @@ from deepseek_jax.ops.attention import full_attention
 from deepseek_jax.ops.rope import rotate
 from deepseek_jax.parallel.sharding import constrain
 
+
 def lean(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """An activation in float32, of which only the input is kept for its slope.
 
