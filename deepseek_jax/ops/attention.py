@@ -121,6 +121,8 @@ def _whole_backward(scale, residuals, slope):
     weights = jnp.exp(scores - top) / total
     change = dot("bnsh,bnth->bnst", vh, slope)
     change = (weights * (change - shared[:, :, None])).astype(q.dtype)
+    if seen is not None:  # a row without a real token weighs all, but by no score
+        change = jnp.where(seen.swapaxes(1, 2)[:, None], change, 0)
     slopes = (
         dot("bnst,bnsh->bnth", change, kh) * scale,  # XLA widens it: turning takes longer
         dot("bnst,bnth->bnsh", change, qh),
