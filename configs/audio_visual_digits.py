@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
         data=AudioVisual(image_noise=(0.0, 1.0), sound_noise=(0.0, 4.0)),
         objective=Classification(),
         optimizer=AdamW(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05),
-        steps=1000,
+        steps=600,
         batch_size=32,
         sequence_length=11_200,
         eval_every=200,

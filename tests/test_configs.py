@@ -19,6 +19,7 @@ from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import num_params
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
@@ -178,6 +179,10 @@ def test_model_has_shapes(config):
     leaves = tree.flatten(shapes)
     sizes = [leaf.size for path, leaf in leaves.items() if not path.endswith("router/bias")]
     assert sum(sizes) == total >= active > 0
+    if isinstance(config.model, Fused):
+        assert active == total
+        assert config.model.names == config.data.modalities
+        return
     if isinstance(config.model, TwoTower):
         assert active == total
         images = jax.ShapeDtypeStruct((2, *config.model.image.image_size, 3), "float32")

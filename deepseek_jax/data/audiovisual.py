@@ -43,6 +43,8 @@ class AudioVisual:
     """Least and most of what a row draws evenly: the deviation of noise on pixels in 0..1."""
     sound_noise: tuple[float, float] = (0.0, 8.0)
     """Likewise: noise, where 1 is as loud as the voice."""
+    clean: float = 0.1
+    """How often a side has its least noise instead: silence is unlike any noise."""
     missing: float = 0.0
     """How often a training row lacks one of the two."""
     labels: Literal["digit", "properties"] = "digit"
@@ -67,8 +69,9 @@ class AudioVisual:
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"data.{name} {low, high} must ascend from 0 or above.")
-        if not 0 <= self.missing <= 1:
-            raise ValueError(f"data.missing ({self.missing}) must lie in [0, 1].")
+        for name in ("clean", "missing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} ({getattr(self, name)}) must lie in [0, 1].")
         if not (self.voices and self.pitches and self.speeds):
             raise ValueError("data.voices, data.pitches and data.speeds must not be empty.")
 
@@ -168,7 +171,10 @@ class DigitRows:
         number = self.numbers[place]
         draw = generator(self.seed, row, "digits" if self.training else "held-out digits")
         ranges = self.config.image_noise, self.config.sound_noise
-        levels = [draw.uniform(low, high) for low, high in ranges]
+        levels = [
+            low if draw.random() < self.config.clean else draw.uniform(low, high)
+            for low, high in ranges
+        ]
         gone = draw.integers(len(MODALITIES)) if draw.random() < self.config.missing else None
         speaker = self.speakers[draw.integers(len(self.speakers))]
         label = int(load_digits().labels[number])

@@ -12,7 +12,7 @@ from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model, Network
-from deepseek_jax.models.fusion import FusedNetwork, token_counts
+from deepseek_jax.models.fusion import FusedNetwork, Weighted, token_counts
 from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.models.vision_language import VisionLanguageModel
@@ -104,11 +104,14 @@ def _fused_flops(model: FusedNetwork, length: int) -> float:
 
     A convolution that makes more tokens than its encoder ends with counts for too little.
     """
-    counts, work = token_counts(model.config, length), 0
-    counts |= {"fusion": sum(counts.values())}
+    late, work = isinstance(model.config.fusion, Weighted), 0
+    counts = dict(token_counts(model.config, length))
+    counts["fusion"] = 1 if late else sum(counts.values())
     specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
     for path, leaf in tree.flatten(model.shapes).items():
-        tokens = 1 if path.endswith(("head/weight", "gate/weight")) else counts[path.split("/")[0]]
+        part, child, *_ = path.split("/")
+        own = child.removesuffix("_inward")
+        tokens = 1 if child == "head" else counts[part if late or own not in counts else own]
         if specs[path].reduced and not path.endswith("embedding/weight"):
             work += leaf.size * tokens
     parts = {m.name: m.encoder for m in model.config.modalities} | {"fusion": model.config.fusion}

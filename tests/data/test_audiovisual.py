@@ -78,6 +78,8 @@ def test_noise_is_as_loud_as_it_is_said_to_be(config):
     assert (loud["image"] != clean["image"]).mean() > 0.5
     drawn = [held.row(i)["inputs"]["sound"].std() for i in range(40)]
     assert min(drawn) < 2 * LOUDNESS and 5 * LOUDNESS < max(drawn) < 8.5 * LOUDNESS
+    quiet = opened(config, clean=1.0, sound_noise=(0.5, 8.0)).train.row(4)["inputs"]["sound"]
+    assert quiet.std() < 0.8 * LOUDNESS
 
 
 def test_one_of_the_two_may_be_missing(config):
@@ -103,10 +105,16 @@ def test_properties_are_those_of_the_digit(config):
 
 def test_the_fingerprint_follows_what_rows_depend_on(config, tmp_path):
     base = opened(config).fingerprint
-    changes = {"image_noise": (0.0, 0.5), "missing": 0.1, "held_out": 0.5, "labels": "properties"}
+    changes = {
+        "image_noise": (0.0, 0.5),
+        "missing": 0.1,
+        "clean": 0.2,
+        "held_out": 0.5,
+        "labels": "properties",
+    }
     found = [opened(config, **{name: value}).fingerprint for name, value in changes.items()]
     found += [opened(config, seed=1).fingerprint, opened(config, length=LENGTH + 1).fingerprint]
-    assert len({base, *found}) == 7
+    assert len({base, *found}) == 8
     assert opened(config, num_workers=2).fingerprint == base
 
 
