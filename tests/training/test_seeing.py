@@ -74,7 +74,7 @@ def recipe(folder, run_dir, **fields):
     data = Seeing(parts=(part,), tokenizer=BPE(vocab_size=290), cache_dir=str(folder / "cache"))
     base = {"steps": 3, "batch_size": 8, "sequence_length": 32, "log_every": 1}
     base |= {"precision": Precision(compute="float32"), "model": model_config(), "data": data}
-    base |= {"optimizer": AdamW(learning_rate=1e-2, schedule=Constant())}
+    base |= {"optimizer": AdamW(learning_rate=1.5e-2, schedule=Constant())}
     return TrainConfig(run_dir=str(run_dir), **(base | fields))
 
 
@@ -90,21 +90,20 @@ def losses(run_dir):
 @pytest.mark.slow
 def test_a_run_resumes_to_the_bit_behind_a_boundary_and_loads(folder, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    longer = dataclasses.replace(ALL, steps=40)
-    assert train(recipe(folder, whole, stages=(ALIGN, longer), save_every=3), LENT) == 0
+    longer = dataclasses.replace(ALL, steps=30)
+    assert train(recipe(folder, whole, stages=(ALIGN, longer)), LENT) == 0
     said = capsys.readouterr().out
     assert "held-out questions, answers" in said and "accuracy" in said
+    model = build_vision_language(model_config(), Precision(compute="float32"))
+    fresh = tree.flatten(jax.jit(model.init)(jax.random.key(0)))
     for stages in ((ALIGN,), (ALIGN, dataclasses.replace(ALL, steps=1)), (ALIGN, longer)):
         assert train(recipe(folder, parts, stages=stages), LENT) == 0
+        found = tree.flatten(load_params(resolve(parts), model.shapes, model.layers))
+        for path, leaf in found.items():
+            if "attention/k/bias" not in path:  # which softmax does not see
+                frozen = len(stages) == 1 and not path.startswith("projector/")
+                assert np.array_equal(leaf, fresh[path]) == frozen, path
     assert losses(whole) == losses(parts)
-    model = build_vision_language(model_config(), Precision(compute="float32"))
-    shapes, layers = model.shapes, model.layers
-    fresh = tree.flatten(model.init(jax.random.key(0)))
-    for step, stays in ((3, True), (43, False)):
-        found = load_params(resolve(whole / "checkpoints" / str(step)), shapes, layers)
-        for path, leaf in tree.flatten(found).items():
-            if not path.startswith("projector/") and "attention/k/bias" not in path:
-                assert np.array_equal(leaf, fresh[path]) == stays, path
 
     scores = json.loads((whole / "eval.jsonl").read_text().splitlines()[-1])
     assert scores["accuracy"] > 0.9 > scores["majority_accuracy"]
