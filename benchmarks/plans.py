@@ -25,7 +25,7 @@ SEEING = "--stage=1 --mesh.fsdp=64 --stages.1.batch-size=64 --stages.1.accumulat
 VIT_L = (  # CLIP's, at 336 pixels, instead of SigLIP-SO400M
     "--model.vision.transformer.num-layers=24 --model.vision.transformer.embed-dim=1024 "
     "--model.vision.transformer.mlp-dim=4096 --model.vision.transformer.activation=quick_gelu "
-    "--model.vision.image-size 336 336 --model.vision.class-token --model.vision.pre-norm"
+    "--model.vision.image-size 336 336 --model.vision.class-token=True --model.vision.pre-norm=True"
 )
 ROWS = (  # config, topology, flags
     ("deepseek_r1_distill_qwen_1_5b", "v5e:4x4", "--mesh.fsdp=16 --batch-size=16"),
@@ -128,7 +128,8 @@ def write(known):
         f"libtpu {found.get('libtpu', '?')} with jax {found.get('jax', '?')}, without the chips. "
         "GB (10^9 bytes) a device; bold: it does not fit. Seconds and MFU are what a step cannot "
         "beat by published figures, no measurement. Router bias balancing, the sequence loss and, "
-        "where the model has them, MTP layers are on.\n\n"
+        "where the model has them, MTP layers are on. VL2-small is planned twice, in its second "
+        "stage: with its own encoder, and with CLIP's ViT-L/14 at 336 pixels.\n\n"
         f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n" + "\n".join(map(row, rows)) + "\n"
     )
 

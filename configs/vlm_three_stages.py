@@ -1,6 +1,10 @@
 """A decoder learns to see, from nothing: encoder, alignment, instruction, on OpenMoji's drawings.
 
-python -m deepseek_jax.train --config configs/vlm_three_stages.py
+    python -m deepseek_jax.train --config configs/vlm_three_stages.py
+
+First encoder and decoder learn together, the projector between them as it was made; then it alone;
+then everything. "What is this?" is answered by one of Unicode's groups of emoji, about concepts
+that were held out; the most frequent answer is right for 23 % of them.
 """
 
 from deepseek_jax.data.augment import Augmentation

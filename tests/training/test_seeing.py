@@ -74,7 +74,7 @@ def recipe(folder, run_dir, **fields):
     data = Seeing(parts=(part,), tokenizer=BPE(vocab_size=290), cache_dir=str(folder / "cache"))
     base = {"steps": 3, "batch_size": 8, "sequence_length": 32, "log_every": 1}
     base |= {"precision": Precision(compute="float32"), "model": model_config(), "data": data}
-    base |= {"optimizer": AdamW(learning_rate=1.5e-2, schedule=Constant())}
+    base |= {"optimizer": AdamW(learning_rate=1e-2, schedule=Constant())}
     return TrainConfig(run_dir=str(run_dir), **(base | fields))
 
 
@@ -90,7 +90,7 @@ def losses(run_dir):
 @pytest.mark.slow
 def test_a_run_resumes_to_the_bit_behind_a_boundary_and_loads(folder, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    longer = dataclasses.replace(ALL, steps=30)
+    longer = dataclasses.replace(ALL, steps=40)
     assert train(recipe(folder, whole, stages=(ALIGN, longer)), LENT) == 0
     said = capsys.readouterr().out
     assert "held-out questions, answers" in said and "accuracy" in said
