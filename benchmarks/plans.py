@@ -21,6 +21,12 @@ FAR = "--optimizer.memory=pinned_host"
 HALF = f"{NARROW} --precision.params=bfloat16"
 LITE = "--mesh.fsdp=32 --batch-size=128 --sequence-length=4096 --model.remat"
 V3 = "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=8192"
+SEEING = "--stage=1 --mesh.fsdp=64 --stages.1.batch-size=64 --stages.1.accumulation-steps=1"
+VIT_L = (  # CLIP's, at 336 pixels, instead of SigLIP-SO400M
+    "--model.vision.transformer.num-layers=24 --model.vision.transformer.embed-dim=1024 "
+    "--model.vision.transformer.mlp-dim=4096 --model.vision.transformer.activation=quick_gelu "
+    "--model.vision.image-size 336 336 --model.vision.class-token --model.vision.pre-norm"
+)
 ROWS = (  # config, topology, flags
     ("deepseek_r1_distill_qwen_1_5b", "v5e:4x4", "--mesh.fsdp=16 --batch-size=16"),
     ("deepseek_r1_distill_qwen_7b", "v6e:4x8", "--mesh.fsdp=32 --batch-size=32"),
@@ -50,6 +56,8 @@ ROWS = (  # config, topology, flags
     ("deepseek_v3", "tpu7x:4x8x8",
      "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "
      f"--model.remat=full {NARROW}"),
+    ("deepseek_vl2_small", "v5e:8x8", SEEING),
+    ("deepseek_vl2_small", "v5e:8x8", f"{SEEING} {VIT_L}"),
 )  # fmt: skip
 HEAD = (
     "config", "topology", "devices", "mesh", "batch x tokens", "remat", "parameters", "moments",

@@ -7,11 +7,14 @@ drawings (pip brings them). A fifth of the concepts is held out, variants with t
 After 700 steps recall@10 is 0.13 among the 677 held-out drawings, by chance 0.015.
 """
 
+import dataclasses
+
 from deepseek_jax.data.augment import Augmentation
 from deepseek_jax.data.pairs import Emoji, Pairs
 from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.data.vision import ImageTransform
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.captioner import Captioner
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vit import ViT
@@ -28,16 +31,17 @@ def get_config() -> TrainConfig:
             image=ViT(transformer=image, image_size=(48, 48), patch_size=8),
             text=TextTower(transformer=text, vocab_size=2048, max_length=16),
             shared_dim=128,
+            captioner=Captioner(transformer=dataclasses.replace(text, causal=True)),
         ),
         data=Pairs(
             source=Emoji(),
             tokenizer=BPE(vocab_size=2048),
             image=ImageTransform(size=48, fit="crop"),
-            augmentation=Augmentation(min_area=0.6, flip=0.0, brightness=0.2, contrast=0.2),
+            augmentation=Augmentation(min_area=0.6, flip=0.0, brightness=0.0, contrast=0.0),
         ),
-        objective=Contrastive(),
-        optimizer=AdamW(learning_rate=1e-3, warmup_steps=50, weight_decay=0.1),
-        steps=700,
+        objective=Contrastive(caption_weight=0.5, token_dropout=0.1),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=50, weight_decay=0.3),
+        steps=1000,
         batch_size=256,
         sequence_length=16,
         eval_every=100,

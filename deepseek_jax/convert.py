@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import math
 import pathlib
 import re
@@ -22,7 +23,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.progress import byte_progress
 from deepseek_jax.core.storage import Object, located, on_disk
 from deepseek_jax.data.sources import reported
-from deepseek_jax.data.tokenizer import INFO, load_tokenizer
+from deepseek_jax.data.tokenizer import INFO, Characters, load_tokenizer
 from deepseek_jax.evaluation.placement import (
     halves,
     held_out_routes,
@@ -31,12 +32,14 @@ from deepseek_jax.evaluation.placement import (
     unmoved,
 )
 from deepseek_jax.evaluation.suite import open_task
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.placement import AXES, taken
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.ops.placement import Devices
+from deepseek_jax.serving.encoder import load_speech
 from deepseek_jax.serving.language import load
 
 KINDS = (Decoder, VisionLanguage)  # the configs of what is converted
@@ -91,6 +94,8 @@ def main(argv: list[str]) -> None:
         check_new(target)
         if options.command == "from-hf":
             missing = from_hf(source, target, options.dtype, part)
+        elif is_speech(source):
+            missing = speech_to_hf(source, target)
         else:
             size = num_bytes(options.max_shard_size, "--max-shard-size")
             size = size if options.format == "safetensors" else None
@@ -181,6 +186,37 @@ def to_hf(
         origin=(source / MANIFEST).read_text(),
         progress=byte_progress(target.name, every=1),
     )
+
+
+def is_speech(source: pathlib.Path) -> bool:
+    """Whether a checkpoint of ours holds a wav2vec 2.0."""
+    return read_config(resolve(source))["model"].get("type") == Wav2Vec2.__name__
+
+
+def speech_to_hf(source: pathlib.Path, target: pathlib.Path) -> list[int]:
+    """Write a wav2vec 2.0 of ours, with its characters, as a folder that transformers loads.
+
+    Nothing is missing then.
+    """
+    model = load_speech(source)
+    huggingface.write_encoder(target, model.encoder, model.params, {"model_type": "wav2vec2"})
+    characters = model.tokenizer.files()
+    (target / Characters.file).write_bytes(characters[Characters.file])
+    masks = model.config.conv_norm == "layer"  # the others are not made to see them
+    told = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "Wav2Vec2CTCTokenizer", "word_delimiter_token": "|",
+            "pad_token": model.tokenizer.token(model.tokenizer.eos_id),
+        },
+        "preprocessor_config.json": {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1,
+            "sampling_rate": model.data.rate, "padding_value": 0.0, "padding_side": "right",
+            "do_normalize": model.normalize, "return_attention_mask": masks,
+        },
+    }  # fmt: skip
+    for name, fields in told.items():
+        (target / name).write_text(json.dumps(fields, indent=2) + "\n")
+    return []
 
 
 def place(

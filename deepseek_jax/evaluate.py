@@ -8,22 +8,30 @@ import jax
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deepseek_jax.checkpoint.manager import read_config, resolve
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.pairs import open_pairs
+from deepseek_jax.data.utterances import open_utterances
+from deepseek_jax.evaluation.answers import answers, open_questions
 from deepseek_jax.evaluation.retrieval import retrieval
+from deepseek_jax.evaluation.speech import speech_scores
 from deepseek_jax.evaluation.suite import compressors, held_out, open_task
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
-from deepseek_jax.serving.encoder import EncoderModel, TwoTowerModel, load
+from deepseek_jax.serving.encoder import EncoderModel, SpeechModel, TwoTowerModel, load
+from deepseek_jax.serving.vision_language import SeeingModel
+from deepseek_jax.training.speech import SpeechObjective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Score a checkpoint: loss, perplexity and bits per byte, beside two compressors'.
 
-    Of two towers: how often the right one of a pair is among the first that the other finds.
+    Of a decoder that sees: how often it answers right, beside the most frequent answer. Of two
+    towers: how often the right one of a pair is among the first that the other finds. Of speech:
+    how much of what is transcribed is wrong.
     """
 
     checkpoint: str
@@ -45,10 +53,19 @@ def main(argv: list[str]) -> None:
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     lm = load(arguments.checkpoint)
+    if isinstance(lm, SpeechModel) and lm.data is not None:
+        show(_utterances(lm, arguments), arguments.json)
+        return
     if isinstance(lm, EncoderModel):
         raise InputError(f"{arguments.checkpoint}: one encoder alone has nothing to be scored on")
     if isinstance(lm, TwoTowerModel):
         show(_pairs(lm, arguments), arguments.json)
+        return
+    if isinstance(lm, SeeingModel):
+        if arguments.data is not None:
+            raise InputError("--data is for text; a model that sees is scored on what was held out")
+        dataset = open_questions(lm.recorded, lm)
+        show(answers(lm.model, lm.params, dataset, arguments.batch_size), arguments.json)
         return
     if lm.tokenizer is None:
         raise InputError(f"{arguments.checkpoint}: has no tokenizer, so no text can be scored")
@@ -74,6 +91,19 @@ def _pairs(model: TwoTowerModel, arguments: Arguments) -> dict[str, float]:
     given = {"sequence_length": model.length, "tokenizer": model.tokenizer}
     dataset = open_pairs(model.data, seed=0, **given)
     return retrieval(model.towers, model.params, dataset, arguments.batch_size)
+
+
+def _utterances(model: SpeechModel, arguments: Arguments) -> dict[str, float]:
+    """CTC's error rates, or how masked frames are told, on what training held out."""
+    if arguments.data is not None:
+        raise InputError("--data is for language models; speech is scored on what was held out")
+    recorded = read_config(resolve(arguments.checkpoint))
+    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
+    stored = last.get("objective", recorded.get("objective"))
+    objective = from_dict(SpeechObjective, stored, "objective")
+    given = {"sequence_length": model.length, "tokenizer": model.tokenizer}
+    dataset = open_utterances(model.data, seed=0, **given)
+    return speech_scores(objective, model.encoder, model.params, dataset, arguments.batch_size)
 
 
 def show(scores: dict[str, str | int | float], as_json: bool) -> None:

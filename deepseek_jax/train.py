@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -11,18 +12,30 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.memory import restart_with_huge_pages
 from deepseek_jax.core.precision import compute_dtype
+from deepseek_jax.evaluation.answers import answers, samples
+from deepseek_jax.evaluation.classification import alone_and_together, classification
 from deepseek_jax.evaluation.queries import queries
 from deepseek_jax.evaluation.retrieval import retrieval
+from deepseek_jax.evaluation.speech import speech_scores, transcripts
 from deepseek_jax.evaluation.suite import compressors, held_out
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.counts import describe, num_params
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.mesh import failing_at_once, make_mesh, start_processes
 from deepseek_jax.serving.language import LanguageModel
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.stages import stage_state
 from deepseek_jax.training.state import memory_table
+
+LENT = {  # by the kind of a model; see `lent_to` for the others
+    TwoTower: Lent(retrieval, queries),
+    VisionLanguage: Lent(answers, samples),
+    Fused: Lent(classification, alone_and_together),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -60,11 +73,17 @@ def main(argv: list[str]) -> None:
         print(dry_run(config))
         return
     with failing_at_once():
-        pairs = isinstance(config.model, TwoTower)
-        lent = Lent(retrieval, queries) if pairs else Lent(held_out, closing)
-        code = train(config, lent, trace)
+        code = train(config, lent_to(config), trace)
     if code:
         raise SystemExit(code)
+
+
+def lent_to(config: TrainConfig) -> Lent:
+    """What the loop is lent: how this kind of model is scored, and what its end shows."""
+    if isinstance(config.model, Wav2Vec2):
+        objective = config.filled_stages()[-1].objective
+        return Lent(functools.partial(speech_scores, objective), transcripts)
+    return LENT.get(type(config.model), Lent(held_out, closing))
 
 
 def dry_run(config: TrainConfig) -> str:

@@ -66,6 +66,12 @@ def pytest_xdist_auto_num_workers(config):
     return min(2, os.cpu_count()) if family_table.takes_all_files(config) else 0
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

@@ -15,10 +15,17 @@ import transformers
 from deepseek_jax.checkpoint import families
 from deepseek_jax.core import tree
 from deepseek_jax.core.config import from_dict, load_config, override, to_dict
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import build
 from deepseek_jax.models.counts import num_params
+from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
+from deepseek_jax.models.vision_language import VisionLanguage
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.training.language import inputs_of
+from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +59,8 @@ QWEN3 = {
         "attn_factor": 0.8782488562869419,
     },
 }  # fmt: skip
+# Decoders that see, encoder and all: billions as published, millions are rounded there.
+SEEING = {"vl2_tiny": 3.37, "vl2_small": 16.1}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DENSE = {
     "r1_distill_qwen_1_5b": (
@@ -112,19 +121,29 @@ def test_dense_models_are_exactly_the_published_ones(name):
     assert dataclasses.replace(families.decoder(fields), remat=ours.remat) == ours
 
 
+@pytest.mark.parametrize("name", SEEING)
+def test_decoders_that_see_have_their_published_sizes(name):
+    total, _ = num_params(build_network(model_of(f"deepseek_{name}")))
+    pool = 1152 * (1 + 4 * 1152 + 2 * 4304)  # SigLIP's, which counts there and is left out here
+    assert float(f"{(total + pool) / 1e9:.3g}") == SEEING[name]
+
+
 def table():
     """The released models as the README shows them."""
     rows = ["| config | parameters | active a token |", "|---|---|---|"]
     for path in CONFIGS:
         if path.startswith("configs/deepseek_"):
-            alone = dataclasses.replace(model_of(pathlib.Path(path).stem), num_mtp_layers=0)
-            total, active = (f"{size / 1e9:.3f} B" for size in num_params(build(alone)))
+            alone = model_of(pathlib.Path(path).stem)
+            if isinstance(alone, Decoder):
+                alone = dataclasses.replace(alone, num_mtp_layers=0)
+            total, active = (f"{size / 1e9:.3f} B" for size in num_params(build_network(alone)))
             rows.append(f"| `{path}` | {total} | {active} |")
     return "\n".join(rows)
 
 
 def test_the_readme_shows_every_released_model():
-    released = {f"configs/{name}.py" for name in [*PUBLISHED, *(f"deepseek_{n}" for n in DENSE)]}
+    others = [f"deepseek_{name}" for name in [*DENSE, *SEEING]]
+    released = {f"configs/{name}.py" for name in [*PUBLISHED, *others]}
     assert released == {path for path in CONFIGS if path.startswith("configs/deepseek_")}
     assert table() in (ROOT / "README.md").read_text(), "paste what this file prints"
 
@@ -160,6 +179,10 @@ def test_model_has_shapes(config):
     leaves = tree.flatten(shapes)
     sizes = [leaf.size for path, leaf in leaves.items() if not path.endswith("router/bias")]
     assert sum(sizes) == total >= active > 0
+    if isinstance(config.model, Fused):
+        assert active == total
+        assert config.model.names == config.data.modalities
+        return
     if isinstance(config.model, TwoTower):
         assert active == total
         images = jax.ShapeDtypeStruct((2, *config.model.image.image_size, 3), "float32")
@@ -167,11 +190,24 @@ def test_model_has_shapes(config):
         pair = jax.eval_shape(model.apply, shapes, images, tokens)
         assert pair.image.shape == pair.text.shape == (2, config.model.shared_dim)
         return
+    if isinstance(config.model, Wav2Vec2):
+        assert active == total
+        wave = jax.ShapeDtypeStruct((2, config.sequence_length), "float32")
+        found = jax.eval_shape(lambda params, wave: model.apply(params, wave=wave), shapes, wave)
+        frames = config.model.num_frames(config.sequence_length)
+        assert found.hidden.shape == (2, frames, config.model.transformer.embed_dim)
+        return
     moe = config.model.moe
     assert (active < total) == (moe is not None and moe.router.num_active_experts < moe.num_experts)
     tokens = jax.ShapeDtypeStruct((1, 16), "int32")
     output = jax.eval_shape(model.apply, shapes, tokens)
-    assert output.hidden.shape == (1, 16, config.model.embed_dim)
+    decoder = config.model
+    if isinstance(decoder, VisionLanguage):
+        decoder = decoder.language
+        batch = abstract_batch(make_mesh(MeshShape(data=8)), 8, 1024, config)
+        seen = jax.eval_shape(lambda p, b: model.apply(p, **inputs_of(b)), shapes, batch)
+        assert seen.hidden.shape == (8, 1024, decoder.embed_dim)
+    assert output.hidden.shape == (1, 16, decoder.embed_dim)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ SAID = {  # what each must print
         "the same tokens: True",
         "{'missing_keys': 0, 'unexpected_keys': 0, 'mismatched_keys': 0}",
     ],
+    "04_images_and_text": [
+        "held-out captions and the images that they find:",
+        "vectors (3, 128) and (5, 128)",
+        "found among 85 held-out drawings",
+    ],
 }
 
 

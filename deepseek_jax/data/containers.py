@@ -14,12 +14,13 @@ SEGMENT = b"\x18\x53\x80\x67"  # Matroska's element that holds all but the heade
 END_OF_STREAM = 4  # among an Ogg page's flags
 
 
-def container_of(data: bytes) -> str:
-    """FFmpeg's name for the kind of file: wav, aiff, flac, ogg, mp3, mov (MP4 too) or matroska.
+def container_of(data: bytes, what: str = "sound") -> str:
+    """FFmpeg's name for the kind of file: wav, aiff, flac, ogg, mp3, mov (MP4 too), matroska, avi.
 
-    InputError, which names no file: empty, none of these kinds, or truncated. MP3 files without a
-    length in their first frame, FLAC and AIFF are not held against their sizes: they show when
-    decoded, MP3 excepted, of which any stretch is as good a file.
+    `what` is wanted, sound or video. InputError, which names no file: empty, none of these kinds,
+    or truncated. MP3 files without a length in their first frame, FLAC and AIFF are not held
+    against their sizes: they show when decoded, MP3 excepted, of which any stretch is as good a
+    file.
     """
     if not data:
         raise InputError("an empty file")
@@ -30,7 +31,7 @@ def container_of(data: bytes) -> str:
     if _is_mp3(data):
         _check_mp3(data)
         return "mp3"
-    raise InputError("not a sound file: give WAV, AIFF, FLAC, Ogg, MP3, MP4 or Matroska")
+    raise InputError(f"not a {what} file: give {GIVE[what]}")
 
 
 def _check_wav(data: bytes) -> None:
@@ -45,6 +46,11 @@ def _check_wav(data: bytes) -> None:
             return
         place += size + size % 2
     raise InputError("truncated: it ends before its samples")
+
+
+def _check_avi(data: bytes) -> None:
+    _hold(data, 0, 12)
+    _hold(data, 8, struct.unpack_from("<I", data, 4)[0])
 
 
 def _check_ogg(data: bytes) -> None:
@@ -139,6 +145,7 @@ def _whole(data: bytes) -> None:
 
 KINDS: list[tuple[int, bytes | tuple[bytes, ...], str, Callable[[bytes], None]]] = [
     (0, b"RIFF", "wav", _check_wav),
+    (0, b"RIFF", "avi", _check_avi),
     (0, b"OggS", "ogg", _check_ogg),
     (0, b"fLaC", "flac", _whole),
     (0, b"FORM", "aiff", _whole),
@@ -146,4 +153,10 @@ KINDS: list[tuple[int, bytes | tuple[bytes, ...], str, Callable[[bytes], None]]]
     (0, b"\x1a\x45\xdf\xa3", "matroska", _check_matroska),
     (0, b"ID3", "mp3", _check_mp3),
 ]
-INNER = {"wav": (b"WAVE",), "aiff": (b"AIFF", b"AIFC")}  # other RIFF and FORM files are not sound
+INNER = {  # other RIFF and FORM files hold neither
+    "wav": (b"WAVE",), "avi": (b"AVI ",), "aiff": (b"AIFF", b"AIFC"),
+}  # fmt: skip
+GIVE = {
+    "sound": "WAV, AIFF, FLAC, Ogg, MP3, MP4 or Matroska",
+    "video": "MP4, MOV, WebM, Matroska or AVI",
+}

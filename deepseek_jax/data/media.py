@@ -51,7 +51,10 @@ class _Fields(_Texts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MediaFolder(_Fields):
-    """Files and a manifest with a JSON object a line: {"image": "a.png", "text": "a cat"}."""
+    """Files and a manifest with a JSON object a line: {"image": "a.png", "text": "a cat"}.
+
+    Instead of one image there may be a list of them, under `images`.
+    """
 
     path: str
     manifest: str = "manifest.jsonl"
@@ -185,6 +188,8 @@ def _open_folder(source: MediaFolder) -> Opened:
                 if not isinstance(name, str):
                     raise InputError(f"{where}: {kind!r} is not a file's name but {name!r:.60}")
                 names[checked_name(name, where)] = None
+        record |= _listed(record, where)
+        names |= dict.fromkeys(record["images"])
         hashes.append(key_hash(group_of(record, source.group, _name(record, line), where)))
         records.append(record)
         lines.append(line)
@@ -193,6 +198,7 @@ def _open_folder(source: MediaFolder) -> Opened:
         record, where = records[number], f"{manifest}:{lines[number]}"
         name = _name(record, lines[number])
         media = {kind: _content(root, record[kind]) for kind in ENDINGS if record.get(kind)}
+        media |= {f"image {i}": _content(root, x) for i, x in enumerate(record["images"])}
         captions = captions_of(record, source.texts, where)
         return Example(name, group_of(record, source.group, name, where), media, captions)
 
@@ -200,9 +206,18 @@ def _open_folder(source: MediaFolder) -> Opened:
     return Opened(np.array(hashes, np.uint64), files, read)
 
 
+def _listed(record: dict[str, Any], where: str) -> dict[str, list[str]]:
+    """The record's `images`, a list of files that stay below their folder."""
+    names = record.get("images") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: 'images' is not a list of files' names but {names!r:.60}")
+    return {"images": [checked_name(name, where) for name in names]}
+
+
 def _name(record: dict[str, Any], line: int) -> str:
     """The first medium's file: several captions of one image stay on one side."""
-    return next((record[kind] for kind in ENDINGS if record.get(kind)), f"line {line}")
+    named = [record[kind] for kind in ENDINGS if record.get(kind)] + record["images"]
+    return next(iter(named), f"line {line}")
 
 
 def _content(root: pathlib.Path, name: str) -> bytes:

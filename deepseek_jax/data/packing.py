@@ -10,12 +10,13 @@ whose number is the source's count among the rows before i: nothing but i is rem
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.data.corpus import Corpus
-from deepseek_jax.data.sources import Part
+from deepseek_jax.data.sources import Weighted
 
 Batch = dict[str, np.ndarray]
 CHUNK = 1 << 16  # rows whose sources are drawn at once
@@ -95,9 +96,12 @@ class Rows:
 
 
 class Mixed:
-    """The training rows of several sources as one endless sequence."""
+    """The training rows of several sources as one endless sequence.
 
-    def __init__(self, rows: list[Rows], parts: tuple[Part, ...], seed: int):
+    `rows` are of any kind that makes batches of ascending numbers, as `Rows` does.
+    """
+
+    def __init__(self, rows: Sequence[Any], parts: Sequence[Weighted], seed: int):
         self.rows, self._parts, self._seed = rows, parts, seed
         self._chunk = functools.lru_cache(2)(self._numbered)
         # How many rows of a chunk each part has.

@@ -4,6 +4,7 @@ Row i is a pure function of (seed, config, i): which example of its epoch's orde
 captions, which view of its image. Groups, not examples, are split into the two sides.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -20,8 +21,8 @@ from deepseek_jax.data.corpus import (
     cached,
     check_sides,
     digest,
-    held_out,
     key_hash,
+    side,
 )
 from deepseek_jax.data.emoji import open_emoji
 from deepseek_jax.data.tokenizer import (
@@ -198,8 +199,8 @@ class PairDataset:
     def describe(self) -> str:
         """What both sides hold, in a line."""
         parts = []
-        for name, side in (("training", self.train), ("held out", self.held)):
-            hashes = side.examples.hashes[side.numbers]
+        for name, rows in (("training", self.train), ("held out", self.held)):
+            hashes = rows.examples.hashes[rows.numbers]
             groups = len(np.unique(hashes))
             parts.append(f"{name}: {len(hashes):,} images of {groups:,} groups")
         return "; ".join([*parts, f"vocabulary: {self.tokenizer.vocab_size:,}"])
@@ -251,8 +252,7 @@ def open_pairs(
         examples = _Emoji(config.source, config.image.size, cache)
     else:
         examples = _Media(config.source)
-    held = held_out(examples.hashes, config.held_out)
-    sides = [np.flatnonzero(held == side) for side in (False, True)]  # neither is empty
+    sides = [side(examples.hashes, config.held_out, training) for training in (True, False)]
     if tokenizer is None:
         tokenizer = _tokenizer(config.tokenizer, examples, sides[0], cache)
     skips = media.Skips(len(examples.hashes), config.max_skipped)
@@ -265,6 +265,13 @@ def open_pairs(
     return PairDataset(tokenizer, train, kept, fingerprint)
 
 
+def captions(examples: _Emoji | _Media, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
+    """By field what is said of each of these examples, the damaged ones left out."""
+    for number in numbers:
+        with contextlib.suppress(InputError):  # named and counted when it is trained on
+            yield examples.example(int(number)).captions
+
+
 def _tokenizer(
     config: TokenizerConfig, examples: _Emoji | _Media, numbers: np.ndarray, cache: pathlib.Path
 ) -> Tokenizer:
@@ -272,16 +279,11 @@ def _tokenizer(
     if not isinstance(config, BPE):
         return open_tokenizer(config)
 
-    def captions() -> Iterator[str]:
-        for number in numbers:
-            try:
-                for texts in examples.example(int(number)).captions.values():
-                    yield from texts
-            except InputError:  # named and counted when it is trained on
-                pass
-
     def build(directory: pathlib.Path) -> None:
-        train_bpe(config, captions()).save(directory)
+        texts = (
+            text for found in captions(examples, numbers) for row in found.values() for text in row
+        )
+        train_bpe(config, texts).save(directory)
 
     facts = ["pairs bpe", config.vocab_size, examples.fingerprint, numbers.tolist()]
     return cached(cache, facts, build, load_tokenizer)

@@ -74,12 +74,20 @@ def checked_name(name: str, where: str) -> str:
 def captions_of(
     record: dict[str, Any], fields: tuple[str, ...], where: str
 ) -> dict[str, tuple[str, ...]]:
-    """The captions in a record's fields, each a text or a list of them; null and blank are none."""
+    """The captions in a record's fields, each a text or a list of them; null and blank are none.
+
+    An object among them, such as a conversation's message, stays as its JSON.
+    """
     found = {}
     for field in fields:
         if (value := record.get(field)) is not None:
             values = value if isinstance(value, list) else [value]
-            texts = [text_field({field: each}, field, where) for each in values]
+            texts = [
+                json.dumps(each, ensure_ascii=False)
+                if isinstance(each, dict)
+                else text_field({field: each}, field, where)
+                for each in values
+            ]
             found[field] = tuple(text for text in texts if text.strip())
     return {field: texts for field, texts in found.items() if texts}
 

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -91,10 +91,9 @@ ENDINGS: dict[str, type[TextFiles]] = {".jsonl": JSONL, ".ndjson": JSONL, ".parq
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """A source of a mixture and its share of the training rows."""
+class Weighted:
+    """A share of the training rows."""
 
-    source: Plain
     weight: float = 1.0
     """Relative to the other parts' weights."""
     schedule: tuple[tuple[int, float], ...] = ()
@@ -115,15 +114,27 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Part(Weighted):
+    """A source of a mixture and its share of the training rows."""
+
+    source: Plain
+
+
+def check_weights(parts: Sequence[Weighted]) -> None:
+    """ValueError where the parts' weights are all 0 at some row."""
+    points = np.array([0, *(row for part in parts for row, _ in part.schedule)])
+    if not np.all(sum(part.weights(points) for part in parts)):  # linear in between
+        raise ValueError("A mixture's parts must have weights that are never all 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Several sources; every training row comes from one of them, drawn by weight."""
 
     parts: tuple[Part, ...]
 
     def __post_init__(self):
-        points = np.array([0, *(row for part in self.parts for row, _ in part.schedule)])
-        if not np.all(sum(part.weights(points) for part in self.parts)):  # linear in between
-            raise ValueError("A mixture's parts must have weights that are never all 0.")
+        check_weights(self.parts)
 
 
 Source: TypeAlias = Plain | Mixture

@@ -23,6 +23,7 @@ from deepseek_jax.data.vision import (
 )
 
 TILE = 384  # the side of a view
+NEWLINE, SEPARATOR, TEXT = -1, -2, -3  # where a token's embedding comes from, if from no view
 MAX_TILES = 9
 MAX_TILED_IMAGES = 2  # with more images in a prompt none is tiled
 
@@ -134,6 +135,27 @@ def token_layout(grid: tuple[int, int], side: int) -> np.ndarray:
 def _lines(rows: np.ndarray) -> np.ndarray:
     """Rows with a newline after each, one after another."""
     return np.pad(rows, ((0, 0), (0, 1)), constant_values=-1).ravel()
+
+
+class Sight(NamedTuple):
+    """How a model takes images in, and what they take of a row."""
+
+    size: int
+    """Pixels along a view's side."""
+    tokens: int
+    """Of one view, newlines left out."""
+    side: int | None = None
+    """Tokens along a view's side where an image is its whole and tiles; None: it is one view."""
+
+    def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
+        """Where each token of one image comes from, its views numbered from 0: `token_layout`."""
+        if self.side is not None:
+            return token_layout(grid, self.side)
+        return np.arange(self.tokens, dtype=np.int32)
+
+    def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
+        """Views of one image."""
+        return 1 + math.prod(grid) if self.side is not None else 1
 
 
 def budget_size(height: int, width: int, patch: int, max_patches: int) -> tuple[int, int]:

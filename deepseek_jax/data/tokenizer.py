@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, byte-level BPE, any `tokenizer.json`, SentencePiece.
+"""Text to token ids and back: bytes, byte-level BPE, any `tokenizer.json`, SentencePiece, letters.
 
 A byte-level tokenizer gives back every text exactly. A file's own rules about special tokens,
 truncation and padding are switched off: a document is [bos] tokens [eos] here, whatever the
@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -225,6 +226,64 @@ class _SentencePiece(Tokenizer):
         return b"" if control else _bytes_of_piece(self._library.id_to_piece(token))
 
 
+class Characters(Tokenizer):
+    """A character a token, as CTC speaks them: wav2vec 2.0's vocab.json.
+
+    Both ends are the token for none, the blank. A space is written as `|`, where there is one. Text
+    is read in the vocabulary's case, and punctuation that it lacks left out.
+    """
+
+    kind, file = "characters", "vocab.json"
+
+    def __init__(self, content: bytes, where: str):
+        try:
+            found = json.loads(content)
+            self._ids = {str(token): int(number) for token, number in found.items()}
+        except (ValueError, AttributeError, TypeError):
+            raise InputError(f"{where}: not a vocab.json of tokens and their ids") from None
+        if not self._ids or min(self._ids.values()) < 0:
+            raise InputError(f"{where}: its ids must be 0 and above, and at least one")
+        self.content, self.vocab_size = content, max(self._ids.values()) + 1
+        self._tokens = {number: token for token, number in self._ids.items()}
+        self.bos_id = self.eos_id = self._ids.get(BLANK, 0)
+
+    def token_id(self, name: str) -> int | None:
+        return self._ids.get(name)
+
+    def token(self, number: int) -> str:
+        """The name of the token with this id."""
+        return self._tokens[number]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts; InputError for a character that the vocabulary lacks."""
+        return [list(self._spelling(unicodedata.normalize("NFC", text))) for text in texts]
+
+    def _spelling(self, text: str) -> Iterator[int]:
+        for sign in "|".join(text.split()):
+            known = (s for s in (sign, sign.lower(), sign.upper()) if s in self._ids)
+            if (found := next(known, None)) is not None:
+                yield self._ids[found]
+            elif sign != "|" and not unicodedata.category(sign).startswith("P"):
+                raise InputError(f"{text!r:.60} has {sign!r}, which is not in the vocabulary")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        tokens = (self._tokens.get(int(i), "") for i in ids if int(i) != self.eos_id)
+        return "".join(" " if token == "|" else token for token in tokens).strip().encode()
+
+
+BLANK = "<pad>"  # what wav2vec 2.0's vocabularies call the token for none
+
+
+def character_tokenizer(alphabet: str) -> Characters:
+    """A blank, a space and the characters of an alphabet."""
+    names = dict.fromkeys([BLANK, "|", *alphabet])
+    content = json.dumps({name: number for number, name in enumerate(names)}, ensure_ascii=False)
+    return Characters(content.encode(), "the alphabet")
+
+
+FILED: tuple[Any, ...] = (_HuggingFace, _SentencePiece, Characters)  # kinds with a file
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote; InputError when it is missing or damaged."""
     file = located(directory) / INFO
@@ -232,7 +291,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         info: Any = json.loads(_read(file))
         if info["kind"] == "bytes":
             return Tokenizer()
-        made: Any = {kind.kind: kind for kind in (_HuggingFace, _SentencePiece)}[info["kind"]]
+        made: Any = {kind.kind: kind for kind in FILED}[info["kind"]]
         bos_id, eos_id = info["bos_id"], info["eos_id"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: damaged; it should describe a tokenizer") from None
@@ -267,8 +326,11 @@ def open_tokenizer(config: Bytes | TokenizerFile | SentencePiece | DeepSeek) -> 
     return tokenizer
 
 
-def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
-    """A byte-level BPE of the texts; its vocabulary is smaller if they have too few pairs."""
+def train_bpe(config: BPE, texts: Iterator[str], marks: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE of the texts; its vocabulary is smaller if they have too few pairs.
+
+    `marks` are names of more special tokens, with the ids from 2 on.
+    """
     pre = tokenizers.pre_tokenizers
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     words = pre.Split(tokenizers.Regex(WORDS), behavior="isolated")
@@ -278,7 +340,7 @@ def train_bpe(config: BPE, texts: Iterator[str]) -> Tokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=2,
-        special_tokens=["<|bos|>", "<|eos|>"],
+        special_tokens=["<|bos|>", "<|eos|>", *marks],
         initial_alphabet=sorted(pre.ByteLevel.alphabet()),
         show_progress=False,
     )

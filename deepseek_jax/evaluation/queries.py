@@ -7,6 +7,7 @@ import numpy as np
 
 from deepseek_jax.core.storage import located
 from deepseek_jax.data.pairs import PairDataset
+from deepseek_jax.evaluation.captions import captions
 from deepseek_jax.evaluation.retrieval import embedded
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.monitoring.queries import draw
@@ -15,8 +16,8 @@ SHOWN, FOUND = 5, 8  # queries a field, images each
 
 
 def queries(model: Towers, params: Any, dataset: PairDataset, config: Any) -> str:
-    """What some held-out captions of each field find first, as text and, in the run's folder
-    pictures/, as a picture."""
+    """What some held-out captions of each field find first, and what a captioner writes, as text
+    and, in the run's folder pictures/, as pictures."""
     if not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(params)):
         return "no queries: the weights are spread over processes"
     images, texts = embedded(model, params, dataset, min(64, config.batch_size))
@@ -28,8 +29,8 @@ def queries(model: Towers, params: Any, dataset: PairDataset, config: Any) -> st
             order = np.argsort(-(images["vectors"] @ side["vectors"][place]))[:FOUND]
             best = [int(n) for n in images["numbers"][order]]
             pictures = [dataset.picture(n) for n in best]
-            _, captions = dataset.picture(number)
-            words, (first, *_) = captions[field][0], captions.values()
+            _, named = dataset.picture(number)
+            words, (first, *_) = named[field][0], named.values()
             names = [next(iter(said.values()))[0] for _, said in pictures[:3]]
             lines.append(f"  {words} -> {', '.join(names)}")
             # Few machines have a font with every language.
@@ -37,4 +38,6 @@ def queries(model: Towers, params: Any, dataset: PairDataset, config: Any) -> st
             framed = [(image, n == number) for n, (image, _) in zip(best, pictures, strict=True)]
             rows.append((label, framed))
     draw(rows, located(config.run_dir) / "pictures")
+    if model.config.captioner is not None:
+        lines.append(captions(model, params, dataset, config))
     return "\n".join(lines)

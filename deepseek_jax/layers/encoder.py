@@ -19,12 +19,34 @@ from deepseek_jax.ops.attention import full_attention
 from deepseek_jax.ops.rope import rotate
 from deepseek_jax.parallel.sharding import constrain
 
+
+def lean(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An activation in float32, of which only the input is kept for its slope.
+
+    Autodiff would keep, and in half precision round, what comes up on the way.
+    """
+
+    @jax.custom_vjp
+    def of(x: Array) -> Array:
+        return forward(x)[0]
+
+    def forward(x: Array) -> tuple[Array, Array]:
+        return function(x.astype(jnp.float32)).astype(x.dtype), x
+
+    def backward(x: Array, slope: Array) -> tuple[Array]:
+        (change,) = jax.vjp(function, x.astype(jnp.float32))[1](slope.astype(jnp.float32))
+        return (change.astype(x.dtype),)
+
+    of.defvjp(forward, backward)
+    return of
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+    "gelu": lean(lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))),
+    "gelu_tanh": lean(jax.nn.gelu),
+    "quick_gelu": lean(lambda x: x * jax.nn.sigmoid(1.702 * x)),  # OpenAI's CLIP
+    "relu": lean(jax.nn.relu),
+    "silu": lean(jax.nn.silu),
 }
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
@@ -32,8 +54,8 @@ Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu
 class Whole(NamedTuple):
     """What all blocks know of their tokens."""
 
-    mask: Bool[Array, "B S"] | None = None
-    """Which tokens are real; None: all."""
+    mask: Bool[Array, "B S"] | Bool[Array, "_ T S"] | None = None
+    """Which tokens are real, or which token (row) attends to which; None: all."""
     cosine: Float[Array, "B T half"] | None = None
     """Rotary positions, where a model has them; the same for all heads."""
     sine: Float[Array, "B T half"] | None = None

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.core.axes import Spec
 from deepseek_jax.ops.experts import feed_forward
-from deepseek_jax.ops.matmul import matmul, scaled, thickened
+from deepseek_jax.ops.matmul import matmul, scaled, shifted, thickened
 from deepseek_jax.parallel.sharding import flat_tokens
 
 
@@ -114,9 +114,7 @@ class LayerNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        lead = (1,) * (x.ndim - 1)
-        scale, bias = (w.astype(jnp.float32).reshape(*lead, -1) for w in (scale, bias))
-        return (normal * scale + bias).astype(x.dtype)
+        return shifted(scaled(normal, scale), bias).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -145,12 +143,10 @@ class Projection(nn.Module):
         x = x.astype(self.dtypes.compute).reshape(*x.shape[:2], math.prod(x.shape[2:]))
         w = self.weight.reshape(x.shape[-1], -1)
         outputs = self.weight.shape[len(self.equation.split(",")[0]) - 2 :]
-        y = thickened(lambda x: matmul(x, w), x).reshape(*x.shape[:2], *outputs)
+        y = thickened(lambda x: matmul(x, w), x)
         if self.bias:
-            y = y + self.offset.astype(y.dtype).reshape(
-                (1,) * (y.ndim - self.offset.ndim) + self.offset.shape
-            )
-        return y
+            y = shifted(y, self.offset.reshape(-1))
+        return y.reshape(*x.shape[:2], *outputs)
 
 
 class SwiGLU(nn.Module):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.conv import Convolution, PositionalConvolution
 from deepseek_jax.layers.encoder import Activation, Encoded, Stack, Transformer, Whole, learned
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Normal, Projection, weight
@@ -141,6 +142,21 @@ class Wav2Vec2:
             )
         if isinstance(self.head, Codebook) and not self.mask_vector:
             raise ValueError("head Codebook needs mask_vector: masked frames are what it learns.")
+
+    @property
+    def num_layers(self) -> int:
+        """Of the transformer."""
+        return self.transformer.num_layers
+
+    @property
+    def remat(self) -> Remat:
+        """The transformer's."""
+        return self.transformer.remat
+
+    @property
+    def vocab_size(self) -> int:
+        """Characters that the head knows; without a CTC head texts do not matter, and any fit."""
+        return self.head.vocab_size if isinstance(self.head, CTC) else 1 << 31
 
     @property
     def least_samples(self) -> int:

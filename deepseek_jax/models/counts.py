@@ -4,13 +4,19 @@ Active parameters: everything but the routed experts that a token does not visit
 embedding and head included. FLOPs: two a multiply-add; matmuls and the causal half of attention.
 """
 
+import math
+
 from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.sparse_attention import GatedGQA
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model, Network
-from deepseek_jax.models.networks import AnyConfig, build_network
+from deepseek_jax.models.fusion import FusedNetwork, Weighted, token_counts
+from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
+from deepseek_jax.models.vision_language import VisionLanguageModel
+from deepseek_jax.ops.convolution import num_windows
 from deepseek_jax.ops.sparse import room
 
 
@@ -22,25 +28,55 @@ def num_params(model: Network) -> tuple[int, int]:
     return sum(sizes.values()), sum(_visited(model.config, path, sizes[path]) for path in kept)
 
 
-def _visited(config: AnyConfig, path: str, size: int) -> int:
+def _visited(config: ModelConfig, path: str, size: int) -> int:
     if "/experts/" not in path or config.moe is None:
         return size
     return size * config.moe.router.num_active_experts // config.moe.num_experts
 
 
 def row_tokens(model: Network, sequence_length: int) -> int:
-    """Tokens of one training row: of a pair, the image's patches too."""
+    """Tokens of one training row: of a pair, the image's patches too; of a wave, its frames; of
+    several modalities, all of theirs."""
+    if isinstance(model, FusedNetwork):
+        return sum(token_counts(model.config, sequence_length).values())
+    if isinstance(model.config, Wav2Vec2):
+        return model.config.num_frames(sequence_length)
     if isinstance(model, Towers):
         height, width = model.config.image.grid
         return height * width + sequence_length
     return sequence_length
 
 
-def train_flops_per_token(model: Network, sequence_length: int) -> float:
-    """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens."""
+def train_flops_per_token(model: Network, sequence_length: int, views: int = 0) -> float:
+    """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens.
+
+    A decoder that sees has the work of its encoder and projector on `views` images a row. Frozen
+    parts count as if they learned.
+    """
+    if isinstance(model, FusedNetwork):
+        return _fused_flops(model, sequence_length) / row_tokens(model, sequence_length)
     if isinstance(model, Towers):
         return _pair_flops(model, sequence_length) / row_tokens(model, sequence_length)
+    if isinstance(model, VisionLanguageModel):
+        seen = views * _view_flops(model) / sequence_length
+        return _decoder_flops(model.language, sequence_length) + seen
+    if isinstance(model.config, Wav2Vec2):
+        return _wave_flops(model, sequence_length) / row_tokens(model, sequence_length)
     return _decoder_flops(model, sequence_length)
+
+
+def _view_flops(model: VisionLanguageModel) -> float:
+    """Of one image, whose joined features alone pass the projector."""
+    c, vision = model.config, model.config.vision
+    patches = math.prod(vision.grid)
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    tokens = {"vision": patches + vision.leading, "projector": c.view_tokens}
+    work = 0
+    for path, leaf in tree.flatten(model.shapes).items():
+        if specs[path].reduced and (part := path.split("/")[0]) in tokens:
+            work += leaf.size * tokens[part]
+    layers, width = vision.transformer.num_layers, vision.transformer.embed_dim
+    return 6.0 * (work + 2 * layers * width * tokens["vision"] ** 2)
 
 
 def _pair_flops(model: Towers, length: int) -> float:
@@ -51,12 +87,51 @@ def _pair_flops(model: Towers, length: int) -> float:
         "image": (c.image.transformer, row_tokens(model, 0) + c.image.class_token),
         "text": (c.text.transformer, length),
     }
+    if c.captioner is not None:
+        towers["captioner"] = (c.captioner.transformer, towers["image"][1] + length)
+        work += length * c.captioner.transformer.embed_dim * c.vocab_size  # the head: its table
     for path, leaf in tree.flatten(model.shapes).items():
         tokens = towers.get(path.split("/")[0], (None, 1))[1]  # a projection has one
         if specs[path].reduced and not path.endswith("embedding/weight"):
             work += leaf.size * tokens
     for transformer, tokens in towers.values():
         work += 2 * transformer.num_layers * transformer.embed_dim * tokens**2
+    return 6.0 * work
+
+
+def _fused_flops(model: FusedNetwork, length: int) -> float:
+    """Of one row: every weight's products with the tokens behind it, and attention's.
+
+    A convolution that makes more tokens than its encoder ends with counts for too little.
+    """
+    late, work = isinstance(model.config.fusion, Weighted), 0
+    counts = dict(token_counts(model.config, length))
+    counts["fusion"] = 1 if late else sum(counts.values())
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for path, leaf in tree.flatten(model.shapes).items():
+        part, child, *_ = path.split("/")
+        own = child.removesuffix("_inward")
+        tokens = 1 if child == "head" else counts[part if late or own not in counts else own]
+        if specs[path].reduced and not path.endswith("embedding/weight"):
+            work += leaf.size * tokens
+    parts = {m.name: m.encoder for m in model.config.modalities} | {"fusion": model.config.fusion}
+    for name, part in parts.items():
+        if transformer := getattr(part, "transformer", None):
+            work += 2 * transformer.num_layers * transformer.embed_dim * counts[name] ** 2
+    return 6.0 * work
+
+
+def _wave_flops(model: Network, samples: int) -> float:
+    """Of one wave: every convolution at its own rate, the rest at that of the frames."""
+    c, places = model.config, {}
+    for i, (_, size, stride) in enumerate(c.convolutions):
+        samples = num_windows(samples, size, stride)
+        places[f"convolution_{i}"] = samples
+    work = 2 * c.num_layers * c.transformer.embed_dim * samples**2
+    specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for path, leaf in tree.flatten(model.shapes).items():
+        if specs[path].reduced:
+            work += leaf.size * places.get(path.split("/")[0], samples)
     return 6.0 * work
 
 
@@ -97,7 +172,7 @@ def _seen(length: int, most: int | None) -> float:
     return most * (1 - (most - 1) / (2 * length))
 
 
-def describe(config: AnyConfig) -> str:
+def describe(config: ModelConfig) -> str:
     """`12.3 M parameters (4.5 M active)`."""
     total, active = num_params(build_network(config))
     return f"{_readable(total)} parameters ({_readable(active)} active)"

@@ -13,7 +13,9 @@ from deepseek_jax.models.encoder import Encoder
 from deepseek_jax.ops.ctc import ctc_greedy, ctc_losses
 from deepseek_jax.ops.wav2vec import (
     chosen_codes,
+    contrastive_hits,
     contrastive_loss,
+    contrastive_scores,
     distractors,
     diversity_loss,
     perplexity,
@@ -55,6 +57,10 @@ class Pretrained(NamedTuple):
     """Codes in use, by group: see `ops.wav2vec.is_dead`."""
     predicted: Float[Array, "B T Q"]
     targets: Float[Array, "B T Q"]
+    hits: Int[Array, ""]
+    """Masked frames that are told from all of their distractors."""
+    uses: Float[Array, "G V"]
+    """What codes stand behind masked frames: how often, or in training their probabilities' sum."""
 
 
 def _head(encoder: Encoder, kind: type) -> Any:
@@ -133,9 +139,11 @@ def pretrained(
     weights = chosen_codes(logits, key, code_temperature)
     predicted, targets = _call(encoder, params, "shared", found.hidden, weights)
     codes = jnp.argmax(weights, axis=-1)
-    contrastive = contrastive_loss(predicted, targets, codes, others, masked, config.temperature)
-    used = perplexity(weights if key is None else jax.nn.softmax(logits, axis=-1), masked)
+    scores = contrastive_scores(predicted, targets, codes, others, config.temperature)
+    contrastive, hits = (f(*scores, masked) for f in (contrastive_loss, contrastive_hits))
+    drawn = weights if key is None else jax.nn.softmax(logits, axis=-1)
+    used, uses = perplexity(drawn, masked), (drawn * masked[..., None, None]).sum((0, 1))
     count = masked.sum()
     diversity = diversity_loss(used, head.num_codes, count)
     loss = contrastive + config.diversity_weight * diversity
-    return Pretrained(loss, contrastive, diversity, count, used, predicted, targets)
+    return Pretrained(loss, contrastive, diversity, count, used, predicted, targets, hits, uses)

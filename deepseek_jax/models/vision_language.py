@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.tiles import tile_side, token_layout
+from deepseek_jax.data.tiles import TEXT, Sight, tile_side
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import learned
 from deepseek_jax.layers.linear import Dtypes
@@ -44,8 +44,6 @@ from deepseek_jax.models.projectors import (
     Resampler,
 )
 from deepseek_jax.models.vit import VisionTransformer, ViT
-
-NEWLINE, SEPARATOR, TEXT = -1, -2, -3  # where an embedding comes from, if from nothing seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,16 +122,24 @@ class VisionLanguage:
         assert isinstance(self.projector, DownsampleProjector) and isinstance(self.vision, ViT)
         return tile_side(self.vision.image_size[0], self.vision.patch_size, self.projector.factor)
 
+    @property
+    def sight(self) -> Sight:
+        """How images are taken in. ValueError where they have no one size (NaFlex)."""
+        if not isinstance(self.vision, ViT):
+            raise ValueError("a NaFlex's images have no one size.")
+        side = self.side if isinstance(self.projector, DownsampleProjector) else None
+        return Sight(self.vision.image_size[0], self.view_tokens, side)
+
     def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
         """`sources` of one image's tokens, its views numbered from 0.
 
         With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view,
         of a NaFlex with `grid` patches. A video's frame is an image; of tiles it has (0, 0).
         """
-        if isinstance(self.projector, DownsampleProjector):
-            return token_layout(grid, self.side)
-        flexible = self.grid is None and isinstance(self.projector, MLPProjector)
-        return np.arange(math.prod(grid) if flexible else self.view_tokens, dtype=np.int32)
+        if isinstance(self.vision, NaFlex):
+            known = not isinstance(self.projector, MLPProjector)
+            return np.arange(self.view_tokens if known else math.prod(grid), dtype=np.int32)
+        return self.sight.layout(grid)
 
     def laid_out(self, grids: Sequence[tuple[int, int]]) -> np.ndarray:
         """`sources` of the tokens of images one after another: also of a video's frames."""
@@ -146,7 +152,7 @@ class VisionLanguage:
 
     def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
         """Views of one image."""
-        return 1 + math.prod(grid) if isinstance(self.projector, DownsampleProjector) else 1
+        return self.sight.num_views(grid)
 
     @property
     def num_layers(self) -> int:

@@ -15,12 +15,22 @@ SHOWN = {
     "left": "ETA {}",
     "bits_per_byte": "{:.3f} bits/byte",
     "recall_at_10": "recall@10 {:.1%}",
+    "accuracy": "accuracy {:.1%}",
+    "character_error_rate": "characters wrong {:.1%}",
 }
 # What an evaluation found, as the last line of a run says it: those that there are.
 FOUND = {
     "bits_per_byte": "{:.4f} bits per byte",
     "recall_at_10": "recall@10 {:.4f}",
     "chance_at_10": "by chance {:.4f}",
+    "character_error_rate": "character error rate {:.4f}",
+    "word_error_rate": "word error rate {:.4f}",
+    "accuracy": "accuracy {:.4f}",
+    "majority_accuracy": "of the most frequent answer {:.4f}",
+    "perplexity": "perplexity {:.1f}",
+    "auroc": "AUROC {:.4f}",
+    "sensitivity@0.9": "sensitivity at specificity 0.9 {:.4f}",
+    "calibration_error": "calibration error {:.4f}",
     "loss": "loss {:.4f}",
 }
 
@@ -60,7 +70,8 @@ class Progress:
 
     def evaluation(self, found: Mapping[str, float]) -> None:
         """Show this from now on as the last evaluation."""
-        shown = [name for name in ("bits_per_byte", "recall_at_10") if name in found]
+        names = ("bits_per_byte", "recall_at_10", "accuracy", "character_error_rate")
+        shown = [name for name in names if name in found]
         self._last |= {name: float(found[name]) for name in shown}
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What queries found, as one picture: a row a query, the right one framed."""
+"""What queries found, and what was written of images, as pictures."""
 
 import io
 
@@ -29,3 +29,28 @@ def draw(rows: list[tuple[str, list[tuple[np.ndarray, bool]]]], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(drawn := io.BytesIO(), format="png")
     (folder / "what_held_out_captions_find.png").write_bytes(drawn.getvalue())
+
+
+def draw_grid(cells: list[tuple[np.ndarray, str, str]], folder: Path) -> None:
+    """Images, what was written of each below it and, gray, what it is called."""
+    columns, size, below, gap = 6, 64, 30, 40
+    rows = -(-len(cells) // columns)
+    width, height = columns * (size + gap) + gap, rows * (size + below) + 8
+    figure = Figure((width / 100, height / 100), dpi=200)
+    for number, (pixels, written, called) in enumerate(cells):
+        row, column = divmod(number, columns)
+        left, top = gap + column * (size + gap), row * (size + below) + 6
+        axes = figure.add_axes(
+            (left / width, 1 - (top + size) / height, size / width, size / height)
+        )
+        axes.imshow(pixels)
+        axes.set_axis_off()
+        for words, color, down in ((written, "#1d2733", 8), (called, "#8b949e", 17)):
+            words = words if len(words) < 30 else words[:28] + "..."
+            figure.text(
+                (left + size / 2) / width, 1 - (top + size + down) / height,
+                words.replace("$", r"\$"), fontsize=4.5, color=color, ha="center", va="center",
+            )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(drawn := io.BytesIO(), format="png")
+    (folder / "written_of_held_out_images.png").write_bytes(drawn.getvalue())

@@ -37,6 +37,8 @@ PANELS = (  # picture, title, unit, keys of metrics.jsonl or, behind eval/, of e
     ("loss", "Held-out text", "bits a byte", ("eval/bits_per_byte",)),
     ("loss", "Held-out retrieval", "of queries", ("eval/recall_at_10", "eval/chance_at_10")),
     ("loss", "Right within the batch", "of rows", ("recall_at_1", "recall_at_1_back")),
+    ("loss", "Loss of written captions", "nats", ("caption_loss",)),
+    ("loss", "Accuracy", "of rows", ("accuracy", "eval/accuracy")),
     ("training", "Temperature of the pairs", "", ("temperature",)),
     ("training", "Effective rank of image vectors", "1: collapsed", ("effective_rank",)),
     ("training", "Learning rate", "", ("learning_rate",)),
@@ -148,7 +150,10 @@ def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
     """{file name: (heading, text, figure)} of everything that is a curve."""
     drawn, table = {}, list(PANELS)
     for key in sorted(series.keys() - {key for *_, keys in PANELS for key in keys}):
-        if key.endswith("loss"):
+        if key.endswith(("_accuracy", "_weight")) and not key.startswith("eval/"):
+            title = key.replace("_", " ").capitalize()
+            table.append(("loss", title, "of rows", (key, f"eval/{key}")))
+        elif key.endswith("loss"):
             table.append(("router" if "router/" in key else "training", key, "", (key,)))
     for name, (heading, text) in PICTURES.items():
         panels = [p for p in table if p[0] == name and any(key in series for key in p[3])]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core import target
 from deepseek_jax.core.extras import require
-from deepseek_jax.ops.matmul import dot
+from deepseek_jax.ops.matmul import dot, laid
 
 Implementation = Literal["reference", "blocks", "cudnn", "splash"]
 KERNELS = {"splash"}  # written by hand, in Pallas: XLA cannot partition them
@@ -58,25 +58,80 @@ def full_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    mask: Bool[Array, "B S"] | None,
+    mask: Bool[Array, "B S"] | Bool[Array, "_ T S"] | None,
     *,
     scale: float,
     causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention of every token to all tokens that `mask` calls real, or the earlier of them.
 
-    A row without a real token attends to all alike. On GPU cuDNN's kernel where it can, else
-    `masked_attention`: encoders' rows are short.
+    A mask [_, T, S] says it of each pair. A row without a real token attends to all alike. On GPU
+    cuDNN's kernel where it can, else all scores at once: encoders' rows are short.
+    `masked_attention` is the reference.
     """
-    seen = jnp.ones((1, 1, k.shape[1]), bool) if mask is None else mask[:, None, :]
+    seen = mask[:, None, :] if mask is not None and mask.ndim == 2 else mask
     if preferred(q) == "cudnn":
-        seen = None if mask is None else seen[:, None]
+        seen = None if seen is None else seen[:, None]
         return jax.nn.dot_product_attention(
             q, k, v, mask=seen, scale=scale, is_causal=causal, implementation="cudnn"
         )
     if causal:
-        seen = seen & causal_mask(None, q.shape[1], None)
-    return masked_attention(q, k, v, seen, scale)
+        earlier = causal_mask(None, q.shape[1], None)
+        seen = earlier if seen is None else seen & earlier
+    return _whole(q, k, v, seen, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _whole(q, k, v, seen, scale):
+    """Attention among the pairs of `seen` [B, T, S], or all; weights are made anew for slopes.
+
+    Products are of heads laid first, and in the backward pass of keys by queries: only so does
+    XLA on CPU take half precision as it is (ops/matmul).
+    """
+    return _whole_forward(q, k, v, seen, scale)[0]
+
+
+def _whole_heads(q, k, v, scale):
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    return (laid(x.swapaxes(1, 2)) for x in (q, k, v))
+
+
+def _whole_forward(q, k, v, seen, scale):
+    qh, kh, vh = _whole_heads(q, k, v, scale)
+    scores = dot("bnth,bnsh->bnts", qh, kh)
+    if seen is not None:
+        scores = jnp.where(seen[:, None], scores, MASKED)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = dot("bnts,bnsh->bnth", weights.astype(v.dtype), vh) / total
+    out = out.astype(v.dtype).swapaxes(1, 2)
+    # Apart: of a row without a real token their logarithms' sum would lose the second.
+    return out, (q, k, v, seen, out, top.swapaxes(2, 3), total.swapaxes(2, 3))
+
+
+def _whole_backward(scale, residuals, slope):
+    q, k, v, seen, out, top, total = residuals
+    qh, kh, vh = _whole_heads(q, k, v, scale)
+    shared = (slope.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)
+    slope = laid(slope.swapaxes(1, 2))
+    scores = dot("bnsh,bnth->bnst", kh, qh)
+    if seen is not None:
+        scores = jnp.where(seen.swapaxes(1, 2)[:, None], scores, MASKED)
+    weights = jnp.exp(scores - top) / total
+    change = dot("bnsh,bnth->bnst", vh, slope)
+    change = (weights * (change - shared[:, :, None])).astype(q.dtype)
+    if seen is not None:  # a row without a real token weighs all, but by no score
+        change = jnp.where(seen.swapaxes(1, 2)[:, None], change, 0)
+    slopes = (
+        dot("bnst,bnsh->bnth", change, kh) * scale,  # XLA widens it: turning takes longer
+        dot("bnst,bnth->bnsh", change, qh),
+        dot("bnst,bnth->bnsh", weights.astype(v.dtype), slope),
+    )
+    return *(x.swapaxes(1, 2).astype(q.dtype) for x in slopes), None
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def causal_attention(

@@ -50,6 +50,16 @@ def entropy_weights(
     return present_softmax(sharpness * (jnp.exp(log_p) * log_p).sum(-1), present)
 
 
+def label_entropy_weights(
+    logits: Float[Array, "B M V"], present: Bool[Array, "B M"], sharpness: float = 1.0
+) -> Float[Array, "B M"]:
+    """The same where each of V labels is there or not by itself: of their entropies' mean."""
+    logits = where_present(logits.astype(jnp.float32), present)
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    negative = jnp.exp(yes) * yes + jnp.exp(no) * no
+    return present_softmax(sharpness * negative.mean(-1), present)
+
+
 def energy_weights(
     logits: Float[Array, "B M V"], present: Bool[Array, "B M"]
 ) -> Float[Array, "B M"]:
@@ -102,7 +112,7 @@ def token_streams(lengths: tuple[int, ...], bottlenecks: int = 0) -> Int[Array, 
 
 
 def progressive_mask(
-    streams: Int[Array, "B T"], joint: bool | Bool[Array, ""], valid: Bool[Array, "B T"]
+    streams: Int[Array, "_ T"], joint: bool | Bool[Array, ""], valid: Bool[Array, "B T"]
 ) -> Bool[Array, "_ T T"]:
     """Which token (rows) attends which: its own stream's; where `joint`, every stream's.
 
@@ -115,7 +125,7 @@ def progressive_mask(
 
 
 def bottleneck_mask(
-    streams: Int[Array, "B T"], joint: bool | Bool[Array, ""], valid: Bool[Array, "B T"]
+    streams: Int[Array, "_ T"], joint: bool | Bool[Array, ""], valid: Bool[Array, "B T"]
 ) -> Bool[Array, "_ T T"]:
     """As `progressive_mask`, but where `joint` streams see only their own tokens and bottlenecks.
 

@@ -124,3 +124,30 @@ def _cross_entropy_backward(z_weight, chunk, axis, residuals, slopes):
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def class_losses(
+    logits: Float[Array, "B V"], labels: Int[Array, " B"], smoothing: float = 0.0
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Each row's cross-entropy with its class, float32, and 1; both 0 where the class is -1.
+
+    `smoothing` of the probability is spread evenly over all classes (arXiv 1512.00567, section 7).
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    own = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+    loss = -(1 - smoothing) * own - smoothing * log_p.mean(-1)
+    return jnp.where(labels >= 0, loss, 0.0), (labels >= 0).astype(jnp.float32)
+
+
+def label_losses(
+    logits: Float[Array, "B V"], labels: Int[Array, "B V"], smoothing: float = 0.0
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Each row's sum of its labels' binary cross-entropies, float32, and how many are known.
+
+    A label is 1 or 0, or -1 where it is not known, which has no effect. `smoothing` of it is one
+    half.
+    """
+    known, z = labels >= 0, logits.astype(jnp.float32)
+    target = (1 - smoothing) * labels.astype(jnp.float32) + smoothing / 2
+    loss = jnp.where(known, jax.nn.softplus(z) - z * target, 0.0)
+    return loss.sum(-1), known.sum(-1).astype(jnp.float32)

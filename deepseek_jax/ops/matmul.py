@@ -102,11 +102,15 @@ def put(
 
 def turned(x: Float[Array, "*n R C"]) -> Float[Array, "*n C R"]:
     """The transposed matrices; on CPU a copy of its own, in rows."""
-    x = jnp.swapaxes(x, -1, -2)
+    return laid(jnp.swapaxes(x, -1, -2))
+
+
+def laid(x: Float[Array, "*n R C"]) -> Float[Array, "*n R C"]:
+    """x, on CPU laid in the order of its dimensions, though it is something transposed."""
     if target.platform() != "cpu":
         return x
     # XLA marks a transposition by its layout, which only a change of shape makes it forget.
-    return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+    return jax.lax.optimization_barrier(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 @jax.custom_vjp
@@ -152,13 +156,36 @@ def _scaled(x, scale):
 
 def _scaled_backward(residuals, slope):
     x, scale = residuals
-    product = slope.astype(jnp.float32) * x
-    if target.platform() == "cpu":  # else it adds up one strided column after another
-        product = product.reshape(-1, x.shape[-1])
-        total = (jnp.ones((1, product.shape[0]), jnp.float32) @ product)[0]
-    else:
-        total = product.sum(tuple(range(x.ndim - 1)))
+    total = column_sums(slope.astype(jnp.float32) * x)
     return _scaled(slope, scale)[0], total.astype(scale.dtype)
 
 
 scaled.defvjp(_scaled, _scaled_backward)
+
+
+@jax.custom_vjp
+def shifted(x: Float[Array, "*n D"], bias: Float[Array, " D"]) -> Float[Array, "*n D"]:
+    """x plus a vector, in x's dtype."""
+    return _shifted(x, bias)[0]
+
+
+def _shifted(x, bias):
+    y = x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
+    return y, jnp.zeros(0, bias.dtype)
+
+
+def _shifted_backward(like, slope):
+    return slope, column_sums(slope).astype(like.dtype)
+
+
+shifted.defvjp(_shifted, _shifted_backward)
+
+
+def column_sums(x: Float[Array, "*n D"]) -> Float[Array, " D"]:
+    """The float32 sum of all rows."""
+    x = x.astype(jnp.float32)
+    if target.platform() != "cpu":
+        return x.sum(tuple(range(x.ndim - 1)))
+    # A product with ones: else XLA adds up one strided column after another.
+    x = x.reshape(-1, x.shape[-1])
+    return (jnp.ones((1, x.shape[0]), jnp.float32) @ x)[0]

@@ -113,18 +113,16 @@ def diversity_loss(
     return (total - perplexity.sum()) / total * count
 
 
-def contrastive_loss(
+def contrastive_scores(
     predicted: Float[Array, "B T Q"],
     targets: Float[Array, "B T Q"],
     codes: Int[Array, "B T G"],
     others: Int[Array, "B T M"],
-    masked: Bool[Array, "B T"],
     temperature: float = 0.1,
-) -> Float[Array, ""]:
-    """Sum over masked frames t of -log(exp(s(t, t)) / (exp(s(t, t)) + sum_m exp(s(t, others[m])))).
+) -> tuple[Float[Array, "B T 1"], Float[Array, "B T M"]]:
+    """s(t, t) and s(t, others[m]), where s(t, u) = cosine(predicted[t], targets[u]) / temperature.
 
-    s(t, u) = cosine(predicted[t], targets[u]) / temperature. Others with the very codes of t are
-    no distractors and left out.
+    Others with the very codes of t are no distractors: their scores are minus infinity.
     """
 
     def unit(x: Array) -> Array:
@@ -139,6 +137,24 @@ def contrastive_loss(
     apart = jnp.take_along_axis(pairs, others, axis=2)
     theirs = jax.vmap(lambda row, places: row[places])(codes, others)
     alike = (theirs == codes[:, :, None]).all(-1)
-    apart = jnp.where(alike, -jnp.inf, apart)
+    return own, jnp.where(alike, -jnp.inf, apart)
+
+
+def contrastive_loss(
+    own: Float[Array, "B T 1"], apart: Float[Array, "B T M"], masked: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Sum over masked frames t of -log(exp(s(t, t)) / (exp(s(t, t)) + sum_m exp(s(t, others[m])))),
+    of `contrastive_scores`."""
     total = jax.nn.logsumexp(jnp.concatenate([own, apart], axis=-1), axis=-1)
     return jnp.sum(jnp.where(masked, total - own[..., 0], 0.0))
+
+
+def contrastive_hits(
+    own: Float[Array, "B T 1"], apart: Float[Array, "B T M"], masked: Bool[Array, "B T"]
+) -> Int[Array, ""]:
+    """How many masked frames have their own codes above all distractors'; a tie is no hit.
+
+    Nor is a frame all of whose distractors have its codes: there is nothing to tell apart.
+    """
+    best = apart.max(-1)
+    return jnp.sum(masked & (own[..., 0] > best) & (best > -jnp.inf))

@@ -17,10 +17,13 @@ from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.pairs import Pairs, text_row
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import Characters, Tokenizer, load_tokenizer
+from deepseek_jax.data.utterances import Utterances, standardized
 from deepseek_jax.data.vision import prepared
 from deepseek_jax.layers.encoder import Encoded
+from deepseek_jax.models.audio import CTC, Wav2Vec2
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
+from deepseek_jax.models.speech import transcribed
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.serving import language, vision_language
@@ -52,6 +55,56 @@ class EncoderModel:
         """The same with what else there is: a pooled vector, a mask, with `keep` all layers."""
         given = INPUTS[type(self.config)](self.config, inputs, **more)
         return _apply(self.encoder, self.params, given, keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechModel(EncoderModel):
+    """A wav2vec 2.0 with its weights; where its head is CTC, it writes down what it hears."""
+
+    config: Wav2Vec2
+    tokenizer: Tokenizer | None = None
+    """What the head's characters are; None where a folder has no vocab.json."""
+    normalize: bool = True
+    """Whether a wave is to have mean 0 and deviation 1."""
+    data: Utterances | None = None
+    """Of a run: what it was trained on."""
+    length: int = 0
+    """Of a run: samples of its rows, to which waves are padded here too."""
+
+    def prepared(self, waves: Any) -> dict[str, np.ndarray]:
+        """What `encode` takes of one wave [T] or several, as they are: padded, with a mask."""
+        rows = [np.asarray(wave, np.float32) for wave in waves]
+        if rows and not any(row.ndim for row in rows):
+            rows = [np.asarray(waves, np.float32)]  # one wave
+        if not rows or any(row.ndim != 1 or not row.size for row in rows):
+            shapes = [row.shape for row in rows]
+            raise InputError(f"waves have shapes {shapes}; give one wave [T] or a list of such")
+        counts = np.array([len(row) for row in rows])
+        length = max(self.length, counts.max())
+        rows = [standardized(row) if self.normalize else row for row in rows]
+        padded = np.stack([np.pad(row, (0, length - len(row))) for row in rows])
+        return {"inputs": padded, "attention_mask": np.arange(length) < counts[:, None]}
+
+    def transcribe(self, waves: Any) -> list[str]:
+        """What is said in one wave [T], or in each of several: floats as they were recorded, one
+        channel, at the model's rate.
+
+        Of each frame the likeliest character, repetitions and blanks taken out. InputError for a
+        model without a CTC head or vocabulary, and for waves too short for one frame.
+        """
+        if not isinstance(self.config.head, CTC):
+            raise InputError(f"this model's head is {self.config.head}; a CTC head transcribes")
+        if self.tokenizer is None:
+            raise InputError("this model brings no vocab.json, so nothing says its characters")
+        found = self.prepared(waves)
+        given = INPUTS[type(self.config)](self.config, found.pop("inputs"), **found)
+        ids = np.asarray(_transcribed(self.encoder, self.params, given))
+        return [self.tokenizer.decode(row) for row in ids]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _transcribed(encoder: Encoder, params: Any, given: dict[str, Any]) -> Array:
+    return transcribed(encoder, params, **given)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +179,32 @@ def load_encoder(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel:
         return TwoTowerModel(towers, params, folder.config, folder.original)
     encoder = build_encoder(folder.config, precision)
     params = huggingface.load_encoder(folder, encoder, encoder.shapes)
-    return EncoderModel(encoder, params, folder.config, folder.original)
+    given = encoder, params, folder.config, folder.original
+    if isinstance(folder.config, Wav2Vec2):
+        return SpeechModel(*given, *_hearing(folder.directory, folder.config))
+    return EncoderModel(*given)
+
+
+def _hearing(folder: pathlib.Path, config: Wav2Vec2) -> tuple[Tokenizer | None, bool]:
+    """The characters of a wav2vec 2.0's folder, if it has them, and whether waves are normalized.
+
+    InputError for a vocabulary that is read in another way than wav2vec 2.0's own.
+    """
+    normalize = huggingface.read_optional(folder, "preprocessor_config.json").get("do_normalize")
+    file = folder / Characters.file
+    if not (isinstance(config.head, CTC) and file.exists()):
+        return None, normalize is not False
+    names = huggingface.token_names(folder)
+    rules = huggingface.read_optional(folder, "tokenizer_config.json")
+    delimiter, lower = names.get("word_delimiter_token", "|"), rules.get("do_lower_case")
+    if delimiter != "|" or lower:
+        raise InputError(
+            f"{folder}: its tokenizer separates words by {delimiter!r} and has do_lower_case "
+            f"{lower}; known here are '|' and false"
+        )
+    characters = Characters(file.read_bytes(), str(file))
+    characters.bos_id = characters.eos_id = config.head.blank_id
+    return characters, normalize is not False
 
 
 def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
@@ -147,8 +225,24 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
     return TwoTowerModel(towers, params, config, {}, load_tokenizer(directory), data, length)
 
 
+def load_speech(path: str | pathlib.Path) -> SpeechModel:
+    """The wav2vec 2.0 of a run or of a checkpoint of ours, as `load_towers` has two towers."""
+    leave_absent_tpus()
+    directory = manager.resolve(path)
+    recorded = manager.read_config(directory)
+    config = from_dict(Wav2Vec2, recorded["model"], "model")
+    encoder = build_encoder(config, language.precision_of_run(recorded))
+    params = manager.load_params(directory, encoder.shapes, encoder.layers)
+    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
+    data = from_dict(Utterances, last.get("data", recorded["data"]), "data")
+    length = last.get("sequence_length", recorded["sequence_length"])
+    more = load_tokenizer(directory), data.normalize, data, length
+    return SpeechModel(encoder, params, config, {}, *more)
+
+
 LOADS: dict[str, Callable[[Any], Any]] = {
     TwoTower.__name__: load_towers,
+    Wav2Vec2.__name__: load_speech,
     VisionLanguage.__name__: vision_language.load_seeing,
 }
 
@@ -156,7 +250,8 @@ LOADS: dict[str, Callable[[Any], Any]] = {
 def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
     """What a path holds, to use: an encoder or two towers, else a language model that may see.
 
-    See `load_encoder`, `load_towers`, `vision_language.load_seeing` and `serving.language.load`.
+    See `load_encoder`, `load_towers`, `load_speech`, `vision_language.load_seeing` and
+    `serving.language.load`.
     """
     if is_folder_of_tensors(path):
         folder = huggingface.fetched(path)

@@ -15,7 +15,7 @@ from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.audio import read_wave, wave_of_samples
 from deepseek_jax.data.film import read_frames
-from deepseek_jax.data.tiles import patched, tiled
+from deepseek_jax.data.tiles import TEXT, patched, tiled
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
@@ -30,7 +30,7 @@ from deepseek_jax.data.vision import (
 from deepseek_jax.models.ear import RATE, Ear
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.projectors import DownsampleProjector
-from deepseek_jax.models.vision_language import TEXT, VisionLanguage
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.serving.inputs import images_of
 
 Grid = tuple[int, int]

@@ -20,11 +20,11 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.target import leave_absent_tpus
+from deepseek_jax.data.tiles import TEXT
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.data.vision import Normalization
 from deepseek_jax.models.ear import Ear
 from deepseek_jax.models.vision_language import (
-    TEXT,
     VisionLanguage,
     VisionLanguageModel,
     build_vision_language,
@@ -390,5 +390,11 @@ def _opened(
         huggingface.end_ids(beside, tokenizer),
         chat.renderer(beside, media.marks_of(tokenizer)),
         "janus" if "gen_vision_config" in original else original.get("model_type", ""),
-        media.normalization_of(beside),
+        _trained_with(recorded) or media.normalization_of(beside),
     )
+
+
+def _trained_with(recorded: dict[str, Any]) -> Normalization | None:
+    """How a run that saw normalized its pictures."""
+    last = recorded.get("stages", [{}])[-1].get("data") or recorded.get("data") or {}
+    return last.get("normalization")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.vision import Normalization, normalized
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.vision_language import VisionLanguageModel
@@ -51,6 +52,14 @@ class Language:
             )
 
 
+def inputs_of(batch: dict[str, Any], preset: Normalization = "half") -> dict[str, jax.Array]:
+    """What a model takes of a batch; pixels that are uint8 normalized by `preset`."""
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    if "images" in inputs and inputs["images"].dtype == jnp.uint8:
+        inputs["images"] = normalized(inputs["images"], preset)
+    return inputs
+
+
 @jax.custom_vjp
 def _in_order(hidden, head):
     """Both as they are; backward, the head's slope is summed over devices before the rest goes on.
@@ -66,10 +75,13 @@ _in_order.defvjp(
 )
 
 
-def make_language(config: Language, model: Model | VisionLanguageModel) -> Objective:
+def make_language(
+    config: Language, model: Model | VisionLanguageModel, preset: Normalization = "half"
+) -> Objective:
     """The objective of a decoder on the batches of data/loader.
 
-    A decoder that sees takes `images` and `sources` in a batch as well, as its `apply` does.
+    A decoder that sees takes `images` and `sources` in a batch as well, as its `apply` does; images
+    that are uint8, as data/seeing makes them, are normalized by `preset`.
 
     Terms: `loss` (next-token cross-entropy), `cross_entropy` (with z: what is trained), `z_loss`,
     `mtp_loss`, `mtp_loss_2`, ... are means over tokens; summed over layers, and averaged over what
@@ -133,19 +145,19 @@ def make_language(config: Language, model: Model | VisionLanguageModel) -> Objec
     def loss_fn(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[dict, dict]:
         del key  # nothing in this model is random
         targets, weights = batch["targets"], batch["weights"]
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = inputs_of(batch, preset)
         if num_mtp:
             inputs["next_tokens"] = targets[..., :num_mtp]
         output = model.apply(params, **inputs)
         head = model.head(params)
 
-        def entropy(hidden, depth, z_weight=0.0):
+        def of_depth(hidden, depth, z_weight=0.0):
             given = *_in_order(hidden, head), targets[..., depth], weights[..., depth]
-            return _entropy(*given, z_weight=z_weight, chunk=config.chunk)
+            return entropy(*given, z_weight=z_weight, chunk=config.chunk)
 
-        total, nll, z = entropy(output.hidden, 0, config.z_weight)
+        total, nll, z = of_depth(output.hidden, 0, config.z_weight)
         sums = {"loss": nll, "cross_entropy": total, "z_loss": z}
-        sums |= {name: entropy(output.mtp[d - 1], d)[0] for name, d in depths.items()}
+        sums |= {name: of_depth(output.mtp[d - 1], d)[0] for name, d in depths.items()}
         sums |= block_terms(output.routing.values(), output.selection.values())
         terms = {name: (sums[name], weight) for name, weight in weights_fn(batch).items()}
         return terms, {path: found._replace(chosen=None) for path, found in output.routing.items()}
@@ -169,7 +181,7 @@ def block_terms(routing: Iterable[Any], selection: Iterable[Any]) -> dict[str, A
     return sums
 
 
-def _entropy(hidden, head, targets, weights, **options):
+def entropy(hidden, head, targets, weights, **options):
     """`cross_entropy` of [B, T, D]; on a mesh each device's own tokens, the head gathered once.
 
     Left to itself, XLA would gather the head, and sum its slope, for every chunk of tokens. Where

@@ -29,8 +29,7 @@ from deepseek_jax.checkpoint.manager import Manager
 from deepseek_jax.core import config as core_config
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
-from deepseek_jax.data.loader import Data, Dataset, batches, open_data
-from deepseek_jax.data.pairs import PairDataset, open_pairs
+from deepseek_jax.data.loader import batches
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.networks import build_network
@@ -46,17 +45,20 @@ from deepseek_jax.training import invariants, slices
 from deepseek_jax.training.contrastive import collapse
 from deepseek_jax.training.faults import Heartbeat, Peers, caught_signals
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig, check_model
+from deepseek_jax.training.speech import speech_warning
 from deepseek_jax.training.stages import (
+    AnyDataset,
     asked_gate,
     overwriting,
     shut,
     spans,
     stage_at,
+    stage_data,
     stage_optimizer,
     stage_state,
     stage_step,
 )
-from deepseek_jax.training.start import given_params
+from deepseek_jax.training.start import given_params, params_of_parts
 from deepseek_jax.training.state import TrainState, carried, initial_state
 
 FINGERPRINT = "data.sha256"  # beside a checkpoint: what its data were
@@ -66,9 +68,9 @@ GATES = "gates.json"  # and which gates have opened, once one has
 class Lent(NamedTuple):
     """What higher floors lend the loop."""
 
-    held_out: Callable[[Network, Any, Dataset | PairDataset, int], dict[str, float]]
+    held_out: Callable[[Network, Any, AnyDataset, int], dict[str, float]]
     """(model, params, dataset, batch size) -> loss, bits_per_byte, ... on the held-out side."""
-    closing: Callable[[Network, Any, Dataset | PairDataset, TrainConfig], str]
+    closing: Callable[[Network, Any, AnyDataset, TrainConfig], str]
     """What to print when the run is complete, e.g. a sampled completion."""
 
 
@@ -109,7 +111,7 @@ class _Run:
         self.peak = matmul_peak().flops
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # done since the last logged step
         self.since = 0.0
-        self.dataset: Dataset | PairDataset | None = None
+        self.dataset: AnyDataset | None = None
         self.fingerprint: str | None = None  # of the data that the restored state has seen
 
     def go(self) -> int:
@@ -256,11 +258,12 @@ class _Run:
         config, abstract = self.config, self._abstract(0)
         optimizer = stage_optimizer(config, self.model)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        if config.init_from is None:
+        if config.init_from is None and not config.init_parts:
             key = jax.random.key(config.seed)
             params = jax.jit(lambda: self.model.init(key), out_shardings=shardings.params)()
         else:
-            params, said = given_params(config, self.model, abstract.params)
+            given = given_params if config.init_from else params_of_parts
+            params, said = given(config, self.model, abstract.params)
             self.progress.say(said)
 
         def start(params):
@@ -276,17 +279,8 @@ class _Run:
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
-            given = {"sequence_length": stage.sequence_length, "seed": self.config.seed}
-            if isinstance(stage.data, Data):
-                targets = 1 + self.config.model.num_mtp_layers
-                self.dataset = open_data(stage.data, num_targets=targets, **given)
-            else:
-                self.dataset = open_pairs(stage.data, **given)
+            self.dataset = stage_data(self.config, stage)
             self.progress.say(self.dataset.describe())
-            found, room = self.dataset.tokenizer.vocab_size, self.config.model.vocab_size
-            if found > room:
-                why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
-                raise InputError(f"{why}: raise it or choose a smaller tokenizer")
         new = changed and step == first
         known, self.fingerprint = self.fingerprint, None
         if not new and known not in (None, self.dataset.fingerprint):
@@ -332,7 +326,7 @@ class _Run:
         self.since, self.steps = now, self.steps + 1
         if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
-            flops = train_flops_per_token(self.model, stage.sequence_length)
+            flops = train_flops_per_token(self.model, stage.sequence_length, stage.views)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
             pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0
@@ -340,7 +334,7 @@ class _Run:
             if load:
                 self.log.expert_load(step, jax.device_get(load))
             self.progress.step(step, values)
-            if warning := collapse(step, values):
+            for warning in filter(None, (collapse(step, values), speech_warning(step, values))):
                 self.progress.say(f"step {step}: {warning}")
             times, named = self.peers.straggler(pace, self.config.faults.straggler_factor)
             if times:
@@ -371,8 +365,9 @@ class _Run:
         return opens
 
     def _save(self, state: TrainState, step: int, position: int) -> None:
-        config, files = core_config.to_dict(self.config), self.dataset.tokenizer.files()
-        files |= {FINGERPRINT: self.dataset.fingerprint.encode()}
+        config, tokenizer = core_config.to_dict(self.config), self.dataset.tokenizer
+        files = {FINGERPRINT: self.dataset.fingerprint.encode()}
+        files |= tokenizer.files() if tokenizer else {}
         if self.opened:
             files |= {GATES: json.dumps({"gates": [*self.opened.items()]}).encode()}
         self.manager.save(step, state, position=position, config=config, files=files)

@@ -15,10 +15,13 @@ from jax.sharding import Mesh
 from deepseek_jax.core.precision import compute_dtype
 from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
+from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.counts import num_params, row_tokens, train_flops_per_token
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.chips import Chip, Place, described
 from deepseek_jax.parallel.compile import Collective, Program, compile_program
 from deepseek_jax.parallel.mesh import make_mesh
@@ -99,7 +102,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "tokens": tokens,
         "memory_limit": int(place.chip.memory),
         "host_limit": int(place.chip.host),
-        "model_flops": train_flops_per_token(model, stage.sequence_length) * tokens,
+        "model_flops": train_flops_per_token(model, stage.sequence_length, stage.views) * tokens,
         "peak_flops": place.peak,
         "bandwidth": place.chip.bandwidth,
     }
@@ -193,20 +196,35 @@ def compile_step(
 
 def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> dict:
     """A batch's shapes, as the loader makes them, on the mesh."""
-    if isinstance(config.model, TwoTower):
+    if isinstance(config.model, Fused):
+        shapes = config.filled_stages()[0].data.shapes(rows, length)
+    elif isinstance(config.model, TwoTower):
         image = (*config.model.image.image_size, config.model.image.num_channels)
         shapes = {
             "images": ((rows, *image), jnp.uint8),
             "tokens": ((rows, length), jnp.int32),
             "groups": ((rows,), jnp.int32),
         }
+    elif isinstance(config.model, VisionLanguage):
+        vision, views = config.model.vision, config.filled_stages()[0].views
+        shapes = _language_batch(rows, length, 1)
+        image = (rows, views, *vision.image_size, vision.num_channels)
+        shapes |= {"images": (image, jnp.uint8), "sources": ((rows, length), jnp.int32)}
+    elif isinstance(config.model, Wav2Vec2):
+        shapes = {
+            "wave": ((rows, length), jnp.float32),
+            "labels": ((rows, config.filled_stages()[0].data.max_characters), jnp.int32),
+            "counts": ((rows,), jnp.int32),
+            "rows": ((rows,), jnp.int32),
+        }
     else:
         shapes = _language_batch(rows, length, 1 + config.model.num_mtp_layers)
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
-    }
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(*leaf, sharding=sharding),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
 
 
 def _language_batch(rows: int, length: int, targets: int) -> dict[str, tuple]:

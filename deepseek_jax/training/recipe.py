@@ -5,7 +5,7 @@ The top-level fields are the defaults of the stages, of which there is one by de
 
 import dataclasses
 import math
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
 from deepseek_jax.core import config as core_config
@@ -13,20 +13,39 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
+from deepseek_jax.data.audiovisual import AudioVisual
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.data.seeing import Seeing
+from deepseek_jax.data.utterances import Utterances
+from deepseek_jax.models.audio import Wav2Vec2
+from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.two_tower import TwoTower
+from deepseek_jax.models.vision_language import VisionLanguage
+from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape
+from deepseek_jax.training.classification import Classification
 from deepseek_jax.training.contrastive import Contrastive
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.language import Language
 from deepseek_jax.training.optimizer import AdamW, Muon
+from deepseek_jax.training.speech import Transcription, Wav2Vec, check_speech
 
 Optimizer: TypeAlias = AdamW | Muon
-Objective: TypeAlias = Language | Contrastive
+Objective: TypeAlias = Language | Contrastive | Classification | Transcription | Wav2Vec
+AnyData: TypeAlias = Data | Pairs | Seeing | AudioVisual | Utterances
+SUITS = {  # by the kind of a model: the data, then the objectives that train it
+    Decoder: (Data, Language),
+    TwoTower: (Pairs, Contrastive),
+    VisionLanguage: (Seeing, Language),
+    Fused: (AudioVisual, Classification),
+    Wav2Vec2: (Utterances, Transcription, Wav2Vec),
+}
 # Of the model, what a resumed run may change: how it runs, not what it computes.
-FREE = ("model/remat", "model/unroll", "model/scan", "model/moe/exchange/")
+HOW = ("remat", "unroll", "scan", "moe/exchange/")
+FREE = tuple(f"model/{part}{name}" for part in ("", "language/") for name in HOW)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +90,16 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitPart:
+    """Where a part of a decoder that sees comes from."""
+
+    part: Literal["vision", "language"]
+    source: str
+    """A run, checkpoint or Hugging Face folder: for vision of a ViT, of two towers (the images') or
+    of a decoder that sees; for language of a decoder, which may see."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """A part of a run; None takes the run's own value.
 
@@ -87,7 +116,7 @@ class Stage:
     batch_size: int | None = None
     accumulation_steps: int | None = None
     sequence_length: int | None = None
-    data: Data | Pairs | None = None
+    data: AnyData | None = None
     optimizer: Optimizer | None = None
     objective: Objective | None = None
     batch_ramp: tuple[BatchStep, ...] = ()
@@ -97,6 +126,11 @@ class Stage:
     (paths: --dry-run); empty: all. The others stay to the bit, without gradients or memory."""
     gate: Gate | None = None
     """Ends the stage before its steps are done."""
+
+    @property
+    def views(self) -> int:
+        """Images that a filled stage's rows bring to a decoder that sees."""
+        return self.data.views if isinstance(self.data, Seeing) else 0
 
     def sizes(self) -> tuple[BatchStep, ...]:
         """A filled stage's batch sizes, the first from step 0 on."""
@@ -124,12 +158,12 @@ class TrainConfig:
     """A training run."""
 
     model: ModelConfig
-    data: Data | Pairs
+    data: AnyData
     steps: int
     batch_size: int
-    """Sequences (or pairs) a step, over all devices and accumulation steps."""
+    """Sequences (pairs, conversations) a step, over all devices and accumulation steps."""
     sequence_length: int
-    """Tokens of a row: of a caption, where the model has two towers."""
+    """Tokens of a row: of a caption, where the model has two towers; samples, where it hears."""
     optimizer: Optimizer = AdamW()
     objective: Objective = Language()
     accumulation_steps: int = 1
@@ -148,6 +182,9 @@ class TrainConfig:
     file>."""
     init_from: str | None = None
     """A run, checkpoint or Hugging Face folder (or gs://) whose parameters this run starts from."""
+    init_parts: tuple[InitPart, ...] = ()
+    """Of a decoder that sees: parts that start from others' parameters, each from its own source;
+    the rest starts anew. Not used with init_from."""
     mesh: MeshShape = MeshShape()
     precision: Precision = Precision()
     checkpoint: Checkpoint = Checkpoint()
@@ -161,11 +198,17 @@ class TrainConfig:
                 f"save_every ({self.save_every}) and check_every ({self.check_every}) at least 0 "
                 "(0 switches them off)."
             )
-        for name, path in {"run_dir": self.run_dir, "init_from": self.init_from}.items():
+        paths = {"run_dir": self.run_dir, "init_from": self.init_from}
+        paths |= {f"init_parts[{i}].source": one.source for i, one in enumerate(self.init_parts)}
+        for name, path in paths.items():
             try:
                 located(path or "")
             except InputError as error:
                 raise ValueError(f"{name}: {error}.") from None
+        named = [one.part for one in self.init_parts]
+        sees = isinstance(self.model, VisionLanguage)
+        if named and (not sees or len(named) > len(set(named))):
+            raise ValueError(f"init_parts {named} are of a decoder that sees, each part once.")
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         for index, stage in enumerate(self.stages):
@@ -177,11 +220,14 @@ class TrainConfig:
         filled = self.filled_stages()
         for index, stage in enumerate(filled):
             _check_stage(stage, self.model, f"stages[{index}]: " if len(filled) > 1 else "")
-        if isinstance(self.model, TwoTower) and (self.mesh.stage > 1 or self.mesh.by_slice):
+        kind = type(self.model)
+        if kind is not Decoder and (self.mesh.stage > 1 or self.mesh.by_slice):
             raise ValueError(
-                "two towers have no pipeline and no int4 gradients: leave mesh.stage at 1 and "
-                "mesh.slice_gradients at float32."
+                f"a model of kind {kind.__name__} has no pipeline and no int4 gradients: leave "
+                "mesh.stage at 1 and mesh.slice_gradients at float32."
             )
+        if isinstance(self.model, Fused) and self.mesh.context > 1:
+            raise ValueError("a Fused model's rows are not split: leave mesh.context at 1.")
         chosen = [stage.optimizer for stage in filled]
         memories = {(type(o), o.momentum_dtype, o.variance_dtype, o.memory) for o in chosen}
         if len(memories) > 1:
@@ -206,16 +252,40 @@ class TrainConfig:
 
 def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
-    pairs = isinstance(model, TwoTower)
-    for name, value, kind in (
-        ("data", stage.data, Pairs if pairs else Data),
-        ("objective", stage.objective, Contrastive if pairs else Language),
+    data, *objectives = SUITS[type(model)]
+    for name, value, kinds in (
+        ("data", stage.data, (data,)),
+        ("objective", stage.objective, tuple(objectives)),
     ):
-        if not isinstance(value, kind):
-            found, needed = type(value).__name__, kind.__name__
+        if not isinstance(value, kinds):
+            found, needed = type(value).__name__, " or ".join(kind.__name__ for kind in kinds)
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
-    if pairs:
+    if isinstance(model, VisionLanguage):
+        if not isinstance(model.vision, ViT) or model.audio is not None:
+            raise ValueError(
+                f"{where}data.Seeing has views of one size and no sounds: train a model whose "
+                "vision is a ViT, without audio."
+            )
+        if stage.data.views < model.num_views():
+            raise ValueError(
+                f"{where}data.views is {stage.data.views}; one image takes {model.num_views()}."
+            )
+        if model.vision.image_size != (model.sight.size,) * 2:
+            raise ValueError(f"{where}model.vision.image_size {model.vision.image_size}: squares.")
+        if stage.objective.indexer_warmup:
+            raise ValueError(f"{where}objective.indexer_warmup: a decoder that sees has none.")
+    if isinstance(model, Fused):
+        told, wanted = (sorted(names) for names in (model.names, stage.data.modalities))
+        if told != wanted:
+            raise ValueError(f"{where}data has {wanted}, and model.modalities are {told}.")
+        labels, classes = stage.data.multi_label, len(stage.data.classes)
+        if (model.num_classes, model.multi_label) != (classes, labels):
+            raise ValueError(
+                f"{where}data has {classes} classes, multi_label {labels}; model.num_classes is "
+                f"{model.num_classes}, model.multi_label {model.multi_label}."
+            )
+    if isinstance(model, TwoTower):
         size, wanted = stage.data.image.size, model.image.image_size
         if (size, size) != wanted:
             raise ValueError(
@@ -226,6 +296,8 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
                 f"{where}sequence_length ({stage.sequence_length}) is more than "
                 f"model.text.max_length ({model.text.max_length})."
             )
+    if isinstance(model, Wav2Vec2):
+        check_speech(model, stage.data, stage.objective, stage.sequence_length, where)
     if stage.steps < 1:
         raise ValueError(f"{where}steps is {stage.steps}; there must be at least 1.")
     if stage.sequence_length < 2:

@@ -24,6 +24,7 @@ from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
 from deepseek_jax.models.build import Model, build
 from deepseek_jax.models.counts import train_flops_per_token
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.parallel.chips import Place, described
 from deepseek_jax.parallel.sharding import weight_sharding
 from deepseek_jax.training.planning import held, narrowed
@@ -154,6 +155,9 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     config = narrowed(config, place)
     stage = config.filled_stages()[0]
     with compiling_for(place.devices):
+        if not isinstance(config.model, Decoder):
+            kind = type(config.model).__name__
+            raise InputError(f"a search is for decoders of text alone, and the model is {kind}")
         model = build(config.model, config.precision)
     flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
     learns = learning(config, model)[0]

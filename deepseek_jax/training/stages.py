@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,24 @@ from jax.sharding import Mesh
 
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
+from deepseek_jax.data.loader import Data, Dataset, open_data
+from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
+from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
+from deepseek_jax.data.utterances import UtteranceDataset, Utterances, open_utterances
 from deepseek_jax.models.build import Network
+from deepseek_jax.training.classification import Classification, make_classification
 from deepseek_jax.training.contrastive import Contrastive, make_contrastive
 from deepseek_jax.training.language import Language, make_language
 from deepseek_jax.training.optimizer import make_optimizer, make_schedule
 from deepseek_jax.training.pipeline import make_mesh_gradients
 from deepseek_jax.training.recipe import BatchStep, Stage, TrainConfig
 from deepseek_jax.training.slices import add_slices
+from deepseek_jax.training.speech import Transcription, Wav2Vec, make_speech
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
+
+AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset | DigitDataset | UtteranceDataset
 
 
 def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -120,6 +129,31 @@ def learning(config: TrainConfig, model: Network) -> list[dict[str, int]]:
     return found
 
 
+def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
+    """The data of a run's filled stage, opened.
+
+    InputError where they cannot be read, or the model has no room for their tokens.
+    """
+    given: dict[str, Any] = {"sequence_length": stage.sequence_length, "seed": config.seed}
+    model: Any = config.model
+    if isinstance(stage.data, AudioVisual):
+        return open_digits(stage.data, **given)
+    dataset: Dataset | PairDataset | SeeingDataset | UtteranceDataset
+    if isinstance(stage.data, Data):
+        dataset = open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
+    elif isinstance(stage.data, Pairs):
+        dataset = open_pairs(stage.data, **given)
+    elif isinstance(stage.data, Utterances):
+        dataset = open_utterances(stage.data, **given)
+    else:
+        dataset = open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
+    found, room = dataset.tokenizer.vocab_size, model.vocab_size
+    if found > room:
+        why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
+        raise InputError(f"{why}: raise it or choose a smaller tokenizer")
+    return dataset
+
+
 def stage_optimizer(
     config: TrainConfig, model: Network, number: int = 0
 ) -> optax.GradientTransformationExtraArgs:
@@ -164,6 +198,9 @@ def stage_step(
 
     def run_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if isinstance(stage.objective, Wav2Vec):  # its temperature falls
+            steps = jnp.broadcast_to(state.step - first, batch["rows"].shape)
+            batch = batch | {"steps": steps}
         return train_step(on_device(state), batch, key)
 
     return run_step
@@ -173,8 +210,13 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     """What a filled stage minimizes, by the parameters that it trains."""
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
+    elif isinstance(stage.objective, Classification):
+        found = make_classification(stage.objective, model, stage.data.normalization)
+    elif isinstance(stage.objective, Transcription | Wav2Vec):
+        found = make_speech(stage.objective, model)
     else:
-        found = make_language(stage.objective, model)
+        preset = stage.data.normalization if isinstance(stage.data, Seeing) else "half"
+        found = make_language(stage.objective, model, preset)
     if not stage.trainable:
         return found
     chosen = matching(stage.trainable, tree.flatten(model.shapes), f"stages[{number}]")

@@ -11,7 +11,13 @@ import reference
 import torch
 
 from deepseek_jax.core.target import compiling_for
-from deepseek_jax.ops.attention import causal_attention, causal_mask, masked_attention, preferred
+from deepseek_jax.ops.attention import (
+    causal_attention,
+    causal_mask,
+    full_attention,
+    masked_attention,
+    preferred,
+)
 
 B, T, N, K, H, HV = 2, 300, 4, 2, 6, 5  # three blocks of queries, the last one short
 RNG = np.random.default_rng(0)
@@ -185,3 +191,36 @@ def test_splash_is_the_reference_forward_and_backward(heads, widths, window, pac
 
     for mine, other in zip(attend("splash"), attend("reference"), strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "rows", "pairs"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_to_all_is_torchs(kind, causal):
+    """Values and slopes, of rows without a real token too (they attend to all alike)."""
+    rng = np.random.default_rng(0)
+    q, k, v, signs = (rng.normal(size=(3, 7, 2, 4)).astype(np.float32) for _ in range(4))
+    mask = {
+        "none": None,
+        "rows": np.arange(7)[None] < np.array([7, 4, 0])[:, None],
+        "pairs": rng.random((1, 7, 7)) < 0.5,
+    }[kind]
+    seen = np.ones((3, 7, 7), bool) if mask is None else np.broadcast_to(
+        mask[:, None] if mask.ndim == 2 else mask, (3, 7, 7)
+    )  # fmt: skip
+    seen = seen & np.tril(np.ones((7, 7), bool)) if causal else seen
+    theirs = [torch.from_numpy(x.swapaxes(1, 2).copy()).requires_grad_() for x in (q, k, v)]
+    scores = theirs[0] @ theirs[1].mT * 0.3
+    scores = scores.masked_fill(~torch.from_numpy(seen.copy())[:, None], -1e30)
+    out = scores.softmax(-1) @ theirs[2]
+    (out * torch.from_numpy(signs.swapaxes(1, 2).copy())).sum().backward()
+
+    def total(q, k, v):
+        found = full_attention(q, k, v, mask, scale=0.3, causal=causal)
+        return jnp.vdot(found, signs), found
+
+    mask = None if mask is None else jnp.asarray(mask)
+    run = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+    slopes, found = run(*map(jnp.asarray, (q, k, v)))
+    np.testing.assert_allclose(found, out.detach().numpy().swapaxes(1, 2), atol=2e-6)
+    for mine, other in zip(slopes, theirs, strict=True):
+        np.testing.assert_allclose(mine, other.grad.numpy().swapaxes(1, 2), atol=5e-6)

@@ -9,7 +9,9 @@ from transformers.models.wav2vec2 import modeling_wav2vec2 as theirs
 
 from deepseek_jax.ops.wav2vec import (
     chosen_codes,
+    contrastive_hits,
     contrastive_loss,
+    contrastive_scores,
     distractors,
     is_dead,
     perplexity,
@@ -109,5 +111,24 @@ def test_a_frame_alone_costs_nothing():
     x = jnp.ones((1, 4, 3))
     masked = jnp.array([[False, True, False, False]])
     others = distractors(jax.random.key(0), masked, 5)
-    loss = contrastive_loss(x, x, jnp.zeros((1, 4, 2), int), others, masked)
-    np.testing.assert_allclose(loss, 0, atol=1e-6)
+    scores = contrastive_scores(x, x, jnp.zeros((1, 4, 2), int), others)
+    np.testing.assert_allclose(contrastive_loss(*scores, masked), 0, atol=1e-6)
+    assert contrastive_hits(*scores, masked) == 0
+
+
+def test_hits_are_frames_that_are_told_from_all_others():
+    rng, masked = np.random.default_rng(0), np.array([[True] * 6, [True] * 4 + [False] * 2])
+    predicted, targets = rng.normal(size=(2, 2, 6, 3)).astype(np.float32)
+    codes, others = rng.integers(0, 3, (2, 6, 1)), rng.integers(0, 4, (2, 6, 3))
+    cosine = torch.nn.functional.cosine_similarity
+    hits = 0
+    for row, frame in np.argwhere(masked):
+        us = [u for u in others[row, frame] if codes[row, u] != codes[row, frame]]
+        here = torch.from_numpy(predicted[row, frame])
+        own, *apart = (
+            cosine(here, torch.from_numpy(targets[row, u]), dim=0).item() for u in (frame, *us)
+        )
+        hits += bool(apart) and own > max(apart)
+    given = (jnp.asarray(x) for x in (predicted, targets, codes, others))
+    scores = contrastive_scores(*given)
+    assert 0 < hits < masked.sum() and contrastive_hits(*scores, jnp.asarray(masked)) == hits

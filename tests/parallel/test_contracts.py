@@ -119,6 +119,15 @@ SLOW |= {
     for name in DENSE
 }
 SLOW["qwen3_8b"] = ("deepseek_r1_0528_qwen3_8b", [*CUT, "--mesh.data=4", "--mesh.fsdp=128"])
+SEEING = [  # all parts learn
+    "--stage=1", "--stages.1.batch-size=512", "--stages.1.accumulation-steps=1",
+    "--sequence-length=2048", "--model.language.num-layers=2",
+    "--model.language.num-dense-layers=1", "--model.vision.transformer.num-layers=2",
+]  # fmt: skip
+SLOW |= {
+    "vl2 small": ("deepseek_vl2_small", [*SEEING, "--mesh.fsdp=64", "--mesh.expert=8"]),
+    "vl2 tiny": ("deepseek_vl2_tiny", [*SEEING, "--mesh.data=4", "--mesh.fsdp=128"]),
+}
 SLOW = {name: (config, [*flags, "--batch-size=512"]) for name, (config, flags) in SLOW.items()}
 
 

@@ -1,9 +1,11 @@
 """Two towers in training: the loss of transformers' CLIP, any mesh, resumed runs, refusals."""
 
 import dataclasses
+import functools
 import json
 from itertools import pairwise
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ from deepseek_jax.evaluation.queries import queries
 from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.build import Network
+from deepseek_jax.models.captioner import Captioner
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.two_tower import TwoTower, build_towers
 from deepseek_jax.models.vit import ViT
@@ -56,6 +59,10 @@ MODEL = TwoTower(
     text=TextTower(transformer=TOWER, vocab_size=258, max_length=12),
     shared_dim=24,
 )
+
+NORM = {"scale": "weight", "bias": "bias"}
+WRITER = Captioner(transformer=dataclasses.replace(TOWER, causal=True, activation="gelu_tanh"))
+WRITING = dataclasses.replace(MODEL, captioner=WRITER, learned_weights=True)
 
 
 def make_batch(rows, seed=0, vocab=50):
@@ -109,16 +116,20 @@ def test_the_loss_and_its_slopes_are_clips(clip):
         np.testing.assert_allclose(mine, other, atol=atol, rtol=0, err_msg=row.theirs)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("model, objective", [
+    (MODEL, Contrastive()),
+    (dataclasses.replace(MODEL, loss="sigmoid"), Contrastive()),
+    (WRITING, Contrastive(caption_weight=2.0, alignment_weight=0.5, token_dropout=0.2)),
+], ids=["softmax", "sigmoid", "all three"])  # fmt: skip
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "data": 2}, {"expert": 4, "tensor": 2}], ids=str
 )
-def test_a_mesh_changes_nothing(sizes, loss):
-    model = build_towers(dataclasses.replace(MODEL, loss=loss), Precision(compute="float32"))
+def test_a_mesh_changes_nothing(sizes, model, objective):
+    model = build_towers(model, Precision(compute="float32"))
     params = model.init(jax.random.key(1))
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)  # logits of some size
     batch = make_batch(16, vocab=258)
-    gradients = make_gradients(make_contrastive(Contrastive(), model, "half"))
+    gradients = make_gradients(make_contrastive(objective, model, "half"))
     alone = jax.jit(gradients)(params, batch, jax.random.key(0), np.float32(1))
     mesh = make_mesh(MeshShape(**sizes))
     with jax.set_mesh(mesh):
@@ -132,6 +143,116 @@ def test_a_mesh_changes_nothing(sizes, loss):
     for path, grad in tree.flatten(alone[0]).items():
         atol = 1e-5 * largest
         np.testing.assert_allclose(other[path], grad, rtol=1e-4, atol=atol, err_msg=path)
+
+
+def test_the_caption_loss_and_its_slopes_are_gpt2s():
+    """Of GPT-2's blocks behind the image's projected tokens; and the other two losses beside it."""
+    towers = build_towers(WRITING, Precision(compute="float32"))
+    params = jax.tree.map(jnp.asarray, cases.random_params(towers.shapes, 5))
+    params["log_variances"] = jnp.array([0.3, -0.4, 0.2])
+    batch = make_batch(6, vocab=258)
+    objective = make_contrastive(
+        Contrastive(caption_weight=2.0, alignment_weight=0.5), towers, "clip"
+    )
+    grads, means, _ = jax.jit(make_gradients(objective))(
+        params, batch, jax.random.key(0), np.float32(1)
+    )
+    given = jax.tree.map(jnp.asarray, inputs_of(batch, "clip"))
+    pair = jax.jit(towers.apply)(params, **given)
+    seen = jax.jit(lambda p, x: towers.module.apply({"params": p}, x, method="seen"))
+
+    model = transformers.GPT2Model(transformers.GPT2Config(
+        vocab_size=1, n_positions=24, bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2,
+        n_head=4, n_inner=48,
+        layer_norm_epsilon=1e-6, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0,
+    ))  # fmt: skip
+    ours = {
+        path: torch.from_numpy(np.array(x)) for path, x in tree.flatten(params["captioner"]).items()
+    }
+    block = {p.removeprefix("segment_0/block/"): x for p, x in ours.items() if "block" in p}
+    state = {"wpe.weight": torch.zeros(24, 32)} | {
+        f"ln_f.{b}": ours[f"final_norm/{a}"] for a, b in NORM.items()
+    }
+    for n in range(2):
+        for a, b in {"attention_norm": "ln_1", "mlp_norm": "ln_2"}.items():
+            state |= {f"h.{n}.{b}.{y}": block[f"{a}/{x}"][n] for x, y in NORM.items()}
+        qkv = [block[f"attention/{x}/weight"][n].reshape(32, 32) for x in "qkv"]
+        state[f"h.{n}.attn.c_attn.weight"] = torch.cat(qkv, 1)
+        state[f"h.{n}.attn.c_attn.bias"] = torch.cat(
+            [block[f"attention/{x}/bias"][n].reshape(32) for x in "qkv"]
+        )
+        state[f"h.{n}.attn.c_proj.weight"] = block["attention/o/weight"][n].reshape(32, 32)
+        state[f"h.{n}.attn.c_proj.bias"] = block["attention/o/bias"][n]
+        for a, b in {"up": "c_fc", "down": "c_proj"}.items():
+            state |= {f"h.{n}.mlp.{b}.{x}": block[f"mlp/{a}/{x}"][n] for x in ("weight", "bias")}
+    model.load_state_dict(state | {"wte.weight": torch.zeros(1, 32)})
+    table = ours["embedding/weight"].requires_grad_()
+    tokens = torch.from_numpy(np.array(given["tokens"])).long()
+    image = (
+        torch.from_numpy(np.array(seen(params, given["images"]))) @ ours["image_projection/weight"]
+    )
+    words = table[tokens] + ours["positions"][: tokens.shape[1]]
+    x = torch.cat([image + ours["image_projection/bias"], words], 1)
+    logits = model(inputs_embeds=x).last_hidden_state[:, image.shape[1] :] @ table.T
+    follow = torch.from_numpy(np.array(given["mask"]))[:, 1:]
+    theirs = torch.nn.functional.cross_entropy(logits[:, :-1][follow], tokens[:, 1:][follow])
+    np.testing.assert_allclose(means["caption_loss"], theirs.item(), rtol=1e-5)
+
+    word, part = (np.array(x, np.float64) for x in (pair.text_tokens, pair.image_tokens))
+    likeness = np.exp(word @ part.swapaxes(1, 2) / 0.1)
+    mixed = likeness / likeness.sum(-1, keepdims=True) @ part
+    cosine = (word * mixed).sum(-1) / np.linalg.norm(word, axis=-1) / np.linalg.norm(mixed, axis=-1)
+    apart = (1 - cosine)[np.array(given["mask"])].mean()
+    np.testing.assert_allclose(means["alignment_loss"], apart, rtol=1e-5)
+
+    losses = [float(means[name]) for name in ("loss", "caption_loss", "alignment_loss")]
+    s = np.array([0.3, -0.4, 0.2])
+    scale, lambdas = np.exp(-s), np.array([1.0, 2.0, 0.5])
+    np.testing.assert_allclose(grads["log_variances"], lambdas * (0.5 - scale * losses), rtol=1e-4)
+    theirs.backward()
+    slope = scale[1] * lambdas[1] * table.grad.numpy()
+    found = grads["captioner"]["embedding"]["weight"]
+    np.testing.assert_allclose(found, slope, atol=1e-3 * abs(slope).max(), rtol=0)
+    found = grads["captioner"]["segment_0"]["block"]["attention"]["v"]["weight"]
+    slope = [layer.attn.c_attn.weight.grad[:, 64:].numpy() for layer in model.h]
+    slope = scale[1] * lambdas[1] * np.stack(slope).reshape(found.shape)
+    np.testing.assert_allclose(found, slope, atol=1e-3 * abs(slope).max(), rtol=0)
+
+
+def test_captions_are_drawn_among_what_is_allowed():
+    towers = build_towers(WRITING, Precision(compute="float32"))
+    params = jax.tree.map(jnp.asarray, cases.random_params(towers.shapes, 6))
+    images = jnp.asarray(inputs_of(make_batch(8), "clip")["images"])
+    allowed = jnp.zeros(258, bool).at[jnp.array([2, 7, 9, 30])].set(True)
+    options = {"begin": 1, "end": 2, "length": 12, "allowed": allowed}
+    greedy, drawn, other = (
+        np.asarray(jax.jit(functools.partial(towers.captions, **options, temperature=t))(
+            params, images, jax.random.key(seed)
+        ))
+        for t, seed in ((0.0, 0), (1.0, 0), (1.0, 1))
+    )  # fmt: skip
+    for rows in (greedy, drawn):
+        assert (rows[:, 0] == 1).all() and np.isin(rows[:, 1:], [2, 7, 9, 30]).all()
+        for row in rows.tolist():
+            assert set(row[row.index(2) :] if 2 in row else [2]) == {2}, "nothing follows an end"
+    assert not np.array_equal(drawn, other) and not np.array_equal(drawn, greedy)
+    hidden = towers.module.apply(
+        {"params": params}, towers.module.apply({"params": params}, images, method="seen"),
+        jnp.asarray(greedy), method="write",
+    )  # fmt: skip
+    logits = np.where(allowed, hidden @ towers.caption_head(params), -np.inf)[:, :-1].argmax(-1)
+    going = (greedy[:, :-1] != 2).cumprod(1).astype(bool)
+    np.testing.assert_array_equal(logits[going], greedy[:, 1:][going])
+
+
+@pytest.mark.parametrize("model, objective, why", [
+    (MODEL, Contrastive(caption_weight=1), "it needs model.captioner"),
+    (WRITING, Contrastive(), "model.captioner learns nothing"),
+    (dataclasses.replace(MODEL, shared_dim=None), Contrastive(alignment_weight=1), "shared_dim"),
+])  # fmt: skip
+def test_a_loss_without_what_it_needs_is_refused(model, objective, why):
+    with pytest.raises(InputError, match=why):
+        make_contrastive(objective, build_towers(model), "clip")
 
 
 @pytest.fixture(scope="module")

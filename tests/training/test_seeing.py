@@ -1,0 +1,240 @@
+"""Decoders that see in training: resumed runs, frozen parts, meshes, starts in parts, refusals."""
+
+import dataclasses
+import json
+
+import cases
+import jax
+import numpy as np
+import pytest
+import transformers
+from encoder_cases import on_disk, randomized
+from PIL import Image
+
+import deepseek_jax
+from deepseek_jax import evaluate
+from deepseek_jax.checkpoint.manager import load_params, resolve
+from deepseek_jax.core import tree
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.loader import Data
+from deepseek_jax.data.media import MediaFolder
+from deepseek_jax.data.seeing import Seeing, SeeingPart
+from deepseek_jax.data.tokenizer import BPE
+from deepseek_jax.evaluation.answers import answers, samples
+from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.counts import train_flops_per_token
+from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.vision_language import (
+    DownsampleProjector,
+    VisionLanguage,
+    build_vision_language,
+)
+from deepseek_jax.models.vit import ViT
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.parallel.sharding import place_batch, tree_shardings
+from deepseek_jax.serving.encoder import load_encoder
+from deepseek_jax.training.language import Language, make_language
+from deepseek_jax.training.loop import Lent, train
+from deepseek_jax.training.optimizer import AdamW, Constant
+from deepseek_jax.training.recipe import InitPart, Stage, TrainConfig
+from deepseek_jax.training.stages import stage_data, stage_state
+from deepseek_jax.training.start import params_of_parts
+from deepseek_jax.training.step import make_gradients
+
+VIEW = ViT(
+    transformer=Transformer(num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48),
+    image_size=(16, 16), patch_size=8, class_token=False, pooling="none",
+)  # fmt: skip
+COLORS = ("red", "green", "blue")
+
+
+def model_config():
+    decoder = cases.decoder("gqa", "sigmoid", num_layers=2, num_dense_layers=1, vocab_size=320)
+    return VisionLanguage(language=decoder, vision=VIEW)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Thirty pictures in three colors, and which color it is."""
+    folder, lines = tmp_path_factory.mktemp("colors"), []
+    for i in range(30):
+        color = [30, 30, 30]
+        color[i % 3] = 150 + 3 * i
+        Image.new("RGB", (18, 20), tuple(color)).save(folder / f"{i}.png")
+        said = ({"role": "user", "content": "<image>?"},)
+        said += ({"role": "assistant", "content": COLORS[i % 3]},)
+        lines.append(json.dumps({"image": f"{i}.png", "messages": said}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def recipe(folder, run_dir, **fields):
+    part = SeeingPart(source=MediaFolder(path=str(folder)))
+    data = Seeing(parts=(part,), tokenizer=BPE(vocab_size=290), cache_dir=str(folder / "cache"))
+    base = {"steps": 3, "batch_size": 8, "sequence_length": 32, "log_every": 1}
+    base |= {"precision": Precision(compute="float32"), "model": model_config(), "data": data}
+    base |= {"optimizer": AdamW(learning_rate=1.5e-2, schedule=Constant())}
+    return TrainConfig(run_dir=str(run_dir), **(base | fields))
+
+
+LENT = Lent(answers, samples)
+ALIGN, ALL = Stage(name="align", trainable=("projector/*",)), Stage(name="all")
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_to_the_bit_behind_a_boundary_and_loads(folder, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    longer = dataclasses.replace(ALL, steps=30)
+    assert train(recipe(folder, whole, stages=(ALIGN, longer)), LENT) == 0
+    said = capsys.readouterr().out
+    assert "held-out questions, answers" in said and "accuracy" in said
+    model = build_vision_language(model_config(), Precision(compute="float32"))
+    fresh = tree.flatten(jax.jit(model.init)(jax.random.key(0)))
+    for stages in ((ALIGN,), (ALIGN, dataclasses.replace(ALL, steps=1)), (ALIGN, longer)):
+        assert train(recipe(folder, parts, stages=stages), LENT) == 0
+        found = tree.flatten(load_params(resolve(parts), model.shapes, model.layers))
+        for path, leaf in found.items():
+            if "attention/k/bias" not in path:  # which softmax does not see
+                frozen = len(stages) == 1 and not path.startswith("projector/")
+                assert np.array_equal(leaf, fresh[path]) == frozen, path
+    assert losses(whole) == losses(parts)
+
+    scores = json.loads((whole / "eval.jsonl").read_text().splitlines()[-1])
+    assert scores["accuracy"] > 0.9 > scores["majority_accuracy"]
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", str(whole), "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == scores["accuracy"]
+    lm = deepseek_jax.load(whole)
+    pictures = [np.full((20, 20, 3), color, np.uint8) for color in ((250, 30, 30), (30, 30, 240))]
+    prompts = ["User: <image>?\n\nAssistant:"] * 2
+    found = lm.generate(prompts, images=pictures, max_new_tokens=8)
+    assert [text.strip() for text in found] == ["red", "blue"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str
+)
+def test_a_mesh_changes_nothing(folder, tmp_path, sizes):
+    config = recipe(folder, tmp_path)
+    seeing = dataclasses.replace(config.model, projector=DownsampleProjector())
+    data = dataclasses.replace(config.data, views=2)
+    config = dataclasses.replace(config, model=seeing, data=data)
+    model = build_vision_language(config.model, Precision(compute="float32"))
+    params = model.init(jax.random.key(1))
+    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)  # attention of some size
+    batch = stage_data(config, config.filled_stages()[0]).train.batch(np.arange(8))
+    gradients = make_gradients(make_language(Language(), model))
+    alone = jax.jit(gradients)(params, batch, jax.random.key(0), np.float32(1))
+    mesh = make_mesh(MeshShape(**sizes))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(mesh, model.specs, model.shapes))
+        given = place_batch(mesh, batch), jax.random.key(0), np.float32(1)
+        found = jax.jit(gradients)(placed, *given)
+    for name, mean in alone[1].items():
+        np.testing.assert_allclose(found[1][name], mean, rtol=1e-5, atol=1e-6, err_msg=name)
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(alone[0]))
+    other = tree.flatten(found[0])
+    for path, grad in tree.flatten(alone[0]).items():
+        atol = 1e-5 * largest
+        np.testing.assert_allclose(other[path], grad, rtol=1e-4, atol=atol, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Folders of transformers': a CLIP and a Llama."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    shape |= {"intermediate_size": 48}
+    clip = transformers.CLIPConfig(
+        text_config=shape | {"vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 49},
+        vision_config=shape | {"image_size": 16, "patch_size": 8},
+        projection_dim=24,
+    )
+    llama = transformers.LlamaConfig(**shape, vocab_size=320, tie_word_embeddings=False)
+    paths = [tmp_path_factory.mktemp(name) for name in ("clip", "llama")]
+    for path, model in zip(
+        paths, (transformers.CLIPModel(clip), transformers.LlamaForCausalLM(llama)), strict=True
+    ):
+        randomized(model).save_pretrained(path)
+    return paths
+
+
+def test_parts_start_from_others(folder, tmp_path, given):
+    clip, llama = load_encoder(given[0]), deepseek_jax.load(given[1])
+    vision = dataclasses.replace(clip.config.image, pooling="none")
+    language = dataclasses.replace(llama.config, scan=True)
+    parts = tuple(
+        InitPart(part=name, source=str(path))
+        for name, path in zip(("vision", "language"), given, strict=True)
+    )
+    seeing = VisionLanguage(language=language, vision=vision)
+    config = recipe(folder, tmp_path, model=seeing, init_parts=parts)
+    model = build_vision_language(seeing, config.precision)
+    mesh = make_mesh(MeshShape(fsdp=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        abstract = stage_state(config, model, mesh).params
+        found, said = params_of_parts(config, model, abstract)
+    assert said.endswith("the rest anew") and str(given[0]) in said
+    flat = tree.flatten(found)
+    assert flat.keys() == tree.flatten(model.shapes).keys()
+    for path, leaf in tree.flatten(abstract).items():
+        assert flat[path].sharding == leaf.sharding, path
+    ours = on_disk(found, model.layers)
+    for part, other, inside in (
+        ("vision", on_disk(clip.params, clip.towers.layers), "image/"),
+        ("language", on_disk(llama.params, llama.model.layers), ""),
+    ):
+        for path, leaf in ours.items():
+            if path.startswith(f"{part}/"):
+                there = other[inside + path.removeprefix(f"{part}/")]
+                np.testing.assert_array_equal(leaf, there, err_msg=path)
+
+    wide = dataclasses.replace(vision, image_size=(24, 24))
+    for changes, more, why in (
+        ({"vision": wide}, parts, r"init_parts\[0\].*does not fit model.vision: positions is "),
+        ({"vision": VIEW}, parts[:1], r"class_token is not in this model"),
+        ({}, (InitPart(part="language", source=str(given[0])),), "holds a TwoTower; language"),
+    ):
+        changed = dataclasses.replace(seeing, **changes)
+        bad = dataclasses.replace(config, model=changed, init_parts=more)
+        model = build_vision_language(changed, config.precision)
+        with jax.set_mesh(mesh), pytest.raises(InputError, match=why):
+            params_of_parts(bad, model, stage_state(bad, model, mesh).params)
+
+
+def test_flops_are_those_of_the_encoder_and_the_decoder():
+    """Against XLA's count of the encoder's forward pass, three times."""
+    one = dataclasses.replace(VIEW.transformer, num_layers=1)  # of a loop XLA counts one round
+    config = dataclasses.replace(
+        model_config(),
+        projector=DownsampleProjector(),
+        vision=dataclasses.replace(VIEW, transformer=one),
+    )
+    model = build_vision_language(config, Precision(compute="float32"))
+    views = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "float32")
+    counted = jax.jit(model.features).lower(model.shapes, views).cost_analysis()["flops"]
+    ours = 32 * (train_flops_per_token(model, 32, 2) - train_flops_per_token(model, 32))
+    assert ours == pytest.approx(3 * counted, rel=0.15)  # which counts norms and softmax, too
+
+
+def test_what_does_not_belong_together_is_refused(folder, tmp_path):
+    config, parts = recipe(folder, tmp_path), (InitPart(part="vision", source="a"),)
+    for changes, why in (
+        ({"data": Data()}, "data is Data; a model of kind VisionLanguage needs Seeing"),
+        ({"model": config.model.language}, "data is Seeing"),
+        ({"mesh": MeshShape(stage=2)}, "no pipeline and no int4"),
+        ({"mesh": MeshShape(slice=2, slice_gradients="int4")}, "no pipeline and no int4"),
+        ({"objective": Language(indexer_warmup=True)}, "a decoder that sees has none"),
+        ({"model": dataclasses.replace(config.model, projector=DownsampleProjector())},
+         "data.views is 1; one image takes 2"),
+        ({"init_parts": parts * 2}, "each part once"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            dataclasses.replace(config, **changes)
+    assert isinstance(config.model.language, Decoder)
