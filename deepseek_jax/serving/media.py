@@ -97,7 +97,7 @@ def by_prompt(kind: str, given: Sequence[Any] | None, count: int) -> list[list[A
 
 
 def _many(own: Any) -> bool:
-    pair = isinstance(own, tuple) and len(own) == 2 and isinstance(own[1], int)
+    pair = isinstance(own, tuple) and len(own) == 2 and isinstance(own[1], int | np.integer)
     return isinstance(own, tuple) and not pair
 
 
