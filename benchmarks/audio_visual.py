@@ -97,6 +97,14 @@ def draw(found: dict, path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
+def write(found: dict, seeds: int, config: TrainConfig) -> None:
+    """The numbers as JSON, and the picture."""
+    about = {"seeds": seeds, "steps": config.steps, "batch_size": config.batch_size}
+    path = ROOT / "benchmarks" / "audio_visual.json"
+    path.write_text(json.dumps(about | {"noise_on": found}, indent=1) + "\n")
+    draw(found, ROOT / "docs" / "audio_visual_digits.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -108,6 +116,8 @@ def main() -> None:
 
     def closing(model, params, dataset, _) -> str:
         seeds.append(measured(model, params, dataset))
+        if len(seeds) > 1:  # after every seed, as a long run may be cut off
+            write({side: claims(seeds, side) for side in LEVELS}, len(seeds), config)
         return json.dumps(seeds[-1])
 
     with tempfile.TemporaryDirectory() as folder:
@@ -115,12 +125,8 @@ def main() -> None:
         for seed in range(options.seeds):
             own = dataclasses.replace(config, seed=seed, run_dir=f"{folder}/{seed}", log_every=100)
             train(own, Lent(classification, closing))
-    found = {side: claims(seeds, side) for side in LEVELS}
-    about = {"seeds": len(seeds), "steps": config.steps, "batch_size": config.batch_size}
-    path = ROOT / "benchmarks" / "audio_visual.json"
-    path.write_text(json.dumps(about | {"noise_on": found}, indent=1) + "\n")
-    draw(found, ROOT / "docs" / "audio_visual_digits.png")
-    for side, one in found.items():
+    for side in LEVELS if len(seeds) > 1 else ():
+        one = claims(seeds, side)
         print(f"\nnoise on the {side} | together | image | sound | gain | weight of the {side}")
         kinds = ("accuracy", "image_accuracy", "sound_accuracy")
         for i, level in enumerate(one["levels"]):

@@ -79,7 +79,7 @@ def test_noise_is_as_loud_as_it_is_said_to_be(config):
     drawn = [held.row(i)["inputs"]["sound"].std() for i in range(40)]
     assert min(drawn) < 2 * LOUDNESS and 5 * LOUDNESS < max(drawn) < 8.5 * LOUDNESS
     quiet = opened(config, clean=1.0, sound_noise=(0.5, 8.0)).train.row(4)["inputs"]["sound"]
-    assert quiet.std() < 0.8 * LOUDNESS
+    assert 0.5 * LOUDNESS < quiet.std() < 1.2 * LOUDNESS  # the voice is as loud as 1
 
 
 def test_one_of_the_two_may_be_missing(config):
