@@ -7,6 +7,7 @@ decoded up to the last that is wanted, and only those are kept. MP4, MOV, WebM, 
 
 import dataclasses
 import io
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,11 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data.containers import container_of
 from deepseek_jax.data.shards import Example
-from deepseek_jax.data.sources import one_line
-from deepseek_jax.data.vision import FITS, ImageTransform
+from deepseek_jax.data.sources import one_line, reported
+from deepseek_jax.data.vision import FITS, ImageTransform, decode_frames
 
 CONTAINERS = ("mov", "matroska", "avi")
+STILL = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in MP4's boxes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,18 @@ class ClipTransform:
     def __post_init__(self):
         if self.num_frames < 1:
             raise ValueError(f"num_frames ({self.num_frames}) must be at least 1.")
+
+
+def read_frames(path: str | pathlib.Path, count: int, limits: VideoLimits = LIMITS) -> np.ndarray:
+    """`count` frames of a file, uint8 [T, H, W, 3]: `sampled_frames`, or of a moving picture (GIF,
+    WebP, PNG) `vision.decode_frames`. InputError where it cannot be read."""
+    with reported(str(path)), open(path, "rb") as stream:
+        data = stream.read(limits.max_bytes + 1)
+    boxes = data[4:8] == b"ftyp" and data[8:12] not in STILL
+    matroska, avi = data[:4] == b"\x1a\x45\xdf\xa3", data[8:12] == b"AVI "
+    if boxes or matroska or avi:
+        return sampled_frames(data, str(path), count, limits=limits)
+    return decode_frames(data, str(path), count)
 
 
 def clip_of(
