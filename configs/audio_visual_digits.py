@@ -4,7 +4,9 @@
 
 A vision transformer reads scikit-learn's handwritten digits, Whisper's encoder hears eSpeak NG say
 them (extras `media` and `speech`), and a gate weighs their answers. Every training row has its own
-noise on each side, so the gate learns what noise looks and sounds like.
+noise on each side, so the gate learns what noise looks and sounds like. After 600 steps, among 351
+held-out digits said by held-out speakers (5 seeds, benchmarks/audio_visual.py): 0.96 right together
+where the image alone is right in 0.77 and the sound alone in 0.87.
 """
 
 from deepseek_jax.data.audiovisual import AudioVisual
