@@ -7,6 +7,7 @@ decoded up to the last that is wanted, and only those are kept. MP4, MOV, WebM, 
 
 import dataclasses
 import io
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,11 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data.containers import container_of
 from deepseek_jax.data.shards import Example
-from deepseek_jax.data.sources import one_line
-from deepseek_jax.data.vision import FITS, ImageTransform
+from deepseek_jax.data.sources import one_line, reported
+from deepseek_jax.data.vision import FITS, ImageTransform, decode_frames
 
 CONTAINERS = ("mov", "matroska", "avi")
+STILL = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in MP4's boxes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,19 @@ def sampled_frames(
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return np.stack([found[int(times[number])] for number in numbers])
+
+
+def read_frames(path: str | pathlib.Path, count: int) -> np.ndarray:
+    """`sampled_frames` of a file; of a moving picture (GIF, WebP) `vision.decode_frames`.
+
+    InputError where it cannot be read, and as theirs.
+    """
+    with reported(str(path)), open(path, "rb") as stream:
+        data = stream.read(LIMITS.max_bytes + 1)
+    boxes = data[4:8] == b"ftyp" and data[8:12] not in STILL
+    if boxes or data[:4] == b"\x1a\x45\xdf\xa3" or data[8:12] == b"AVI ":
+        return sampled_frames(data, str(path), count)
+    return decode_frames(data, str(path), count)
 
 
 def _opened(av: Any, data: bytes, container: str) -> Any:

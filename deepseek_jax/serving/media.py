@@ -14,9 +14,9 @@ import numpy as np
 from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.audio import read_wave, wave_of_samples
-from deepseek_jax.data.film import read_frames
 from deepseek_jax.data.tiles import TEXT, patched, tiled
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.video import read_frames
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
     ImageTransform,
