@@ -152,7 +152,7 @@ class VisionLanguage:
 
     def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
         """Views of one image."""
-        return 1 + math.prod(grid) if isinstance(self.projector, DownsampleProjector) else 1
+        return 1 if isinstance(self.vision, NaFlex) else self.sight.num_views(grid)
 
     @property
     def num_layers(self) -> int:
