@@ -130,19 +130,6 @@ def sampled_frames(
     return np.stack([found[int(times[number])] for number in numbers])
 
 
-def read_frames(path: str | pathlib.Path, count: int) -> np.ndarray:
-    """`sampled_frames` of a file; of a moving picture (GIF, WebP) `vision.decode_frames`.
-
-    InputError where it cannot be read, and as theirs.
-    """
-    with reported(str(path)), open(path, "rb") as stream:
-        data = stream.read(LIMITS.max_bytes + 1)
-    boxes = data[4:8] == b"ftyp" and data[8:12] not in STILL
-    if boxes or data[:4] == b"\x1a\x45\xdf\xa3" or data[8:12] == b"AVI ":
-        return sampled_frames(data, str(path), count)
-    return decode_frames(data, str(path), count)
-
-
 def _opened(av: Any, data: bytes, container: str) -> Any:
     return av.open(io.BytesIO(data), format=container, metadata_errors="ignore")
 
