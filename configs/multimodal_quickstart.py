@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
             image=ViT(transformer=image, image_size=(48, 48), patch_size=8),
             text=TextTower(transformer=text, vocab_size=2048, max_length=16),
             shared_dim=128,
-            captioner=Captioner(transformer=dataclasses.replace(text, causal=True)),
+            captioner=Captioner(transformer=dataclasses.replace(text, num_layers=1, causal=True)),
         ),
         data=Pairs(
             source=Emoji(),
@@ -41,7 +41,7 @@ def get_config() -> TrainConfig:
         ),
         objective=Contrastive(caption_weight=0.5, token_dropout=0.1),
         optimizer=AdamW(learning_rate=1e-3, warmup_steps=50, weight_decay=0.3),
-        steps=1000,
+        steps=850,
         batch_size=256,
         sequence_length=16,
         eval_every=100,

@@ -12,14 +12,17 @@ from deepseek_jax.checkpoint.manager import read_config, resolve
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.audiovisual import open_digits
 from deepseek_jax.data.pairs import open_pairs
 from deepseek_jax.data.utterances import open_utterances
 from deepseek_jax.evaluation.answers import answers, open_questions
+from deepseek_jax.evaluation.classification import classification
 from deepseek_jax.evaluation.retrieval import retrieval
 from deepseek_jax.evaluation.speech import speech_scores
 from deepseek_jax.evaluation.suite import compressors, held_out, open_task
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
+from deepseek_jax.serving.classifier import ClassifierModel
 from deepseek_jax.serving.encoder import EncoderModel, SpeechModel, TwoTowerModel, load
 from deepseek_jax.serving.vision_language import SeeingModel
 from deepseek_jax.training.speech import SpeechObjective
@@ -31,7 +34,7 @@ class Arguments:
 
     Of a decoder that sees: how often it answers right, beside the most frequent answer. Of two
     towers: how often the right one of a pair is among the first that the other finds. Of speech:
-    how much of what is transcribed is wrong.
+    how much of what is transcribed is wrong. Of a classifier: how often it is right.
     """
 
     checkpoint: str
@@ -60,6 +63,9 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{arguments.checkpoint}: one encoder alone has nothing to be scored on")
     if isinstance(lm, TwoTowerModel):
         show(_pairs(lm, arguments), arguments.json)
+        return
+    if isinstance(lm, ClassifierModel):
+        show(_classified(lm, arguments), arguments.json)
         return
     if isinstance(lm, SeeingModel):
         if arguments.data is not None:
@@ -91,6 +97,14 @@ def _pairs(model: TwoTowerModel, arguments: Arguments) -> dict[str, float]:
     given = {"sequence_length": model.length, "tokenizer": model.tokenizer}
     dataset = open_pairs(model.data, seed=0, **given)
     return retrieval(model.towers, model.params, dataset, arguments.batch_size)
+
+
+def _classified(lm: ClassifierModel, arguments: Arguments) -> dict[str, float]:
+    """How often all modalities together, and each alone, are right on what training held out."""
+    if arguments.data is not None:
+        raise InputError("--data is for language models; others are scored on what was held out")
+    dataset = open_digits(lm.data, sequence_length=lm.length, seed=0)
+    return classification(lm.model, lm.params, dataset, arguments.batch_size)
 
 
 def _utterances(model: SpeechModel, arguments: Arguments) -> dict[str, float]:

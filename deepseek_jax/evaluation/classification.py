@@ -12,7 +12,7 @@ from deepseek_jax.data.audiovisual import Batch, DigitDataset
 from deepseek_jax.data.vision import Normalization
 from deepseek_jax.evaluation.scores import calibration_error, multilabel_scores
 from deepseek_jax.models.fusion import Answer, FusedNetwork
-from deepseek_jax.training.classification import inputs_of
+from deepseek_jax.models.raw_inputs import inputs_of
 from deepseek_jax.training.recipe import TrainConfig
 
 

@@ -13,8 +13,8 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.pairs import Batch, PairDataset, stacked
 from deepseek_jax.data.vision import normalized
 from deepseek_jax.evaluation.scores import retrieval_scores
+from deepseek_jax.models.raw_inputs import texts_of
 from deepseek_jax.models.two_tower import Towers
-from deepseek_jax.training.contrastive import texts_of
 
 
 def embedded(

@@ -23,10 +23,11 @@ from deepseek_jax.data.vision import prepared
 from deepseek_jax.layers.encoder import Encoded
 from deepseek_jax.models.audio import CTC, Wav2Vec2
 from deepseek_jax.models.encoder import Encoder, EncoderConfig, build_encoder
+from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.speech import transcribed
 from deepseek_jax.models.two_tower import Towers, TwoTower, build_towers
 from deepseek_jax.models.vision_language import VisionLanguage
-from deepseek_jax.serving import language, vision_language
+from deepseek_jax.serving import classifier, language, vision_language
 from deepseek_jax.serving.inputs import INPUTS, images_of, texts_of
 
 
@@ -242,16 +243,17 @@ def load_speech(path: str | pathlib.Path) -> SpeechModel:
 
 LOADS: dict[str, Callable[[Any], Any]] = {
     TwoTower.__name__: load_towers,
+    Fused.__name__: classifier.load_classifier,
     Wav2Vec2.__name__: load_speech,
     VisionLanguage.__name__: vision_language.load_seeing,
 }
 
 
 def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.LanguageModel:
-    """What a path holds, to use: an encoder or two towers, else a language model that may see.
+    """What a path holds, to use: an encoder, two towers, else a language model that may see.
 
-    See `load_encoder`, `load_towers`, `load_speech`, `vision_language.load_seeing` and
-    `serving.language.load`.
+    See `load_encoder`, `load_towers`, `load_speech`, `classifier.load_classifier`,
+    `vision_language.load_seeing` and `serving.language.load`.
     """
     if is_folder_of_tensors(path):
         folder = huggingface.fetched(path)

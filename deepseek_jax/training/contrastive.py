@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.vision import normalized
 from deepseek_jax.layers.contrastive import contrastive_terms
+from deepseek_jax.models.raw_inputs import texts_of
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.ops.alignment import (
     alignment_terms,
@@ -66,11 +67,6 @@ class Contrastive:
 def inputs_of(batch: dict[str, Any], preset: str) -> dict[str, jax.Array]:
     """What the towers take of a batch of data/pairs: normalized pixels, tokens, a mask."""
     return {"images": normalized(batch["images"], preset), **texts_of(batch["tokens"])}
-
-
-def texts_of(tokens: jax.Array) -> dict[str, jax.Array]:
-    """What a text tower takes of rows of tokens that are -1 behind their ends."""
-    return {"tokens": jnp.maximum(tokens, 0), "mask": tokens >= 0}
 
 
 def thinned(mask: jax.Array, share: float, key: jax.Array) -> jax.Array:

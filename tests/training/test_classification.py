@@ -10,10 +10,12 @@ import pytest
 import sklearn.metrics
 import torch
 
+import deepseek_jax
+from deepseek_jax import evaluate
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.audiovisual import AudioVisual
+from deepseek_jax.data.audiovisual import AudioVisual, open_digits
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.evaluation.classification import (
     alone_and_together,
@@ -26,12 +28,12 @@ from deepseek_jax.models.any_modality import AnyModality, Words
 from deepseek_jax.models.audio import Whisper
 from deepseek_jax.models.counts import row_tokens, train_flops_per_token
 from deepseek_jax.models.fusion import Fused, Modality, Progressive, Weighted, build_fused
+from deepseek_jax.models.raw_inputs import encoder_inputs
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.ops.losses import class_losses, label_losses
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training.classification import (
     Classification,
-    encoder_inputs,
     make_classification,
 )
 from deepseek_jax.training.loop import Lent, train
@@ -230,6 +232,27 @@ def test_a_run_learns_resumes_to_the_bit_and_tells_of_each_modality(tmp_path, ca
     assert {"accuracy", "image_accuracy", "sound_weight", "calibration_error"} <= scores.keys()
     assert (tmp_path / "whole" / "report" / "report.html").exists()
 
+    # What was saved answers as the run did, and with one modality as that modality's own head.
+    lm = deepseek_jax.load(tmp_path / "whole")
+    dataset = open_digits(lm.data, sequence_length=LENGTH, seed=0)
+    batch = next(dataset.held_batches(16))
+    both, seen = lm.classify(batch["inputs"]), lm.classify({"image": batch["inputs"]["image"]})
+    found = classification(lm.model, lm.params, dataset, 16)
+    assert found["loss"] == pytest.approx(scores["loss"], rel=1e-3)
+    np.testing.assert_allclose(seen.alone["image"], both.alone["image"], atol=1e-6)
+    assert (seen.weights["image"] == 1).all() and (seen.weights["sound"] == 0).all()
+    np.testing.assert_allclose(seen.probabilities.sum(1), 1, rtol=1e-5)
+    for given, why in (
+        ({}, "not nothing"),
+        ({"smell": np.zeros(1)}, "image, sound, one of them or all; not 'smell'"),
+        ({"image": batch["inputs"]["image"][:, :4]}, r"image has the shape \(16, 4, 8, 3\)"),
+        (batch["inputs"] | {"sound": batch["inputs"]["sound"][:2]}, "numbers of rows"),
+    ):
+        with pytest.raises(InputError, match=why):
+            lm.classify(given)
+    evaluate.main(["--checkpoint", str(tmp_path / "whole"), "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == found["accuracy"]
+
     labels = dataclasses.replace(MODEL, num_classes=4, multi_label=True)
     data = dataclasses.replace(recipe(tmp_path / "labels").data, labels="properties")
     capsys.readouterr()
@@ -260,5 +283,5 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(InputError, match="35 positions are those of 11200"):
         encoder_inputs(MODEL.modalities[0].encoder, jnp.zeros((1, 4000)), "half")
     words = AnyModality(transformer=SMALL, text=Words(vocab_size=5))
-    with pytest.raises(InputError, match="no data for an encoder of kind AnyModality"):
+    with pytest.raises(InputError, match="for an encoder of kind AnyModality"):
         encoder_inputs(words, jnp.zeros((1, 4)), "half")

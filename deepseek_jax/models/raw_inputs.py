@@ -1,0 +1,66 @@
+"""What encoders take of raw data: pixels, waves and rows of tokens as data/ has them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.audiovisual import RATE
+from deepseek_jax.data.vision import Normalization, normalized
+from deepseek_jax.models.audio import Wav2Vec2, Whisper
+from deepseek_jax.models.encoder import EncoderConfig
+from deepseek_jax.models.fusion import Fused
+from deepseek_jax.models.stream import Stream
+from deepseek_jax.models.swin import Swin
+from deepseek_jax.models.text_tower import TextTower
+from deepseek_jax.models.vit import ViT
+from deepseek_jax.ops import signal
+
+WINDOW, HOP = 400, 160  # Whisper's frames: 25 and 10 ms
+
+
+def texts_of(tokens: jax.Array) -> dict[str, jax.Array]:
+    """What a text tower takes of rows of tokens that are -1 behind their ends."""
+    return {"tokens": jnp.maximum(tokens, 0), "mask": tokens >= 0}
+
+
+def encoder_inputs(
+    encoder: EncoderConfig, raw: jax.Array, preset: Normalization
+) -> dict[str, jax.Array]:
+    """What an encoder takes of raw data: uint8 pixels, waves of 16 kHz, tokens (-1 behind the end).
+
+    Raises InputError for an encoder that takes none of these, and for a wave not of its length.
+    """
+    match encoder:
+        case ViT() | Swin():
+            return {"images": normalized(raw, preset)}
+        case Whisper():
+            wanted = 2 * encoder.num_positions * HOP
+            if raw.shape[1] != wanted:
+                raise InputError(
+                    f"sounds have {raw.shape[1]} samples, and {encoder.num_positions} positions "
+                    f"are those of {wanted}: set sequence_length"
+                )
+            return {"mel": signal.log_mel(raw, signal.mel_filters(encoder.num_mels, WINDOW, RATE))}
+        case Wav2Vec2():
+            return {"wave": signal.normalized(raw)}
+        case Stream():
+            return {"wave": raw}
+        case TextTower():
+            return texts_of(raw)
+    raise InputError(f"no raw data are known for an encoder of kind {type(encoder).__name__}")
+
+
+def inputs_of(config: Fused, batch: dict[str, Any], preset: Normalization) -> dict[str, Any]:
+    """What a classifier takes of a batch (see data/audiovisual): its `inputs` and `present`."""
+    inputs = {
+        m.name: encoder_inputs(m.encoder, batch["inputs"][m.name], preset)
+        for m in config.modalities
+    }
+    return {"inputs": inputs, "present": presence(config, batch)}
+
+
+def presence(config: Fused, batch: dict[str, Any]) -> jax.Array:
+    """Which modalities each row has, in the config's order: bool [B, M]."""
+    return jnp.stack([batch["present"][name] for name in config.names], 1)
