@@ -3,8 +3,9 @@
     python -m deepseek_jax.train --config configs/multimodal_quickstart.py
 
 A small vision transformer and a small text transformer learn CLIP's contrastive loss on OpenMoji's
-drawings (pip brings them). A fifth of the concepts is held out, variants with their base.
-After 700 steps recall@10 is 0.13 among the 677 held-out drawings, by chance 0.015.
+drawings (pip brings them), and a decoder to write their captions. A fifth of the concepts is held
+out, variants with their base. After 850 steps (11.5 minutes on two cores) recall@10 is 0.149 among
+the 677 held-out drawings, by chance 0.0147. Colors are left as they are: skin tones are named.
 """
 
 import dataclasses

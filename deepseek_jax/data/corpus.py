@@ -232,7 +232,7 @@ def make_tokenizer(
     if not isinstance(config, BPE):
         return open_tokenizer(config)
     prints = [sources.fingerprint(source) for source in plain]
-    facts = ["bpe", config.vocab_size, fraction, SAMPLE, prints]
+    facts = ["bpe", repr(config), fraction, SAMPLE, prints]
     build = functools.partial(_train, config, plain, fraction)
     return cached(cache, facts, build, load_tokenizer)
 

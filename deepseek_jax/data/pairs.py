@@ -285,5 +285,5 @@ def _tokenizer(
         )
         train_bpe(config, texts).save(directory)
 
-    facts = ["pairs bpe", config.vocab_size, examples.fingerprint, numbers.tolist()]
+    facts = ["pairs bpe", repr(config), examples.fingerprint, numbers.tolist()]
     return cached(cache, facts, build, load_tokenizer)

@@ -341,7 +341,7 @@ def _tokenizer(config: Seeing, opened: list[Any], cache: pathlib.Path) -> Tokeni
         train_bpe(bpe, texts(), [MARK]).save(directory)
 
     prints = [getattr(x, "fingerprint", None) or sources.fingerprint(x) for x in opened]
-    facts = ["conversations bpe", bpe.vocab_size, config.held_out, prints]
+    facts = ["conversations bpe", repr(bpe), config.held_out, prints]
     return cached(cache, [*facts, repr(config.dialog)], build, load_tokenizer)
 
 

@@ -48,6 +48,9 @@ class BPE:
     """Byte-level byte-pair encoding, trained on the training side on first use and cached."""
 
     vocab_size: int = 8192
+    split_han: bool = False
+    """Whether every Chinese character is a word of its own: else phrases become tokens, and what a
+    small corpus says in parts is not learned in parts."""
 
     def __post_init__(self):
         if self.vocab_size < 258:
@@ -333,9 +336,11 @@ def train_bpe(config: BPE, texts: Iterator[str], marks: Sequence[str] = ()) -> T
     """
     pre = tokenizers.pre_tokenizers
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words = pre.Split(tokenizers.Regex(WORDS), behavior="isolated")
+    words = [pre.Split(tokenizers.Regex(WORDS), behavior="isolated")]
+    if config.split_han:
+        words.append(pre.Split(tokenizers.Regex(r"\p{Han}"), behavior="isolated"))
     spelled = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre.Sequence([words, spelled])
+    model.pre_tokenizer = pre.Sequence([*words, spelled])
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,

@@ -87,6 +87,20 @@ def test_save_and_load(tmp_path, tokenizer):
 
 def test_bpe_is_trained_alike_twice_and_holds_its_size():
     assert train_bpe(BPE(vocab_size=300), iter([TEXT])).files() == BPE_300.files()
+
+
+def test_chinese_characters_may_be_words_of_their_own():
+    said = "面向右边的男人\uff0c较深肤色 and a dark one"
+    lengths = []
+    for split in (False, True):
+        bpe = train_bpe(BPE(vocab_size=400, split_han=split), iter([said] * 9))
+        ids = bpe.encode(said)
+        assert bpe.decode(ids) == said
+        lengths.append(len(ids))
+        pieces = [bpe.decode([number]) for number in ids]
+        han = [sum("\u4e00" <= letter <= "\u9fff" for letter in piece) for piece in pieces]
+        assert max(han) == 1 if split else max(han) > 1
+    assert lengths[0] < 8 < lengths[1]
     assert BPE_300.vocab_size == 300
     assert len(BPE_300.encode(TEXT)) < len(TEXT.encode()) / 1.3
 
