@@ -250,6 +250,7 @@ def test_a_run_learns_resumes_to_the_bit_and_tells_of_each_modality(tmp_path, ca
     ):
         with pytest.raises(InputError, match=why):
             lm.classify(given)
+    capsys.readouterr()
     evaluate.main(["--checkpoint", str(tmp_path / "whole"), "--json"])
     assert json.loads(capsys.readouterr().out)["accuracy"] == found["accuracy"]
 
