@@ -214,6 +214,25 @@ def test_collectives_of_pairs_are_explained():
     assert not complaints(found, more=PAIRS)
 
 
+MESH = ["--mesh.data=8", "--mesh.fsdp=64", "--batch-size=512"]
+OTHERS = {
+    "digits": ("audio_visual_digits", MESH),
+    "speech": ("speech_quickstart", MESH),
+    "three stages": ("vlm_three_stages", MESH),
+    "janus": ("janus_pro_1b", [
+        *MESH, "--stage=2", "--stages.2.batch-size=512", "--stages.2.accumulation-steps=1",
+        "--sequence-length=2048", "--model.language.num-layers=2",
+        "--model.vision.transformer.num-layers=2",
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_collectives_of_what_sees_and_hears_are_explained(name):
+    check(name, OTHERS)
+
+
 def test_every_published_model_is_here():
     published = {path.stem for path in (ROOT / "configs").glob("deepseek_*.py")}
     assert published == {config for config, _ in [*CASES.values(), *SLOW.values()]}
