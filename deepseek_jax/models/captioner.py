@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.layers.encoder import Stack, Transformer, learned
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection
 from deepseek_jax.models.decoder import Table
+from deepseek_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,9 @@ class CaptionTransformer(nn.Module):
         t, kept = self.config.transformer, self.dtypes
         table = Table((self.vocab_size, t.embed_dim), ("vocab", "embed"), kept, name="embedding")
         places = learned(self, "positions", (self.max_length, t.embed_dim))[: tokens.shape[1]]
-        shape, axes = (self.image_dim, t.embed_dim), ("mlp", "embed")
-        image = Projection("btd,de->bte", shape, axes, kept, True, name="image_projection")(seen)
+        shape, axes = (self.image_dim, t.embed_dim), ("embed", "mlp")
+        project = Projection("btd,de->bte", shape, axes, kept, True, name="image_projection")
+        image = constrain(project(seen))
         words = table(tokens) + places[None].astype(kept.compute)
         x, _ = Stack(t, kept, name="segment_0")(jnp.concatenate([image, words], axis=1))
         return LayerNorm(kept, eps=t.norm_eps, name="final_norm")(x[:, seen.shape[1] :])
