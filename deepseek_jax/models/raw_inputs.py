@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.audiovisual import RATE
@@ -20,7 +21,7 @@ from deepseek_jax.ops import signal
 WINDOW, HOP = 400, 160  # Whisper's frames: 25 and 10 ms
 
 
-def texts_of(tokens: jax.Array) -> dict[str, jax.Array]:
+def texts_of(tokens: jax.Array | np.ndarray) -> dict[str, Any]:
     """What a text tower takes of rows of tokens that are -1 behind their ends."""
     return {"tokens": jnp.maximum(tokens, 0), "mask": tokens >= 0}
 
