@@ -8,7 +8,7 @@ import jax
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.checkpoint.manager import read_config, resolve
+from deepseek_jax.checkpoint.manager import last_stage, read_config, resolve
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
@@ -111,10 +111,8 @@ def _utterances(model: SpeechModel, arguments: Arguments) -> dict[str, float]:
     """CTC's error rates, or how masked frames are told, on what training held out."""
     if arguments.data is not None:
         raise InputError("--data is for language models; speech is scored on what was held out")
-    recorded = read_config(resolve(arguments.checkpoint))
-    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
-    stored = last.get("objective", recorded.get("objective"))
-    objective = from_dict(SpeechObjective, stored, "objective")
+    last = last_stage(read_config(resolve(arguments.checkpoint)))
+    objective = from_dict(SpeechObjective, last["objective"], "objective")
     given = {"sequence_length": model.length, "tokenizer": model.tokenizer}
     dataset = open_utterances(model.data, seed=0, **given)
     return speech_scores(objective, model.encoder, model.params, dataset, arguments.batch_size)

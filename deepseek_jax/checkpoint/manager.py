@@ -194,6 +194,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return core_config.read_json(located(path) / "config.json")
 
 
+def last_stage(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config as its last stage had it: data, sequence_length, objective and so on."""
+    own = recorded.get("stages", [{}])[-1]
+    return recorded | {name: value for name, value in own.items() if value is not None}
+
+
 def load_params(path: str | pathlib.Path, abstract_params: Any, layers: Layers) -> Any:
     """Only a checkpoint's parameters, with the dtypes and shardings of `abstract_params`.
 

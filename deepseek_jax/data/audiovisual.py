@@ -6,7 +6,6 @@ pitch and a speed) stands on both sides. Needs the extras `media` and `speech`.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.augment import generator
 from deepseek_jax.data.corpus import cache_folder, cached, check_sides, digest, held_out, key_hash
 from deepseek_jax.data.digits import digit_numbers, load_digits
+from deepseek_jax.data.packing import epoch_order, stacked
 from deepseek_jax.data.speech import spoken
 from deepseek_jax.data.vision import Normalization
 
@@ -167,7 +167,7 @@ class DigitRows:
         """One row; with a level of noise given, that instead of the one it draws."""
         epoch, place = divmod(row, len(self.numbers))
         if self.training:
-            place = _order(self.seed, epoch, len(self.numbers))[place]
+            place = epoch_order(len(self.numbers), self.seed, epoch)[place]
         number = self.numbers[place]
         draw = generator(self.seed, row, "digits" if self.training else "held-out digits")
         ranges = self.config.image_noise, self.config.sound_noise
@@ -199,19 +199,6 @@ class DigitRows:
         if not self.config.multi_label:
             return np.array(digit, np.int32)
         return np.array([digit in some for some in PROPERTIES.values()], np.int32)
-
-
-@functools.lru_cache(4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def stacked(rows: list[Batch]) -> Batch:
-    """Rows as one batch."""
-    first = rows[0]
-    if not isinstance(first, dict):
-        return np.stack(rows)
-    return {name: stacked([row[name] for row in rows]) for name in first}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -147,6 +147,19 @@ def _joined(batches: list[Batch]) -> Batch:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
+@functools.lru_cache(4)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's `count` examples, int64 [count]."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def stacked(rows: Sequence[Any]) -> Any:
+    """Rows, arrays or dicts of such, as one batch."""
+    if not isinstance(rows[0], dict):
+        return np.stack(rows)
+    return {name: stacked([row[name] for row in rows]) for name in rows[0]}
+
+
 def drawn_order(count: int, *key: int) -> np.ndarray:
     """A permutation of range(count) drawn from the key: our own, so that no library changes it."""
     return np.argsort(drawn_bits(np.arange(count), *key), kind="stable")

@@ -25,6 +25,7 @@ from deepseek_jax.data.corpus import (
     side,
 )
 from deepseek_jax.data.emoji import open_emoji
+from deepseek_jax.data.packing import epoch_order, stacked
 from deepseek_jax.data.tokenizer import (
     BPE,
     Tokenizer,
@@ -150,7 +151,7 @@ class PairRows:
 
     def _row(self, row: int) -> Batch:
         epoch, place = divmod(row, len(self.numbers))
-        numbers = self.numbers[_order(self.seed, epoch, len(self.numbers))]
+        numbers = self.numbers[epoch_order(len(self.numbers), self.seed, epoch)]
         return media.usable(numbers, place, functools.partial(self._view, row), self.skips)
 
     def _view(self, row: int, number: int) -> Batch:
@@ -169,21 +170,11 @@ class PairRows:
         return {"images": pixels, "tokens": tokens, "groups": np.int32(key_hash(caption) >> 33)}
 
 
-@functools.lru_cache(4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
 def text_row(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
     """[bos] ids [eos] of a text, int32 [length], -1 behind the end; a longer one is cut."""
     ids = [tokenizer.bos_id, *tokenizer.encode(text)][: length - 1]
     ids.append(tokenizer.eos_id)
     return np.array([*ids, *[-1] * (length - len(ids))], np.int32)
-
-
-def stacked(rows: list[Batch]) -> Batch:
-    """Rows as one batch."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

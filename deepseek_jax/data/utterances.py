@@ -5,7 +5,6 @@ which stretch of it. What cannot be used is named, counted and replaced, as in d
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import pathlib
@@ -19,6 +18,7 @@ from deepseek_jax.data import media
 from deepseek_jax.data.audio import RATES, centered_crop, decoded_wave, random_crop
 from deepseek_jax.data.augment import generator
 from deepseek_jax.data.corpus import check_sides, digest, held_out, key_hash
+from deepseek_jax.data.packing import epoch_order, stacked
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.speech import PITCHES, SPEEDS, spoken
 from deepseek_jax.data.tokenizer import Characters, Tokenizer, character_tokenizer
@@ -200,7 +200,7 @@ class UtteranceRows:
 
     def _row(self, row: int) -> Batch:
         epoch, place = divmod(row, len(self.numbers))
-        numbers = self.numbers[_order(self.seed, epoch, len(self.numbers))]
+        numbers = self.numbers[epoch_order(len(self.numbers), self.seed, epoch)]
         for number in np.roll(numbers, -place).tolist():
             # What was skipped before is tried anew: another voice or caption may do, and a row must
             # not depend on what was read before it.
@@ -254,16 +254,6 @@ def standardized(wave: np.ndarray) -> np.ndarray:
     """A wave [T] with mean 0 and deviation 1, float32; silence stays silent."""
     wave = np.asarray(wave, np.float32)
     return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)).astype(np.float32)
-
-
-@functools.lru_cache(4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def stacked(rows: list[Batch]) -> Batch:
-    """Rows as one batch."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from deepseek_jax.checkpoint.manager import last_stage
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.conversations import Talk
@@ -30,15 +31,15 @@ SHOWN = 8
 
 def open_questions(recorded: dict[str, Any], lm: SeeingModel) -> SeeingDataset:
     """The conversations that a checkpoint's run was trained on last. InputError for a folder."""
-    last = {name: value for name, value in recorded.get("stages", [{}])[-1].items() if value}
-    stored = last.get("data", recorded.get("data"))
+    last = last_stage(recorded)
+    stored = last.get("data")
     if stored is None or lm.tokenizer is None:
         raise InputError("a folder says nothing of its data; give a run")
     return open_seeing(
         from_dict(Seeing, stored, "data"),
         sight=lm.config.sight,
         image_id=lm.image_id,
-        sequence_length=last.get("sequence_length", recorded["sequence_length"]),
+        sequence_length=last["sequence_length"],
         seed=0,
         tokenizer=lm.tokenizer,
     )

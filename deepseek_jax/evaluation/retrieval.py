@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data.pairs import Batch, PairDataset, stacked
+from deepseek_jax.data.packing import stacked
+from deepseek_jax.data.pairs import Batch, PairDataset
 from deepseek_jax.data.vision import normalized
 from deepseek_jax.evaluation.scores import retrieval_scores
 from deepseek_jax.models.raw_inputs import texts_of

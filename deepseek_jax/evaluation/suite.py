@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax.checkpoint.manager import last_stage
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
@@ -35,8 +36,8 @@ def open_task(
     Parquet (column `text`), or a folder that `prepare` wrote. Raises InputError when there is no
     such data or it cannot be read.
     """
-    last = {name: value for name, value in config["stages"][-1].items() if value is not None}
-    stored = last.get("data", config.get("data"))
+    last = last_stage(config)
+    stored = last.get("data")
     data = from_dict(Data, stored, "data") if stored else Data()
     if name is None and not stored:
         raise InputError("this checkpoint does not say what it was trained on; give --data")
@@ -58,7 +59,7 @@ def open_task(
                 )
     return open_data(
         data,
-        sequence_length=last.get("sequence_length", config["sequence_length"]),
+        sequence_length=last["sequence_length"],
         num_targets=num_targets,
         seed=0,
         tokenizer=tokenizer,

@@ -92,7 +92,6 @@ def load_classifier(path: str | pathlib.Path) -> ClassifierModel:
     config = from_dict(Fused, recorded["model"], "model")
     model = build_fused(config, precision_of_run(recorded))
     params = manager.load_params(directory, model.shapes, model.layers)
-    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
-    data = from_dict(AudioVisual, last.get("data", recorded["data"]), "data")
-    length = last.get("sequence_length", recorded["sequence_length"])
-    return ClassifierModel(model, params, config, data, length)
+    last = manager.last_stage(recorded)
+    data = from_dict(AudioVisual, last["data"], "data")
+    return ClassifierModel(model, params, config, data, last["sequence_length"])

@@ -220,10 +220,10 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
     config = from_dict(TwoTower, recorded["model"], "model")
     towers = build_towers(config, language.precision_of_run(recorded))
     params = manager.load_params(directory, towers.shapes, towers.layers)
-    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
-    data = from_dict(Pairs, last.get("data", recorded["data"]), "data")
-    length = last.get("sequence_length", recorded["sequence_length"])
-    return TwoTowerModel(towers, params, config, {}, load_tokenizer(directory), data, length)
+    last = manager.last_stage(recorded)
+    data = from_dict(Pairs, last["data"], "data")
+    more = load_tokenizer(directory), data, last["sequence_length"]
+    return TwoTowerModel(towers, params, config, {}, *more)
 
 
 def load_speech(path: str | pathlib.Path) -> SpeechModel:
@@ -234,10 +234,9 @@ def load_speech(path: str | pathlib.Path) -> SpeechModel:
     config = from_dict(Wav2Vec2, recorded["model"], "model")
     encoder = build_encoder(config, language.precision_of_run(recorded))
     params = manager.load_params(directory, encoder.shapes, encoder.layers)
-    last = {name: value for name, value in recorded["stages"][-1].items() if value is not None}
-    data = from_dict(Utterances, last.get("data", recorded["data"]), "data")
-    length = last.get("sequence_length", recorded["sequence_length"])
-    more = load_tokenizer(directory), data.normalize, data, length
+    last = manager.last_stage(recorded)
+    data = from_dict(Utterances, last["data"], "data")
+    more = load_tokenizer(directory), data.normalize, data, last["sequence_length"]
     return SpeechModel(encoder, params, config, {}, *more)
 
 

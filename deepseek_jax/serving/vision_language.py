@@ -396,5 +396,4 @@ def _opened(
 
 def _trained_with(recorded: dict[str, Any]) -> Normalization | None:
     """How a run that saw normalized its pictures."""
-    last = recorded.get("stages", [{}])[-1].get("data") or recorded.get("data") or {}
-    return last.get("normalization")
+    return manager.last_stage(recorded).get("data", {}).get("normalization")

@@ -7,9 +7,9 @@ import pytest
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data import audiovisual
 from deepseek_jax.data.audiovisual import LOUDNESS, PROPERTIES, AudioVisual, open_digits
 from deepseek_jax.data.digits import load_digits
+from deepseek_jax.data.packing import epoch_order
 
 pytest.importorskip("espeakng_loader", reason="the extra `speech` (GPL) is not installed")
 
@@ -46,7 +46,7 @@ def test_a_row_is_a_function_of_its_number_and_the_seed(config):
 def test_every_epoch_has_every_digit_once_in_another_order(config):
     train = opened(config).train
     count = len(train.numbers)
-    places = [[audiovisual._order(0, epoch, count)[i] for i in range(count)] for epoch in (0, 1)]
+    places = [[epoch_order(count, 0, epoch)[i] for i in range(count)] for epoch in (0, 1)]
     assert places[0] != places[1] and sorted(places[0]) == sorted(places[1]) == [*range(count)]
     labels = train.batch(np.arange(count - 3, count + 3))["labels"]
     order = np.concatenate([train.numbers[p] for p in places])[count - 3 : count + 3]
