@@ -36,8 +36,9 @@ def captions(model: Towers, params: Any, dataset: pairs.PairDataset, config: Any
     As text and, of fields that any font has, in the run's folder pictures/. An image's captions
     are drawn with `config.seed`, among the tokens that the field's training captions use.
     """
-    held = dataset.held.numbers
-    chosen = [int(held[n]) for n in np.unique(np.linspace(0, len(held) - 1, SHOWN).astype(int))]
+    # The evaluation before this one has found what is damaged.
+    held = [int(n) for n in dataset.held.numbers if int(n) not in dataset.held.skips.reasons]
+    chosen = [held[n] for n in np.unique(np.linspace(0, len(held) - 1, SHOWN).astype(int))]
     images, said = zip(*map(dataset.picture, chosen), strict=True)
     tokenizer, pixels = dataset.tokenizer, np.stack(images)
     ends, lines = (tokenizer.bos_id, tokenizer.eos_id), ["captions written of held-out images:"]
