@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import pathlib
+import shutil
 from itertools import pairwise
 
 import cases
@@ -23,7 +25,7 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.media import MediaFolder
-from deepseek_jax.data.pairs import Pairs
+from deepseek_jax.data.pairs import Pairs, open_pairs
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.data.vision import ImageTransform
 from deepseek_jax.evaluation.queries import queries
@@ -317,6 +319,23 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
     assert model.embed_image(pixels).shape == (3, 24)
     again = model.embed_text([[256, *b"a", 257]])
     np.testing.assert_allclose(again[0], texts[1], atol=1e-6)
+
+
+def test_a_run_ends_with_captions_though_held_out_images_are_damaged(folder, tmp_path, capsys):
+    there = tmp_path / "pictures"
+    shutil.copytree(folder, there)
+    data = dataclasses.replace(recipe(there, tmp_path).data, max_skipped=0.2)
+    held = open_pairs(data, sequence_length=12, seed=0).held
+    first, last = (held.examples.media.example(int(held.numbers[n])).name for n in (0, -1))
+    for name in (first, last):
+        (there / pathlib.Path(name).name).write_bytes(b"no image")
+    fields = {"model": WRITING, "objective": Contrastive(caption_weight=1.0), "steps": 1}
+    config = dataclasses.replace(recipe(there, tmp_path / "run"), data=data, **fields)
+    assert train(config, LENT) == 0
+    said = capsys.readouterr()
+    assert "skipped (2 of 40)" in said.err and "captions written of held-out images:" in said.out
+    assert said.out.count(" -> ") >= len(held.numbers) - 2
+    assert (tmp_path / "run" / "pictures" / "written_of_held_out_images.png").exists()
 
 
 @pytest.mark.parametrize("cosine, loss, step, why", [
