@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data.audiovisual import RATE
 from deepseek_jax.data.vision import Normalization, normalized
 from deepseek_jax.models.audio import Wav2Vec2, Whisper
+from deepseek_jax.models.ear import HOP, RATE, SPECTRUM
 from deepseek_jax.models.encoder import EncoderConfig
 from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.stream import Stream
@@ -17,8 +17,6 @@ from deepseek_jax.models.swin import Swin
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.ops import signal
-
-WINDOW, HOP = 400, 160  # Whisper's frames: 25 and 10 ms
 
 
 def texts_of(tokens: jax.Array | np.ndarray) -> dict[str, Any]:
@@ -43,7 +41,9 @@ def encoder_inputs(
                     f"sounds have {raw.shape[1]} samples, and {encoder.num_positions} positions "
                     f"are those of {wanted}: set sequence_length"
                 )
-            return {"mel": signal.log_mel(raw, signal.mel_filters(encoder.num_mels, WINDOW, RATE))}
+            return {
+                "mel": signal.log_mel(raw, signal.mel_filters(encoder.num_mels, SPECTRUM, RATE))
+            }
         case Wav2Vec2():
             return {"wave": signal.normalized(raw)}
         case Stream():

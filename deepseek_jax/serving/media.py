@@ -13,6 +13,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data import conversations
 from deepseek_jax.data.audio import read_wave, wave_of_samples
 from deepseek_jax.data.tiles import TEXT, patched, tiled
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ from deepseek_jax.serving.inputs import images_of
 
 Grid = tuple[int, int]
 MARKS = {  # what tokenizers call the token that stands for one medium of a kind
-    "image": ("<image>", "<image_placeholder>"),
+    "image": conversations.MARKS,
     "video": ("<video>",),
     "audio": ("<audio>",),
 }
