@@ -4,8 +4,9 @@
 
 A small vision transformer and a small text transformer learn CLIP's contrastive loss on OpenMoji's
 drawings (pip brings them), and a decoder to write their captions. A fifth of the concepts is held
-out, variants with their base. After 850 steps (11.5 minutes on two cores) recall@10 is 0.149 among
-the 677 held-out drawings, by chance 0.0147. Colors are left as they are: skin tones are named.
+out, variants with their base. After 850 steps (12 minutes on two cores) recall@10 is 0.198 among
+the 677 held-out drawings, by chance 0.0147. Colors are left as they are: skin tones are named. Each
+Chinese character is a word: with phrases as tokens Chinese names found less than half.
 """
 
 import dataclasses
@@ -30,13 +31,13 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=TwoTower(
             image=ViT(transformer=image, image_size=(48, 48), patch_size=8),
-            text=TextTower(transformer=text, vocab_size=2048, max_length=16),
+            text=TextTower(transformer=text, vocab_size=2048, max_length=24),
             shared_dim=128,
             captioner=Captioner(transformer=dataclasses.replace(text, num_layers=1, causal=True)),
         ),
         data=Pairs(
             source=Emoji(),
-            tokenizer=BPE(vocab_size=2048),
+            tokenizer=BPE(vocab_size=2048, split_han=True),
             image=ImageTransform(size=48, fit="crop"),
             augmentation=Augmentation(min_area=0.6, flip=0.0, brightness=0.0, contrast=0.0),
         ),
@@ -44,7 +45,7 @@ def get_config() -> TrainConfig:
         optimizer=AdamW(learning_rate=1e-3, warmup_steps=50, weight_decay=0.3),
         steps=850,
         batch_size=256,
-        sequence_length=16,
+        sequence_length=24,
         eval_every=100,
         log_every=20,
     )
