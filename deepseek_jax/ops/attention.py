@@ -18,6 +18,7 @@ from deepseek_jax.ops.matmul import dot, laid
 
 Implementation = Literal["reference", "blocks", "cudnn", "splash"]
 KERNELS = {"splash"}  # written by hand, in Pallas: XLA cannot partition them
+QUERIES = 384  # whose scores exist at a time, where rows are long and caches small
 MASKED = -1e30  # finite: a row with nothing to attend gives a uniform softmax, never NaN
 
 
@@ -66,7 +67,7 @@ def full_attention(
     """Attention of every token to all tokens that `mask` calls real, or the earlier of them.
 
     A mask [_, T, S] says it of each pair. A row without a real token attends to all alike. On GPU
-    cuDNN's kernel where it can, else all scores at once: encoders' rows are short.
+    cuDNN's kernel where it can, else XLA, on CPU long rows by blocks of queries.
     `masked_attention` is the reference.
     """
     seen = mask[:, None, :] if mask is not None and mask.ndim == 2 else mask
@@ -96,15 +97,24 @@ def _whole_heads(q, k, v, scale):
     return (laid(x.swapaxes(1, 2)) for x in (q, k, v))
 
 
+def _whole_spans(length: int) -> list[slice]:
+    """The queries whose scores exist at a time: on CPU what its caches hold."""
+    size = QUERIES if target.platform() == "cpu" and length > 2 * QUERIES else length
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def _whole_forward(q, k, v, seen, scale):
     qh, kh, vh = _whole_heads(q, k, v, scale)
-    scores = dot("bnth,bnsh->bnts", qh, kh)
-    if seen is not None:
-        scores = jnp.where(seen[:, None], scores, MASKED)
-    top = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    out = dot("bnts,bnsh->bnth", weights.astype(v.dtype), vh) / total
+    outs, tops, totals = [], [], []
+    for some in _whole_spans(q.shape[1]):
+        scores = dot("bnth,bnsh->bnts", qh[:, :, some], kh)
+        if seen is not None:
+            scores = jnp.where(_of_queries(seen, some)[:, None], scores, MASKED)
+        tops.append(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - tops[-1])
+        totals.append(weights.sum(-1, keepdims=True))
+        outs.append(dot("bnts,bnsh->bnth", weights.astype(v.dtype), vh) / totals[-1])
+    out, top, total = (jnp.concatenate(parts, axis=2) for parts in (outs, tops, totals))
     out = out.astype(v.dtype).swapaxes(1, 2)
     # Apart: of a row without a real token their logarithms' sum would lose the second.
     return out, (q, k, v, seen, out, top.swapaxes(2, 3), total.swapaxes(2, 3))
@@ -113,22 +123,29 @@ def _whole_forward(q, k, v, seen, scale):
 def _whole_backward(scale, residuals, slope):
     q, k, v, seen, out, top, total = residuals
     qh, kh, vh = _whole_heads(q, k, v, scale)
-    shared = (slope.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)
+    shared = (slope.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[:, :, None]
     slope = laid(slope.swapaxes(1, 2))
-    scores = dot("bnsh,bnth->bnst", kh, qh)
-    if seen is not None:
-        scores = jnp.where(seen.swapaxes(1, 2)[:, None], scores, MASKED)
-    weights = jnp.exp(scores - top) / total
-    change = dot("bnsh,bnth->bnst", vh, slope)
-    change = (weights * (change - shared[:, :, None])).astype(q.dtype)
-    if seen is not None:  # a row without a real token weighs all, but by no score
-        change = jnp.where(seen.swapaxes(1, 2)[:, None], change, 0)
-    slopes = (
-        dot("bnst,bnsh->bnth", change, kh) * scale,  # XLA widens it: turning takes longer
-        dot("bnst,bnth->bnsh", change, qh),
-        dot("bnst,bnth->bnsh", weights.astype(v.dtype), slope),
-    )
+    q_slopes, k_slope, v_slope = [], 0.0, 0.0
+    for some in _whole_spans(q.shape[1]):
+        scores = dot("bnsh,bnth->bnst", kh, qh[:, :, some])
+        if seen is not None:
+            pairs = _of_queries(seen, some).swapaxes(1, 2)[:, None]
+            scores = jnp.where(pairs, scores, MASKED)
+        weights = jnp.exp(scores - top[..., some]) / total[..., some]
+        change = dot("bnsh,bnth->bnst", vh, slope[:, :, some])
+        change = (weights * (change - shared[..., some])).astype(q.dtype)
+        if seen is not None:  # a row without a real token weighs all, but by no score
+            change = jnp.where(pairs, change, 0)
+        # XLA widens this one: turning takes longer.
+        q_slopes.append(dot("bnst,bnsh->bnth", change, kh) * scale)
+        k_slope += dot("bnst,bnth->bnsh", change, qh[:, :, some])
+        v_slope += dot("bnst,bnth->bnsh", weights.astype(v.dtype), slope[:, :, some])
+    slopes = jnp.concatenate(q_slopes, axis=2), k_slope, v_slope
     return *(x.swapaxes(1, 2).astype(q.dtype) for x in slopes), None
+
+
+def _of_queries(seen, some):
+    return seen if seen.shape[1] == 1 else seen[:, some]
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

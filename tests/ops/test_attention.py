@@ -11,6 +11,7 @@ import reference
 import torch
 
 from deepseek_jax.core.target import compiling_for
+from deepseek_jax.ops import attention
 from deepseek_jax.ops.attention import (
     causal_attention,
     causal_mask,
@@ -195,8 +196,11 @@ def test_splash_is_the_reference_forward_and_backward(heads, widths, window, pac
 
 @pytest.mark.parametrize("kind", ["none", "rows", "pairs"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_to_all_is_torchs(kind, causal):
-    """Values and slopes, of rows without a real token too (they attend to all alike)."""
+@pytest.mark.parametrize("queries", [3, 384])
+def test_attention_to_all_is_torchs(kind, causal, queries, monkeypatch):
+    """Values and slopes, whole or by blocks of queries, of rows without a real token too (they
+    attend to all alike)."""
+    monkeypatch.setattr(attention, "QUERIES", queries)
     rng = np.random.default_rng(0)
     q, k, v, signs = (rng.normal(size=(3, 7, 2, 4)).astype(np.float32) for _ in range(4))
     mask = {
