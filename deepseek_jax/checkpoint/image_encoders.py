@@ -157,7 +157,7 @@ def dinov2(hf: Mapping[str, Any], registers: bool = False) -> ViT:
 
 def vit_fields(config: ViT) -> dict[str, Any]:
     """What CLIP and its kin call the fields of a vision transformer."""
-    height, width = config.image_size
+    height, width = config.table_size  # what image_size says there
     size = height if height == width else [height, width]
     own = {"image_size": size, "patch_size": config.patch_size, "num_channels": config.num_channels}
     return transformer_fields(config.transformer) | own

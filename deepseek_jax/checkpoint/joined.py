@@ -35,7 +35,7 @@ def check_said(back: VisionLanguage, config: VisionLanguage, family: str) -> Non
     """
     wrong = [
         name
-        for name in ("projector", "image_id", "whole_images")
+        for name in ("projector", "image_id", "prefix")
         if getattr(back, name) != getattr(config, name)
     ]
     if text_fields(back.language) != text_fields(config.language):

@@ -25,7 +25,10 @@ from deepseek_jax.core.storage import Path, located, put
 T = TypeVar("T")
 
 VERSION = 1  # of the JSON form; a renamed field gets a row in MIGRATIONS
-MIGRATIONS: dict[tuple[str, str], str] = {}  # (class name, old field) -> new field
+# (class name, old field) -> new field, {old value: what it is called now}; other values stay
+MIGRATIONS: dict[tuple[str, str], tuple[str, dict[Any, Any]]] = {
+    ("VisionLanguage", "whole_images"): ("prefix", {False: "causal", True: "images"}),
+}
 
 
 def load_config(path: str | pathlib.Path, kind: type[T]) -> T:
@@ -116,13 +119,12 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
 
 def _from_fields(kind: Any, data: dict[str, Any], where: str) -> Any:
     hints, values = typing.get_type_hints(kind), {}
-    for given in (name for name in data if name != "type"):
-        name = MIGRATIONS.get((kind.__name__, given), given)
+    for name in (name for name in data if name != "type"):
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{where} has an unknown field {given!r}{hint}")
-        values[name] = from_dict(hints[name], data[given], f"{where}.{name}")
+            raise InputError(f"{where} has an unknown field {name!r}{hint}")
+        values[name] = from_dict(hints[name], data[name], f"{where}.{name}")
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
@@ -136,7 +138,10 @@ def save_json(config: Any, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The tagged data of a config file written by `save_json`, checked for its version."""
+    """The tagged data of a config file written by `save_json`, in today's names (MIGRATIONS).
+
+    InputError for another version.
+    """
     try:
         data = json.loads(located(path).read_text())
     except (OSError, ValueError) as error:
@@ -144,4 +149,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as JSON ({reason})") from None
     if not isinstance(data, dict) or data.pop("version", None) != VERSION:
         raise InputError(f"{path}: not a config of version {VERSION}")
-    return data
+    return _migrated(data)
+
+
+def _migrated(data: Any) -> Any:
+    """Recorded data with renamed fields, and their values, under their new names."""
+    if isinstance(data, list):
+        return [_migrated(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    found = {}
+    for old, value in data.items():
+        name, values = MIGRATIONS.get((str(data.get("type")), old), (old, {}))
+        known = [new for before, new in values.items() if before == value]
+        found[name] = known[0] if known else _migrated(value)
+    return found

@@ -78,6 +78,8 @@ class Seeing:
     dialog: Dialog = Dialog()
     views: int = 1
     """Of every row, used or not: one an image, or each image's whole and its tiles."""
+    size: int | None = None
+    """Pixels along a view's side, where positions are to be resized; None: the model's own."""
     normalization: Normalization = "half"
     augmentation: Augmentation | None = None
     """How far pictures may stray in training."""

@@ -108,6 +108,8 @@ def joined(x: Float[Array, "B T D"], grid: tuple[int, int], factor: int) -> Floa
     of its square (torch's unfold).
     """
     (rows, columns), width = grid, x.shape[-1]
+    if x.shape[1] != rows * columns:
+        raise ValueError(f"an image has {x.shape[1]} features, and joined are those of {grid}")
     x = x.reshape(-1, rows, columns, width)
     x = jnp.pad(x, ((0, 0), (0, -rows % factor), (0, -columns % factor), (0, 0)))
     high, wide = x.shape[1] // factor, x.shape[2] // factor

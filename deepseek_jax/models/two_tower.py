@@ -77,6 +77,10 @@ class TwoTower:
         """Tokens that the text tower knows."""
         return self.text.vocab_size
 
+    def at_size(self, size: int | None) -> "TwoTower":
+        """The same weights on images of this height and width: `ViT.at_size`."""
+        return dataclasses.replace(self, image=self.image.at_size(size))
+
 
 class Pairing(NamedTuple):
     """Both towers' vectors of a batch, normalized, float32, and what turns products into logits."""

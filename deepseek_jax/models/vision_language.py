@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.tiles import TEXT, Sight, tile_side
@@ -36,6 +36,7 @@ from deepseek_jax.models.build import (
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, sees_all
 from deepseek_jax.models.ear import Ear, Hearing
 from deepseek_jax.models.naflex import NaFlex, NaFlexTransformer
+from deepseek_jax.models.prefix import Prefix, reach_of
 from deepseek_jax.models.projectors import (
     Aligner,
     DownsampleProjector,
@@ -58,9 +59,9 @@ class VisionLanguage:
     """Patches that a NaFlex's view has room for."""
     image_id: int | None = None
     """The token that stands, as often as needed, for an image; None: the tokenizer knows it."""
-    whole_images: bool = False
-    """Tokens of one image (or sound) see each other both ways (what touches counts as one); all
-    else stays causal, as everything does in the published models."""
+    prefix: Prefix = "causal"
+    """What sees itself both ways: nothing (the published models); each image or sound (what touches
+    counts as one); of rows with an image or sound all before the first answer (PaliGemma)."""
     init_scale: float = 0.02
 
     def __post_init__(self):
@@ -75,8 +76,10 @@ class VisionLanguage:
         if self.image_id is not None and self.image_id == ids["audio.audio_id"]:
             raise ValueError(f"image_id and audio.audio_id are both {self.image_id}.")
         attention = self.language.attention
-        if self.whole_images and (not sees_all(attention) or getattr(attention, "window", None)):
-            raise ValueError("whole_images needs a language.attention that leaves out nothing.")
+        narrow = not sees_all(attention) or getattr(attention, "window", None)
+        if self.prefix != "causal" and narrow:
+            why = "needs a language.attention that leaves out nothing."
+            raise ValueError(f"prefix {self.prefix!r} {why}")
         if isinstance(self.projector, DownsampleProjector):
             grid = self.grid
             if grid is None or grid[0] != grid[1]:
@@ -175,17 +178,14 @@ class VisionLanguage:
         """Tokens that the decoder knows."""
         return self.language.vocab_size
 
-
-def image_ends(sources: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
-    """Where in the row the last token of each token's image stands; of text its own place."""
-    length = sources.shape[1]
-    image = sources > TEXT
-    goes_on = image[:, :-1] & image[:, 1:]
-    if segments is not None:
-        goes_on &= segments[:, :-1] == segments[:, 1:]
-    goes_on = jnp.pad(goes_on, ((0, 0), (0, 1)))
-    ends = jnp.where(goes_on, length, jnp.arange(length)[None])
-    return jax.lax.cummin(ends, axis=1, reverse=True)
+    def at_size(self, size: int | None) -> "VisionLanguage":
+        """The same weights, views of this side; None: the model's own. Or a ValueError."""
+        if size is None or (size, size) == self.view_shape[:2]:
+            return self
+        if not isinstance(self.vision, ViT) or isinstance(self.projector, DownsampleProjector):
+            why = "a NaFlex has none" if self.grid is None else "its tiles are laid out for one"
+            raise ValueError(f"views of size {size}: the model has no other size, as {why}")
+        return dataclasses.replace(self, vision=self.vision.at_size(size))
 
 
 class VisionLanguageDecoder(nn.Module):
@@ -268,13 +268,12 @@ class VisionLanguageDecoder(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         shapes: Int[Array, "B M 2"] | None = None,
         sounds: Float[Array, "B A S"] | None = None,
+        learned: Bool[Array, "B T"] | None = None,
     ) -> Output:
         nothing = images is None and sounds is None
         features = None if nothing else self.features(images, shapes, sounds)
         x = self._mixed(tokens, features, sources)
-        reach = None
-        if self.config.whole_images and sources is not None:
-            reach = image_ends(sources, segments)
+        reach = reach_of(self.config.prefix, sources, segments, learned)
         output = self.language(tokens, segments, positions, embedded=x, reach=reach)
         routing, selection = (
             {f"language/{path}": found for path, found in reports.items()}
@@ -290,11 +289,11 @@ class VisionLanguageDecoder(nn.Module):
         features: Float[Array, "B F D"] | None = None,
         sources: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple]:
-        """As `LanguageDecoder.decode`; whole images must come in one call."""
+        """As `LanguageDecoder.decode`; what sees itself both ways must come in one call."""
         x = self._mixed(tokens, features, sources)
-        reach = None
-        if self.config.whole_images and sources is not None:
-            reach = jnp.take_along_axis(positions, image_ends(sources, None), axis=1)
+        reach = reach_of(self.config.prefix, sources, (positions >= 0).astype(jnp.int32))
+        if reach is not None:
+            reach = jnp.take_along_axis(positions, reach, axis=1)
         return self.language.decode(tokens, caches, positions, x, reach)
 
 
@@ -325,11 +324,17 @@ class VisionLanguageModel(Network):
         sources: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        learned: Bool[Array, "B T"] | None = None,
         drop: bool = True,
     ) -> Output:
-        """Final hidden states and reports, as of `Model.apply`."""
-        module, where = self.module if drop else self._dropless, (segments, positions)
-        return module.apply({"params": params}, tokens, images, sources, *where, shapes, sounds)
+        """Final hidden states and reports, as of `Model.apply`.
+
+        `learned` says of which tokens the follower is an answer's; the first of them ends what is
+        asked (`prefix`), and without it all is.
+        """
+        module = self.module if drop else self._dropless
+        given = images, sources, segments, positions, shapes, sounds, learned
+        return module.apply({"params": params}, tokens, *given)
 
     @property
     def _dropless(self) -> VisionLanguageDecoder:
@@ -372,7 +377,7 @@ class VisionLanguageModel(Network):
         features: Float[Array, "B F D"] | None = None,
         sources: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], tuple]:
-        """As `Model.decode`; with `whole_images` all of an image's tokens come in one call."""
+        """As `Model.decode`; what sees itself both ways (`prefix`) comes in one call."""
         hidden, cache = self._dropless.apply(
             {"params": params}, tokens, cache, positions, features, sources, method="decode"
         )

@@ -34,6 +34,8 @@ class Learned:
     """Whether resizing smooths what it shrinks (DINOv2 with registers)."""
     any_size: bool = False
     """Whether images of other sizes are taken without being asked (DINOv2)."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images that the vectors belong to; None: the encoder's image_size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class ViT:
 
     transformer: Transformer
     image_size: tuple[int, int] = (224, 224)
-    """Height and width that learned positions belong to; what is beyond whole patches is cut."""
+    """Height and width of its images; what is beyond whole patches is cut."""
     patch_size: int = 16
     num_channels: int = 3
     class_token: bool = True
@@ -78,10 +80,10 @@ class ViT:
     init_scale: float = 0.02
 
     def __post_init__(self):
-        if not 1 <= self.patch_size <= min(self.image_size):
+        if not 1 <= self.patch_size <= min(*self.image_size, *self.table_size):
             raise ValueError(
-                f"image_size {self.image_size} must be at least patch_size ({self.patch_size}), "
-                "and that at least 1."
+                f"image_size {self.image_size} and positions.size must be at least patch_size "
+                f"({self.patch_size}), and that at least 1."
             )
         if self.pooling in ("class", "tanh") and not self.class_token:
             raise ValueError(f"pooling {self.pooling!r} needs class_token.")
@@ -98,6 +100,30 @@ class ViT:
         """Patches along height and width."""
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def table_size(self) -> tuple[int, int]:
+        """Height and width of the images that learned positions belong to."""
+        own = self.positions.size if isinstance(self.positions, Learned) else None
+        return own or self.image_size
+
+    def at_size(self, size: int | None) -> "ViT":
+        """The same weights on images of this height and width; None: of its own.
+
+        Positions are resized or computed. ValueError for what is no multiple of a patch, and where
+        its own images are no squares.
+        """
+        if size is None or (size, size) == self.image_size:
+            return self
+        if size < 1 or size % self.patch_size or len({*self.image_size}) > 1:
+            raise ValueError(
+                f"images of size {size}: it must be a multiple of patch_size ({self.patch_size}), "
+                f"and the model's own, {self.image_size}, square"
+            )
+        positions = self.positions
+        if isinstance(positions, Learned):
+            positions = dataclasses.replace(positions, size=self.table_size)
+        return dataclasses.replace(self, image_size=(size, size), positions=positions)
 
     @property
     def leading(self) -> int:
@@ -174,10 +200,10 @@ class VisionTransformer(nn.Module):
             return 0.0, jnp.asarray(made, dtype)[None]
         if isinstance(c.positions, Axial):
             return 0.0, jnp.zeros((1, 1, dim), dtype)
-        height, width = c.grid
+        height, width = (side // c.patch_size for side in c.table_size)
         stored = learned(self, "positions", (c.class_token + height * width, dim))
         places = stored[int(c.class_token) :]
-        if size != c.grid:
+        if size != (height, width):
             places = places.reshape(height, width, dim)
             places = grid.resized(places, size, "bicubic", c.positions.antialias).reshape(-1, dim)
         return stored[:1].astype(dtype), places[None].astype(dtype)

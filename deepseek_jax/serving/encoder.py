@@ -209,7 +209,7 @@ def _hearing(folder: pathlib.Path, config: Wav2Vec2) -> tuple[Tokenizer | None, 
 
 
 def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
-    """The two towers of a run or of a checkpoint of ours.
+    """The two towers of a run or of a checkpoint of ours, for images as its last stage saw them.
 
     On a CPU they compute in float32. Raises InputError when there is none, or it is not what its
     config says.
@@ -217,11 +217,11 @@ def load_towers(path: str | pathlib.Path) -> TwoTowerModel:
     leave_absent_tpus()
     directory = manager.resolve(path)
     recorded = manager.read_config(directory)
-    config = from_dict(TwoTower, recorded["model"], "model")
-    towers = build_towers(config, language.precision_of_run(recorded))
-    params = manager.load_params(directory, towers.shapes, towers.layers)
     last = manager.last_stage(recorded)
     data = from_dict(Pairs, last["data"], "data")
+    config = from_dict(TwoTower, recorded["model"], "model").at_size(data.image.size)
+    towers = build_towers(config, language.precision_of_run(recorded))
+    params = manager.load_params(directory, towers.shapes, towers.layers)
     more = load_tokenizer(directory), data, last["sequence_length"]
     return TwoTowerModel(towers, params, config, {}, *more)
 

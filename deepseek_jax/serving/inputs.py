@@ -147,17 +147,24 @@ def swin_images_of(
 
 
 def clips_of(
-    config: Video, frames: Any, bool_masked_pos: Any | None = None
+    config: Video,
+    frames: Any,
+    bool_masked_pos: Any | None = None,
+    *,
+    interpolate_pos_encoding: bool = False,
 ) -> dict[str, np.ndarray]:
     """Frames [B, T, C, H, W] as a video encoder's inputs.
 
-    `bool_masked_pos` [B, N] says which tubelets are left out, as many in every clip.
+    `bool_masked_pos` [B, N] says which tubelets are left out, as many in every clip. InputError for
+    frames of another number or size than the encoder's positions belong to, also where they are to
+    be interpolated: transformers takes none of ViViT's but its own, but for one layer of tubelets.
     """
     frames = np.asarray(frames, np.float32)
     wanted = (config.num_frames, config.num_channels, *config.image_size)
     if frames.ndim != 5 or frames.shape[1:] != wanted or not frames.shape[0]:
         whole = ", ".join(map(str, ("B", *wanted)))
-        raise InputError(f"frames have shape {frames.shape}; this encoder takes [{whole}]")
+        why = "; a video's positions are not interpolated" if interpolate_pos_encoding else ""
+        raise InputError(f"frames have shape {frames.shape}; this encoder takes [{whole}]{why}")
     given = {"clips": frames.transpose(0, 1, 3, 4, 2)}
     if bool_masked_pos is None:
         return given

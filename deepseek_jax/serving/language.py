@@ -288,15 +288,15 @@ class LanguageModel:
             yield from ((int(row), int(tokens[row])) for row in np.flatnonzero(~over))
 
     def _prefilled(self, rows: list[list[int]], length: int) -> State:
-        """What has read all but each row's last token, which the first step feeds."""
-        width = max(len(row) for row in rows) - 1
-        chunk = min(self._chunk, _rounded(width, 16))
+        """What has read all but each row's last token, or all; the first step feeds the last."""
+        most, last = self._reading
+        rows = [row[: len(row) - last] for row in rows]
+        chunk = min(most, _rounded(width := max(map(len, rows)), 16))
         width = -(-width // chunk) * chunk
         tokens = np.zeros((len(rows), width), np.int32)
         positions = np.full((len(rows), width), -1, np.int32)
         for i, row in enumerate(rows):
-            tokens[i, : len(row) - 1] = row[:-1]
-            positions[i, : len(row) - 1] = np.arange(len(row) - 1)
+            tokens[i, : len(row)], positions[i, : len(row)] = row, np.arange(len(row))
         cache = self.model.init_cache(len(rows), _rounded(length, 128))
         state = cache, jnp.zeros((len(rows), self.config.vocab_size), bool)
         for start in range(0, width, chunk):
@@ -306,9 +306,9 @@ class LanguageModel:
         return state
 
     @property
-    def _chunk(self) -> int:
-        """The most prompt tokens that enter the cache in one call."""
-        return CHUNK
+    def _reading(self) -> tuple[int, int]:
+        """The most prompt tokens that one call reads, and how many are left to the first step."""
+        return CHUNK, 1
 
     def _beside(self, part: slice) -> dict[str, Any]:
         """What the model's `decode` is given beside the tokens of these places of the prompts."""

@@ -237,6 +237,18 @@ def seen(
     return given
 
 
+def answered(asked: Sequence[int], shape: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
+    """Of which tokens [B, T] the follower is an answer's, the first `asked` being the question.
+
+    Raises InputError where a row has fewer real ones, which `mask` says.
+    """
+    mask = np.ones(shape) if mask is None else mask
+    counts, real = np.asarray(asked), mask.sum(1).astype(int)
+    if counts.shape != real.shape or not ((counts >= 1) & (counts <= real)).all():
+        raise InputError(f"asked is {counts.tolist()}, and the rows have {real.tolist()} tokens")
+    return np.cumsum(mask, 1) >= counts[:, None]
+
+
 def _patches(config: VisionLanguage, images: Any) -> np.ndarray:
     patches = np.asarray(images, np.float32)
     if patches.shape[1:] != config.view_shape:

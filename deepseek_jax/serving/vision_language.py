@@ -93,14 +93,16 @@ class SeeingModel(LanguageModel):
         grids: Sequence[Grid] | None = None,
         audio: Sequence[Any] | None = None,
         video: Sequence[Any] | None = None,
+        asked: Sequence[int] | None = None,
     ) -> Float[Array, "B T V"]:
         """Next-token logits, float32, of rows [T] or [B, T] and their media, in the rows' order.
 
         `images` are views [N, C, H, W] as Hugging Face's processors make them. DeepSeek-VL2's are
         each image's whole and its tiles, and `grids` each image's (tiles_w, tiles_h); a NaFlex's
         are patches [N, T, X], and `grids` (patches_w, patches_h). Instead `video` may be films,
-        their frames being images; `audio` are sounds (see `media.opened`). Raises InputError where
-        a row's tokens are not as many as its media take.
+        their frames being images; `audio` are sounds (see `media.opened`). `asked`: how many of
+        each row's tokens are its question (config.prefix); None: all. Raises InputError where a
+        row's tokens are not as many as its media take.
         """
         if images is None and audio is None and video is None:
             return super().logits(tokens, mask)
@@ -117,6 +119,8 @@ class SeeingModel(LanguageModel):
                 raise InputError(f"mask has shape {mask.shape}, and tokens {tokens.shape}")
             given["segments"] = mask.astype(np.int32)
             given["positions"] = np.maximum(np.cumsum(mask, 1, dtype=np.int32) - 1, 0)
+        if asked is not None:
+            given["learned"] = media.answered(asked, tokens.shape, mask)
         return _logits(self.model, self.params, tokens, given)
 
     def inputs(
@@ -306,9 +310,9 @@ class SeeingModel(LanguageModel):
         return found, views, grids, there["audio"]
 
     @property
-    def _chunk(self) -> int:
-        whole = self.config.whole_images and self.seen
-        return 2**30 if whole else super()._chunk
+    def _reading(self) -> tuple[int, int]:
+        ways = {"images": (2**30, 1), "question": (2**30, 0)} if self.seen else {}
+        return ways.get(self.config.prefix, super()._reading)
 
     def _beside(self, part: slice) -> dict[str, Any]:
         if not self.seen:
@@ -342,14 +346,15 @@ def is_seeing(path: str | pathlib.Path) -> bool:
 def load_seeing(path: str | pathlib.Path) -> SeeingModel:
     """The vision-language model of a Hugging Face folder, a run or a checkpoint.
 
-    On a CPU it computes in float32. Raises InputError when its weights are not what its config
-    says.
+    On a CPU it computes in float32. A run's views are as large as its last stage's. Raises
+    InputError when its weights are not what its config says.
     """
     leave_absent_tpus()
     if not is_folder_of_tensors(path):
         directory = manager.resolve(path)
         recorded = manager.read_config(directory)
         config = from_dict(VisionLanguage, recorded["model"], "model")
+        config = config.at_size(manager.last_stage(recorded).get("data", {}).get("size"))
         model = build_vision_language(_unrolled(config), precision_of_run(recorded))
         params = manager.load_params(directory, model.shapes, model.layers)
         beside = directory / huggingface.BESIDE
@@ -381,6 +386,7 @@ def _opened(
 ) -> SeeingModel:
     """The model with what `beside`, a folder of Hugging Face's or what was kept of one, says."""
     original = huggingface.read_optional(beside, "config.json")
+    trained = manager.last_stage(recorded).get("data", {})
     return SeeingModel(
         model,
         params,
@@ -390,10 +396,5 @@ def _opened(
         huggingface.end_ids(beside, tokenizer),
         chat.renderer(beside, media.marks_of(tokenizer)),
         "janus" if "gen_vision_config" in original else original.get("model_type", ""),
-        _trained_with(recorded) or media.normalization_of(beside),
+        trained.get("normalization") or media.normalization_of(beside),
     )
-
-
-def _trained_with(recorded: dict[str, Any]) -> Normalization | None:
-    """How a run that saw normalized its pictures."""
-    return manager.last_stage(recorded).get("data", {}).get("normalization")

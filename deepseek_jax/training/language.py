@@ -57,6 +57,8 @@ def inputs_of(batch: dict[str, Any], preset: Normalization = "half") -> dict[str
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     if "images" in inputs and inputs["images"].dtype == jnp.uint8:
         inputs["images"] = normalized(inputs["images"], preset)
+    if {"sources", "weights"} <= batch.keys():
+        inputs["learned"] = batch["weights"][..., 0] > 0  # which ends a question
     return inputs
 
 

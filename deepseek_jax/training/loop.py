@@ -51,6 +51,7 @@ from deepseek_jax.training.stages import (
     asked_gate,
     overwriting,
     shut,
+    sized,
     spans,
     stage_at,
     stage_data,
@@ -147,7 +148,8 @@ class _Run:
                     if changed:  # others may still compile
                         self.heartbeat.busy()
                     step, position = step + 1, position + size.batch_size
-                    tokens = row_tokens(self.model, stage.sequence_length) * size.batch_size
+                    tokens = row_tokens(sized(self.model, stage), stage.sequence_length)
+                    tokens *= size.batch_size
                     asked = stage.gate and (step == end or _due(stage.gate.every, step - first))
                     previous = step, metrics, tokens, stage, asked
                     last, stop = step == self.total, self.peers.stop(caught)
@@ -326,7 +328,8 @@ class _Run:
         self.since, self.steps = now, self.steps + 1
         if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
-            flops = train_flops_per_token(self.model, stage.sequence_length, stage.views)
+            seen = sized(self.model, stage)
+            flops = train_flops_per_token(seen, stage.sequence_length, stage.views)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
             pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0

@@ -28,7 +28,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch
 from deepseek_jax.training.recipe import Stage, TrainConfig
-from deepseek_jax.training.stages import overwriting, stage_state, stage_step
+from deepseek_jax.training.stages import overwriting, sized, stage_state, stage_step
 
 
 def plan(config: TrainConfig, topology: str, quick: bool = False) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
     """What is known of a plan before anything is compiled."""
     stage = config.filled_stages()[0]
     rows = stage.batch_size
-    tokens = rows * row_tokens(model, stage.sequence_length)
+    seen = sized(model, stage)
+    tokens = rows * row_tokens(seen, stage.sequence_length)
     total, active = num_params(model)
     optimizer = stage.optimizer
     pipeline = Pipeline.on(mesh, config.mesh.stage_chunks, stage.accumulation_steps)
@@ -102,7 +103,7 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "tokens": tokens,
         "memory_limit": int(place.chip.memory),
         "host_limit": int(place.chip.host),
-        "model_flops": train_flops_per_token(model, stage.sequence_length, stage.views) * tokens,
+        "model_flops": train_flops_per_token(seen, stage.sequence_length, stage.views) * tokens,
         "peak_flops": place.peak,
         "bandwidth": place.chip.bandwidth,
     }
@@ -196,29 +197,31 @@ def compile_step(
 
 def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> dict:
     """A batch's shapes, as the loader makes them, on the mesh."""
-    if isinstance(config.model, Fused):
-        shapes = config.filled_stages()[0].data.shapes(rows, length)
-    elif isinstance(config.model, TwoTower):
-        image = (*config.model.image.image_size, config.model.image.num_channels)
+    stage = config.filled_stages()[0]
+    model = stage.sized(config.model)
+    if isinstance(model, Fused):
+        shapes = stage.data.shapes(rows, length)
+    elif isinstance(model, TwoTower):
+        image = (*model.image.image_size, model.image.num_channels)
         shapes = {
             "images": ((rows, *image), jnp.uint8),
             "tokens": ((rows, length), jnp.int32),
             "groups": ((rows,), jnp.int32),
         }
-    elif isinstance(config.model, VisionLanguage):
-        vision, views = config.model.vision, config.filled_stages()[0].views
+    elif isinstance(model, VisionLanguage):
+        vision, views = model.vision, stage.views
         shapes = _language_batch(rows, length, 1)
         image = (rows, views, *vision.image_size, vision.num_channels)
         shapes |= {"images": (image, jnp.uint8), "sources": ((rows, length), jnp.int32)}
-    elif isinstance(config.model, Wav2Vec2):
+    elif isinstance(model, Wav2Vec2):
         shapes = {
             "wave": ((rows, length), jnp.float32),
-            "labels": ((rows, config.filled_stages()[0].data.max_characters), jnp.int32),
+            "labels": ((rows, stage.data.max_characters), jnp.int32),
             "counts": ((rows,), jnp.int32),
             "rows": ((rows,), jnp.int32),
         }
     else:
-        shapes = _language_batch(rows, length, 1 + config.model.num_mtp_layers)
+        shapes = _language_batch(rows, length, 1 + model.num_mtp_layers)
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(*leaf, sharding=sharding),

@@ -105,7 +105,8 @@ class Stage:
 
     Its schedule runs over its own steps. Its data begin where the stage before stopped, unless
     `data` or `sequence_length` changed. The optimizer's memory goes on, of parameters that learn in
-    both stages; of others it begins anew.
+    both stages; of others it begins anew. Its images may have another size than the model's, whose
+    positions are resized for them; evaluated and loaded, a run sees images as its last stage did.
     """
 
     name: str = "train"
@@ -131,6 +132,17 @@ class Stage:
     def views(self) -> int:
         """Images that a filled stage's rows bring to a decoder that sees."""
         return self.data.views if isinstance(self.data, Seeing) else 0
+
+    def sized(self, model: ModelConfig) -> ModelConfig:
+        """The model's config with images as large as a filled stage's, its weights the same.
+
+        ValueError where they cannot be.
+        """
+        if isinstance(model, TwoTower) and isinstance(self.data, Pairs):
+            return model.at_size(self.data.image.size)
+        if isinstance(model, VisionLanguage) and isinstance(self.data, Seeing):
+            return model.at_size(self.data.size)
+        return model
 
     def sizes(self) -> tuple[BatchStep, ...]:
         """A filled stage's batch sizes, the first from step 0 on."""
@@ -261,6 +273,10 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
             found, needed = type(value).__name__, " or ".join(kind.__name__ for kind in kinds)
             who = type(model).__name__
             raise ValueError(f"{where}{name} is {found}; a model of kind {who} needs {needed}.")
+    try:
+        stage.sized(model)
+    except ValueError as error:
+        raise ValueError(f"{where}data: {error}.") from None
     if isinstance(model, VisionLanguage):
         if not isinstance(model.vision, ViT) or model.audio is not None:
             raise ValueError(
@@ -285,17 +301,11 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
                 f"{where}data has {classes} classes, multi_label {labels}; model.num_classes is "
                 f"{model.num_classes}, model.multi_label {model.multi_label}."
             )
-    if isinstance(model, TwoTower):
-        size, wanted = stage.data.image.size, model.image.image_size
-        if (size, size) != wanted:
-            raise ValueError(
-                f"{where}data.image.size is {size}, and model.image.image_size {wanted}."
-            )
-        if stage.sequence_length > model.text.max_length:
-            raise ValueError(
-                f"{where}sequence_length ({stage.sequence_length}) is more than "
-                f"model.text.max_length ({model.text.max_length})."
-            )
+    if isinstance(model, TwoTower) and stage.sequence_length > model.text.max_length:
+        raise ValueError(
+            f"{where}sequence_length ({stage.sequence_length}) is more than "
+            f"model.text.max_length ({model.text.max_length})."
+        )
     if isinstance(model, Wav2Vec2):
         check_speech(model, stage.data, stage.objective, stage.sequence_length, where)
     if stage.steps < 1:

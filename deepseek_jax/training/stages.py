@@ -4,6 +4,7 @@ And what a run's stages are to each other: which parameters learn in which, sinc
 step each begins, which a gate decides while the run goes.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import functools
@@ -146,12 +147,18 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
     elif isinstance(stage.data, Utterances):
         dataset = open_utterances(stage.data, **given)
     else:
-        dataset = open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
+        sight = stage.sized(model).sight
+        dataset = open_seeing(stage.data, sight=sight, image_id=model.image_id, **given)
     found, room = dataset.tokenizer.vocab_size, model.vocab_size
     if found > room:
         why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
         raise InputError(f"{why}: raise it or choose a smaller tokenizer")
     return dataset
+
+
+def sized(model: Network, stage: Stage) -> Network:
+    """The model, its config with images as large as a filled stage's: for who counts its work."""
+    return dataclasses.replace(model, config=stage.sized(model.config))
 
 
 def stage_optimizer(

@@ -119,13 +119,13 @@ def test_models_that_no_folder_can_say_are_refused(tmp_path):
     assert vision_language.kind_of({}, config) == "deepseek_vl_v2"
     for changed, why in (
         ({"projector": MLPProjector()}, "has a DownsampleProjector"),
-        ({"whole_images": True}, "no equal of this model's whole_images"),
+        ({"prefix": "question"}, "no equal of this model's prefix"),
     ):
         other = dataclasses.replace(config, **changed)
         with pytest.raises(InputError, match=why):
             vision_language.hf_config(vision_language.FAMILIES["deepseek_vl_v2"], other, original)
     with pytest.raises(InputError, match="no folder of Hugging Face has such a model"):
-        vision_language.kind_of({}, dataclasses.replace(config, whole_images=True))
+        vision_language.kind_of({}, dataclasses.replace(config, prefix="images"))
     for field, value, why in (
         ("tile_tag", "1D", "tile_tag is '1D'"),
         ("global_view_pos", "tail", "global_view_pos is 'tail'"),

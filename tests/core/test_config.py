@@ -30,6 +30,16 @@ def test_json_round_trip(config, tmp_path):
     assert data["attention"]["type"] == type(config.attention).__name__
 
 
+@pytest.mark.parametrize("old, now", [(False, "causal"), (True, "images")])
+def test_what_was_recorded_under_old_names_is_read_under_todays(old, now, tmp_path):
+    part = {"type": "VisionLanguage", "whole_images": old, "image_id": None}
+    run = {"model": part, "stages": [{"type": "Stage", "whole_images": old}]}
+    (tmp_path / "config.json").write_text(json.dumps({"version": 1} | run))
+    found = core_config.read_json(tmp_path / "config.json")
+    assert found["model"] == {"type": "VisionLanguage", "prefix": now, "image_id": None}
+    assert found["stages"] == run["stages"]  # another type's field stays
+
+
 def test_flags_edit_the_chosen_type():
     flags = ["--num-layers", "3", "--attention.window", "5", "--attention.bias", "True"]
     changed = core_config.override(GROUPED, flags, prog="test")

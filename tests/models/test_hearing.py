@@ -319,7 +319,7 @@ def test_on_a_mesh(kind):
     "kind, whole", [("lines", False), pytest.param("flexible", True, marks=pytest.mark.slow)]
 )
 def test_cached_decode_is_the_whole_forward(kind, whole):
-    model, params, batch = tiny(kind, "gqa", None, whole_images=whole)
+    model, params, batch = tiny(kind, "gqa", None, prefix="images" if whole else "causal")
     batch = jax.tree.map(jnp.asarray, batch)
     tokens, sources = batch["tokens"], batch["sources"]
     rows, length = tokens.shape

@@ -68,6 +68,26 @@ def test_vivit(tmp_path):
     encoder_cases.agrees(model, tmp_path, noise(2, 4, 3, 12, 20), both)
 
 
+def test_other_sizes_and_lengths_are_refused_as_transformers_refuses_them(tmp_path):
+    """Also where ViViT's positions are to be interpolated: it takes frames for rows."""
+    shape = {"image_size": 16, "num_frames": 4}
+    vivit = transformers.VivitConfig(**SHAPE, **shape, tubelet_size=[1, 8, 8])
+    mae = transformers.VideoMAEConfig(**SHAPE, **shape, patch_size=8)
+    for model, more in (
+        (transformers.VivitModel(vivit), {}),
+        (transformers.VivitModel(vivit), {"interpolate_pos_encoding": True}),
+        (transformers.VideoMAEModel(mae), {}),
+    ):
+        encoder_cases.randomized(model).save_pretrained(tmp_path)
+        ours = load_encoder(tmp_path)
+        for wrong in ((4, 24, 24), (4, 16, 24), (8, 16, 16)):
+            x = noise(1, wrong[0], 3, *wrong[1:])
+            with pytest.raises((ValueError, RuntimeError)):
+                model(torch.from_numpy(x), **more)
+            with pytest.raises(InputError, match="this encoder takes"):
+                ours.encode(x, **more)
+
+
 def test_published_names(tmp_path):
     """A classifier's and a pretraining model's folders: prefixes, and what is left out."""
     shape = {"image_size": 16, "num_frames": 4}
@@ -211,6 +231,8 @@ def test_what_does_not_fit_is_refused():
         INPUTS[Video](config, noise(1, 5, 3, 8, 12))
     with pytest.raises(InputError, match=r"frames have shape \(6, 3, 8, 12\)"):
         INPUTS[Video](config, noise(6, 3, 8, 12))
+    with pytest.raises(InputError, match=r"a video's positions are not interpolated"):
+        INPUTS[Video](config, noise(1, 6, 3, 8, 16), interpolate_pos_encoding=True)
     encoder = build_encoder(config)
     with pytest.raises(ValueError, match=r"clips are \(6, 8, 8, 3\), and .* \(6, 8, 12, 3\)"):
         encoder.apply({}, clips=jnp.zeros((1, 6, 8, 8, 3)))

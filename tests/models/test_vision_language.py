@@ -20,13 +20,9 @@ from deepseek_jax.checkpoint.safetensors import Source, open_tensors
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.prefix import asked, ends
 from deepseek_jax.models.projectors import DownsampleProjector, MLPProjector, joined
-from deepseek_jax.models.vision_language import (
-    TEXT,
-    VisionLanguage,
-    build_vision_language,
-    image_ends,
-)
+from deepseek_jax.models.vision_language import TEXT, VisionLanguage, build_vision_language
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
@@ -190,28 +186,28 @@ def slopes_of(model, params, batch):
 
 
 @pytest.mark.parametrize(
-    "attention, projector, whole",
+    "attention, projector, prefix",
     [
-        ("mla", DownsampleProjector(depth=3), False),
-        ("gqa", MLPProjector(depth=1), True),
-        ("mla", MLPProjector(), True),
+        ("mla", DownsampleProjector(depth=3), "causal"),
+        ("gqa", MLPProjector(depth=1), "question"),
+        ("mla", MLPProjector(), "images"),
     ],
-    ids=["mla", "gqa-whole", "mla-whole"],
+    ids=["mla", "gqa-question", "mla-images"],
 )
-def test_cached_decode_is_the_whole_forward(attention, projector, whole):
-    model, params, batch = tiny(attention, projector, whole_images=whole)
+def test_cached_decode_is_the_whole_forward(attention, projector, prefix):
+    model, params, batch = tiny(attention, projector, prefix=prefix)
     batch = jax.tree.map(jnp.asarray, batch)
     tokens, sources = batch["tokens"], batch["sources"]
     rows, length = tokens.shape
+    first = 7 if prefix == "causal" else length - 3  # the others' come in one call, else are cut
+    batch["learned"] = jnp.broadcast_to(jnp.arange(length)[None] >= first - 1, tokens.shape)
     whole_rows = jax.jit(
         lambda params, batch: model.logits(params, model.apply(params, **batch).hidden)
     )(params, batch)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
     features, cache = model.features(params, batch["images"]), model.init_cache(rows, length)
-    first = length - 3 if whole else 7  # whole images come in one call, else they are cut
-    ends, found = [0, first, length - 1, length], []
-    decode = jax.jit(model.decode)
-    for start, end in itertools.pairwise(ends):
+    found, decode = [], jax.jit(model.decode)
+    for start, end in itertools.pairwise([0, first, length - 1, length]):
         part = slice(start, end)
         seen = {"features": features, "sources": sources[:, part]}
         logits, cache = decode(params, tokens[:, part], cache, positions[:, part], **seen)
@@ -220,42 +216,71 @@ def test_cached_decode_is_the_whole_forward(attention, projector, whole):
     np.testing.assert_allclose(found, whole_rows, atol=1e-4 * abs(found).max(), rtol=0)
 
 
-def test_whole_images_see_each_other_both_ways(tmp_path):
+@pytest.mark.parametrize("prefix, size", [("images", 16), ("question", 24)])
+def test_what_comes_at_once_sees_itself_both_ways(tmp_path, prefix, size):
+    """DeepSeek-VL under a dense mask, values and slopes; of views that its positions do not fit."""
     torch_model = seeing.converted("deepseek_vl")
     torch_model.save_pretrained(tmp_path)
     ours = deepseek_jax.load(tmp_path)
-    config = dataclasses.replace(ours.config, whole_images=True)
+    config = dataclasses.replace(ours.config, prefix=prefix).at_size(size)
     model = build_vision_language(config, Precision(compute="float32"))
-    tokens, mask, pixels = seeing.rows()
-    given = jax.tree.map(jnp.asarray, ours.inputs(tokens, pixels))
-    output = jax.jit(model.apply)(ours.params, tokens, **given, segments=mask)
-    mine = np.asarray(model.logits(ours.params, output.hidden))
-    length = tokens.shape[1]
-    sees = np.tril(np.ones((3, length, length), bool))
-    sees[0, 1:9, 1:9] = True  # two images that touch
-    sees[2, 4:8, 4:8] = True
+    ours = dataclasses.replace(ours, model=model, config=config)
+    rng, own = np.random.default_rng(1), (size // 8) ** 2
+    tokens = rng.integers(1, seeing.IMAGE, (3, 2 * own + 7))
+    tokens[0, 1 : 1 + 2 * own] = seeing.IMAGE  # two images that touch
+    tokens[2, 6 : 6 + own] = seeing.IMAGE
+    mask = np.ones_like(tokens)
+    mask[2, :4] = 0  # filled up on its left
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    pixels = rng.normal(size=(3, 3, size, size)).astype(np.float32)
+    given = ours.inputs(tokens, pixels) | {"segments": mask, "positions": positions}
+    whole = {0: (1, 1 + 2 * own), 2: (6, 6 + own)}
+    how = {}
+    if prefix == "question":
+        how["asked"] = [2 * own + 3, 4, own + 5]
+        whole = {0: (0, 2 * own + 3), 2: (4, own + 9)}
+        given["learned"] = positions >= np.array(how["asked"])[:, None] - 1
+    sees = np.tril(np.ones((3, *tokens.shape[1:] * 2), bool))
+    for row, (first, end) in whole.items():
+        sees[row, first:end, first:end] = True
     sees &= mask[:, None] > 0
+
     inner = torch_model.model
-    with torch.no_grad():
-        embedded = inner.get_input_embeddings()(torch.from_numpy(tokens))
-        features = inner.get_image_features(torch.from_numpy(pixels)).pooler_output
-        embedded[torch.from_numpy(tokens == seeing.IMAGE)] = features.reshape(-1, 40)
-        added = torch.where(torch.from_numpy(sees), 0.0, -1e30)[:, None]
-        hidden = inner.language_model(inputs_embeds=embedded, attention_mask=added)
-        theirs = torch_model.lm_head(hidden.last_hidden_state).numpy()
-    there = mask > 0
+    embedded = inner.get_input_embeddings()(torch.from_numpy(tokens))
+    seen = inner.vision_model(torch.from_numpy(pixels), interpolate_pos_encoding=True)
+    features = inner.aligner(seen.last_hidden_state)
+    image = torch.from_numpy(tokens == seeing.IMAGE)[..., None]
+    hidden = inner.language_model(
+        inputs_embeds=embedded.masked_scatter(image, features),
+        attention_mask=torch.where(torch.from_numpy(sees), 0.0, -1e30)[:, None],
+        position_ids=torch.from_numpy(positions),
+    )
+    theirs = torch_model.lm_head(hidden.last_hidden_state)
+    slopes = rng.normal(size=theirs.shape).astype(np.float32) * mask[..., None]
+    (theirs * torch.from_numpy(slopes)).sum().backward()
+    theirs, there = theirs.detach().numpy(), mask > 0
     scale = abs(theirs[there]).max()
-    np.testing.assert_allclose(mine[there], theirs[there], atol=1e-4 * scale, rtol=0)
-    causal = np.asarray(ours.logits(tokens, mask, images=pixels))
-    assert abs(causal - mine)[0, 1:].max() > 1e-2 * scale
-    np.testing.assert_allclose(causal[1], mine[1], atol=1e-5 * scale)  # no image
+
+    def total(params, given):
+        output = model.apply(params, jnp.asarray(tokens), **given)
+        logits = model.logits(params, output.hidden)
+        return jnp.vdot(logits, slopes), logits
+
+    grads, mine = jax.jit(jax.grad(total, has_aux=True))(ours.params, given)
+    made = [mine, ours.logits(tokens, mask, images=pixels, **how)] if how else [mine]
+    for found in map(np.asarray, made):
+        np.testing.assert_allclose(found[there], theirs[there], atol=1e-4 * scale, rtol=0)
+    named = encoder_cases.slopes_on_disk(torch_model, tmp_path / "slopes")
+    assert not compared(model, "deepseek_vl", grads, named)
 
 
 def test_packed_rows_are_rows_of_their_own():
-    model, params, batch = tiny("gqa", MLPProjector(), whole_images=True)
+    model, params, batch = tiny("gqa", MLPProjector(), prefix="question")
     apply = jax.jit(model.apply)
     batch["sources"][1] = np.roll(batch["sources"][1], -1)  # begins with its image
     batch["sources"][0] = np.roll(batch["sources"][0], 3)  # ends with its image
+    batch["learned"] = np.zeros(batch["tokens"].shape, bool)
+    batch["learned"][1, 12:] = True  # the first is a question alone
     alone = apply(params, **{k: v[:2] for k, v in batch.items()}).hidden
     length, own = batch["tokens"].shape[1], 2 * model.config.view_tokens
     second = np.where(batch["sources"][1] >= 0, batch["sources"][1] + own, batch["sources"][1])
@@ -263,6 +288,7 @@ def test_packed_rows_are_rows_of_their_own():
         "tokens": batch["tokens"][:2].reshape(1, -1),
         "images": batch["images"][:2].reshape(1, 4, 12, 12, 3),
         "sources": np.concatenate([batch["sources"][0], second])[None],
+        "learned": batch["learned"][:2].reshape(1, -1),
         "segments": np.repeat([1, 2], length)[None],
         "positions": np.tile(np.arange(length), 2)[None],
     }
@@ -271,11 +297,18 @@ def test_packed_rows_are_rows_of_their_own():
     np.testing.assert_allclose(found, alone, atol=1e-5 * abs(alone).max(), rtol=0)
 
 
-def test_ends_of_images():
+def test_ends_of_images_and_questions():
     sources = jnp.array([[TEXT, 0, 1, TEXT, 2, 3, -1, -2, TEXT], [0, 1, 2, 3, TEXT, 0, 1, 2, 3]])
     segments = jnp.array([[1] * 9, [1, 1, 2, 2, 2, 3, 3, 3, 3]])
-    ends = [[0, 2, 2, 3, 7, 7, 7, 7, 8], [1, 1, 3, 3, 4, 8, 8, 8, 8]]
-    assert image_ends(sources, segments).tolist() == ends
+    last = [[0, 2, 2, 3, 7, 7, 7, 7, 8], [1, 1, 3, 3, 4, 8, 8, 8, 8]]
+    assert ends(sources > TEXT, segments).tolist() == last
+    segments = jnp.array([[1, 1, 2, 2, 2, 2, 2, 2, 3], [1, 1, 2, 2, 2, 3, 3, 3, 3]])
+    learned = jnp.array([[0, 0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 1, 0, 1]]) > 0
+    last = [[1, 1, 5, 5, 5, 5, 6, 7, 8], [1, 1, 2, 3, 4, 6, 6, 7, 8]]
+    assert ends(asked(sources, segments, learned), segments).tolist() == last
+    last = [[1, 1, 7, 7, 7, 7, 7, 7, 8], [1, 1, 4, 4, 4, 8, 8, 8, 8]]
+    assert ends(asked(sources, segments, None), segments).tolist() == last
+    assert not asked(jnp.full((1, 4), TEXT), None, None).any()
 
 
 def test_unused_views_change_nothing():
@@ -290,18 +323,19 @@ def test_unused_views_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "attention, projector, whole, axes",
+    "attention, projector, prefix, axes",
     [
-        ("mla", DownsampleProjector(), True, {"data": 2, "fsdp": 2, "tensor": 2}),
-        ("gqa", MLPProjector(), False, {"fsdp": 2, "context": 2, "expert": 2}),
+        ("mla", DownsampleProjector(), "question", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("gqa", MLPProjector(), "causal", {"fsdp": 2, "context": 2, "expert": 2}),
     ],
     ids=["tensor", "context"],
 )
-def test_on_a_mesh(attention, projector, whole, axes):
-    model, params, batch = tiny(attention, projector, whole_images=whole)
+def test_on_a_mesh(attention, projector, prefix, axes):
+    model, params, batch = tiny(attention, projector, prefix=prefix)
     spare = -batch["tokens"].shape[1] % 4  # rows in two chunks for each device of the context axis
     batch["tokens"] = np.pad(batch["tokens"], ((0, 0), (0, spare)))
     batch["sources"] = np.pad(batch["sources"], ((0, 0), (0, spare)), constant_values=TEXT)
+    batch["learned"] = np.arange(batch["tokens"].shape[1])[None] >= np.array([[9], [6], [0], [15]])
     alone, slopes = slopes_of(model, params, jax.tree.map(jnp.asarray, batch))
     mesh = make_mesh(MeshShape(**axes), jax.devices())
     with jax.set_mesh(mesh):
@@ -342,7 +376,7 @@ def test_what_cannot_be_is_refused():
     for changed, why in (
         ({"language": dataclasses.replace(decoder, num_mtp_layers=1)}, "num_mtp_layers must be 0"),
         ({"image_id": 61}, "image_id is 61"),
-        ({"language": cases.decoder("gqa_window", None), "whole_images": True}, "leaves out"),
+        ({"language": cases.decoder("gqa_window", None), "prefix": "images"}, "leaves out"),
         ({"vision": dataclasses.replace(VIEW, image_size=(12, 8))}, "square views"),
     ):
         given = {"language": decoder, "vision": VIEW, "projector": DownsampleProjector()}

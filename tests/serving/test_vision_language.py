@@ -14,6 +14,8 @@ import deepseek_jax
 from deepseek_jax import convert, generate
 from deepseek_jax.checkpoint.safetensors import open_tensors
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.precision import Precision
+from deepseek_jax.models.vision_language import build_vision_language
 from deepseek_jax.serving.language import load
 
 WORDS = {f"w{number}": number for number in range(97)}
@@ -84,6 +86,29 @@ def test_completions_are_those_of_transformers(kind, tmp_path):
     mine = ours.logits(given["input_ids"].numpy(), mask, images=pixels)
     there = mask > 0
     np.testing.assert_allclose(mine[there], theirs[there], atol=1e-4 * abs(theirs).max(), rtol=0)
+
+
+def test_a_whole_prompt_is_the_question_of_what_is_completed(tmp_path):
+    """Prompts of different lengths, one without an image; against whole rows without a cache."""
+    seeing.converted("deepseek_vl").save_pretrained(tmp_path)
+    ours = deepseek_jax.load(tmp_path)
+    config = dataclasses.replace(ours.config, prefix="question")
+    model = build_vision_language(config, Precision(compute="float32"))
+    ours = dataclasses.replace(ours, model=model, config=config)
+    image, rng = [seeing.IMAGE] * 4, np.random.default_rng(6)
+    pixels = rng.normal(size=(3, 3, 16, 16)).astype(np.float32)
+    rows = [[3, *image, 5, 6, 7, *image, 9], [4, 8, 11], [4, *image, 2, 5, 30]]
+    found = ours.generate_tokens(rows, images=pixels, max_new_tokens=3)
+    whole = [[*row, *new] for row, new in zip(rows, found, strict=True)]
+    length = max(map(len, whole))
+    tokens = np.array([row + [2] * (length - len(row)) for row in whole])
+    mask = np.arange(length)[None] < np.array([*map(len, whole)])[:, None]
+    asked = [*map(len, rows)]
+    logits = np.asarray(ours.logits(tokens, mask, images=pixels, asked=asked))
+    for row, new, best in zip(rows, found, logits.argmax(-1).tolist(), strict=True):
+        assert new == best[len(row) - 1 : len(row) - 1 + len(new)]
+    with pytest.raises(InputError, match=r"asked is \[40, 3, 4\], and the rows have"):
+        ours.logits(tokens, mask, images=pixels, asked=[40, 3, 4])
 
 
 def test_vl2_completes_what_it_would_score_highest(tmp_path):

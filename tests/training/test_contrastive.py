@@ -67,13 +67,13 @@ WRITER = Captioner(transformer=dataclasses.replace(TOWER, causal=True, activatio
 WRITING = dataclasses.replace(MODEL, captioner=WRITER, learned_weights=True)
 
 
-def make_batch(rows, seed=0, vocab=50):
+def make_batch(rows, seed=0, vocab=50, size=16):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, vocab - 1, (rows, 12)).astype(np.int32)
     for row, end in enumerate(rng.integers(3, 12, rows)):
         tokens[row, end] = vocab - 1
         tokens[row, end + 1 :] = -1
-    images = rng.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8)
+    images = rng.integers(0, 256, (rows, size, size, 3)).astype(np.uint8)
     return {"images": images, "tokens": tokens, "groups": np.arange(rows, dtype=np.int32)}
 
 
@@ -92,8 +92,9 @@ def clip(tmp_path_factory):
 
 
 def test_the_loss_and_its_slopes_are_clips(clip):
+    """Of images that the positions are resized for, as transformers interpolates them."""
     model, ours = clip
-    batch = make_batch(6)
+    batch = make_batch(6, size=24)
     objective = make_contrastive(Contrastive(chunk=4), ours.towers, "clip")
     grads, means, _ = jax.jit(make_gradients(objective))(
         ours.params, batch, jax.random.key(0), np.float32(1)
@@ -104,6 +105,7 @@ def test_the_loss_and_its_slopes_are_clips(clip):
         attention_mask=torch.from_numpy(np.array(given["mask"])).long(),
         pixel_values=torch.from_numpy(np.array(given["images"]).transpose(0, 3, 1, 2)),
         return_loss=True,
+        interpolate_pos_encoding=True,
     )
     np.testing.assert_allclose(means["loss"], theirs.loss.item(), rtol=1e-5)
     np.testing.assert_allclose(means["guessing_loss"], np.log(6), rtol=1e-6)
@@ -152,7 +154,7 @@ def test_the_caption_loss_and_its_slopes_are_gpt2s():
     towers = build_towers(WRITING, Precision(compute="float32"))
     params = jax.tree.map(jnp.asarray, cases.random_params(towers.shapes, 5))
     params["log_variances"] = jnp.array([0.3, -0.4, 0.2])
-    batch = make_batch(6, vocab=258)
+    batch = make_batch(6, vocab=258, size=24)  # more of an image's tokens than the model's own
     objective = make_contrastive(
         Contrastive(caption_weight=2.0, alignment_weight=0.5), towers, "clip"
     )
@@ -290,15 +292,25 @@ def lines(run_dir):
     ]
 
 
+def staged(folder, run_dir, *steps):
+    """Stages of so many steps: images as the model has them, then larger ones."""
+    config = recipe(folder, run_dir)
+    larger = dataclasses.replace(config.data, image=ImageTransform(size=24))
+    stages = Stage(name="small"), Stage(name="large", data=larger)
+    stages = (dataclasses.replace(s, steps=n) for s, n in zip(stages, steps, strict=False))
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
 def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
-    assert train(recipe(folder, tmp_path / "whole"), LENT) == 0
+    """Killed at a boundary behind which the images are larger."""
+    assert train(staged(folder, tmp_path / "whole", 3, 3), LENT) == 0
     said = capsys.readouterr().out
     assert "held-out after 6 steps: recall@10" in said and "captions and the images" in said
-    assert train(recipe(folder, tmp_path / "parts", steps=3), LENT) == 0
-    assert train(recipe(folder, tmp_path / "parts"), LENT) == 0
+    assert train(staged(folder, tmp_path / "parts", 3), LENT) == 0
+    assert train(staged(folder, tmp_path / "parts", 3, 3), LENT) == 0
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
-    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert whole[2]["loss"] < whole[0]["loss"]
     assert {"guessing_loss", "temperature", "recall_at_1", "effective_rank"} <= whole[0].keys()
     scores = json.loads((tmp_path / "whole" / "eval.jsonl").read_text().splitlines()[-1])
     assert 0 < scores["chance_at_10"] <= 1 and "image_to_text/recall@1" in scores
@@ -313,7 +325,9 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
     model = deepseek_jax.load(tmp_path / "whole")
     picture = model.embed_pictures([np.full((30, 20, 3), 200, np.uint8)])
     assert picture.shape == (1, 24)
-    pixels = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 24, 24)).astype(np.float32)
+    with pytest.raises(InputError, match=r"this encoder takes \[B, \(3, 24, 24\)\]"):
+        model.embed_image(pixels[..., :16, :16])
     texts = model.embed_texts(["r1 g2", "a"])
     np.testing.assert_allclose((np.asarray(texts) ** 2).sum(-1), 1, rtol=1e-5)
     assert model.embed_image(pixels).shape == (3, 24)
@@ -393,10 +407,13 @@ def test_a_locked_tower_waits_for_its_stage(folder, tmp_path):
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="objective is Language"):
         dataclasses.replace(recipe(folder, tmp_path), objective=TrainConfig.objective)
-    with pytest.raises(ValueError, match=r"data.image.size is 16, and model.image.image_size"):
-        image = dataclasses.replace(MODEL.image, image_size=(8, 8))
-        model = dataclasses.replace(MODEL, image=image)
-        dataclasses.replace(recipe(folder, tmp_path), model=model)
+    config = recipe(folder, tmp_path)
+    for size, own, why in ((20, (16, 16), "multiple of patch_size"), (16, (16, 8), "square")):
+        image = dataclasses.replace(MODEL.image, image_size=own)
+        data = dataclasses.replace(config.data, image=ImageTransform(size=size))
+        changes = {"model": dataclasses.replace(MODEL, image=image), "stages": (Stage(data=data),)}
+        with pytest.raises(ValueError, match=f"data: images of size {size}: .*{why}"):
+            dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match="more than model.text.max_length"):
         recipe(folder, tmp_path, sequence_length=13)
     with pytest.raises(ValueError, match="no pipeline"):

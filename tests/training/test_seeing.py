@@ -34,11 +34,13 @@ from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 from deepseek_jax.serving.encoder import load_encoder
-from deepseek_jax.training.language import Language, make_language
+from deepseek_jax.train import dry_run
+from deepseek_jax.training.language import Language, inputs_of, make_language
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Constant
+from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import InitPart, Stage, TrainConfig
-from deepseek_jax.training.stages import stage_data, stage_state
+from deepseek_jax.training.stages import sized, stage_data, stage_state
 from deepseek_jax.training.start import params_of_parts
 from deepseek_jax.training.step import make_gradients
 
@@ -49,9 +51,9 @@ VIEW = ViT(
 COLORS = ("red", "green", "blue")
 
 
-def model_config():
+def model_config(**fields):
     decoder = cases.decoder("gqa", "sigmoid", num_layers=2, num_dense_layers=1, vocab_size=320)
-    return VisionLanguage(language=decoder, vision=VIEW)
+    return VisionLanguage(language=decoder, vision=VIEW, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +91,18 @@ def losses(run_dir):
 
 @pytest.mark.slow
 def test_a_run_resumes_to_the_bit_behind_a_boundary_and_loads(folder, tmp_path, capsys):
+    """Behind it views are larger; questions see themselves both ways, also where it is used."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    longer = dataclasses.replace(ALL, steps=40)
-    assert train(recipe(folder, whole, stages=(ALIGN, longer)), LENT) == 0
+    seeing = {"model": model_config(prefix="question")}
+    larger = dataclasses.replace(recipe(folder, whole).data, size=24)
+    one, longer = (dataclasses.replace(ALL, steps=n, data=larger) for n in (1, 40))
+    assert train(recipe(folder, whole, stages=(ALIGN, longer), **seeing), LENT) == 0
     said = capsys.readouterr().out
     assert "held-out questions, answers" in said and "accuracy" in said
     model = build_vision_language(model_config(), Precision(compute="float32"))
     fresh = tree.flatten(jax.jit(model.init)(jax.random.key(0)))
-    for stages in ((ALIGN,), (ALIGN, dataclasses.replace(ALL, steps=1)), (ALIGN, longer)):
-        assert train(recipe(folder, parts, stages=stages), LENT) == 0
+    for stages in ((ALIGN,), (ALIGN, one), (ALIGN, longer)):
+        assert train(recipe(folder, parts, stages=stages, **seeing), LENT) == 0
         found = tree.flatten(load_params(resolve(parts), model.shapes, model.layers))
         for path, leaf in found.items():
             if "attention/k/bias" not in path:  # which softmax does not see
@@ -111,6 +116,7 @@ def test_a_run_resumes_to_the_bit_behind_a_boundary_and_loads(folder, tmp_path, 
     evaluate.main(["--checkpoint", str(whole), "--json"])
     assert json.loads(capsys.readouterr().out)["accuracy"] == scores["accuracy"]
     lm = deepseek_jax.load(whole)
+    assert lm.config.vision.image_size == (24, 24) and lm.config.view_tokens == 9
     pictures = [np.full((20, 20, 3), color, np.uint8) for color in ((250, 30, 30), (30, 30, 240))]
     prompts = ["User: <image>?\n\nAssistant:"] * 2
     found = lm.generate(prompts, images=pictures, max_new_tokens=8)
@@ -223,16 +229,41 @@ def test_flops_are_those_of_the_encoder_and_the_decoder():
     assert ours == pytest.approx(3 * counted, rel=0.15)  # which counts norms and softmax, too
 
 
+def test_a_stage_of_larger_views_is_planned_as_it_runs(folder, tmp_path):
+    config = recipe(folder, tmp_path)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=24))
+    (stage,), mesh = config.filled_stages(), make_mesh(MeshShape(data=8))
+    batch = stage_data(config, stage).train.batch(np.arange(8))
+    planned = abstract_batch(mesh, 8, 32, config)
+    for rows in (batch, planned):
+        assert {n: (x.shape, x.dtype) for n, x in rows.items()}["images"] == (
+            (8, 1, 24, 24, 3), np.uint8,
+        )  # fmt: skip
+    assert {n: x.shape for n, x in batch.items()} == {n: x.shape for n, x in planned.items()}
+    assert ((batch["sources"] >= 0).sum(1) == 9).all()
+    asked = inputs_of(batch)["learned"]
+    np.testing.assert_array_equal(asked, batch["weights"][..., 0] > 0)
+    model = build_vision_language(config.model, config.precision)
+    wide, own = (train_flops_per_token(m, 32, 1) for m in (sized(model, stage), model))
+    assert wide > own
+    assert "parameters: " in dry_run(config)
+
+
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):
     config, parts = recipe(folder, tmp_path), (InitPart(part="vision", source="a"),)
+    tiles = dataclasses.replace(config.model, projector=DownsampleProjector())
+    odd = dataclasses.replace(config.data, size=20)
     for changes, why in (
         ({"data": Data()}, "data is Data; a model of kind VisionLanguage needs Seeing"),
         ({"model": config.model.language}, "data is Seeing"),
         ({"mesh": MeshShape(stage=2)}, "no pipeline and no int4"),
         ({"mesh": MeshShape(slice=2, slice_gradients="int4")}, "no pipeline and no int4"),
         ({"objective": Language(indexer_warmup=True)}, "a decoder that sees has none"),
-        ({"model": dataclasses.replace(config.model, projector=DownsampleProjector())},
-         "data.views is 1; one image takes 2"),
+        ({"model": tiles}, "data.views is 1; one image takes 2"),
+        ({"model": tiles, "data": dataclasses.replace(config.data, views=2, size=24)},
+         "views of size 24: .* tiles are laid out for one"),
+        ({"stages": (ALIGN, dataclasses.replace(ALL, data=odd))},
+         r"stages\[1\]: data: images of size 20: it must be a multiple of patch_size \(8\)"),
         ({"init_parts": parts * 2}, "each part once"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
