@@ -3,8 +3,7 @@
     python -m deepseek_jax.train --config configs/vqa_tiny.py
 
 A vision transformer sees scikit-learn's digits, a text tower reads what is asked of them (which
-digit, odd, even, larger than four, smaller than five), attention between all tokens answers, one of
-twelve answers.
+digit, odd or even, large or small), attention between the tokens of both answers: one of fourteen.
 """
 
 from deepseek_jax.data.labelled import Labelled, Text
@@ -43,9 +42,9 @@ def get_config() -> TrainConfig:
         ),
         objective=Classification(),
         optimizer=AdamW(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05),
-        steps=800,
+        steps=400,
         batch_size=64,
         sequence_length=12,
-        eval_every=200,
+        eval_every=100,
         log_every=20,
     )

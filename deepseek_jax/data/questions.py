@@ -1,11 +1,10 @@
 """Questions about digits, whose answers are classes: VQA without a download.
 
-A question is answered by who sees the digit and reads the question, and by neither alone: half of
-all digits are odd, even, larger and smaller, and every digit is two of the four.
+Who reads the question alone knows what is asked, and who sees the digit alone what it is: each can
+be right in about one of three. Digits from five on are large.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,23 +13,20 @@ from deepseek_jax.data.audiovisual import WORDS
 from deepseek_jax.data.corpus import digest, key_hash
 from deepseek_jax.data.digits import load_digits
 
-Ask: TypeAlias = Literal["digit", "odd", "even", "larger", "smaller"]
+Ask: TypeAlias = Literal["digit", "parity", "size"]
 
 # The first way of asking is the one that is asked when a model is evaluated.
 WAYS: dict[Ask, tuple[str, ...]] = {
     "digit": ("Which digit is this?", "What number do you see?"),
-    "odd": ("Is it odd?", "Is this an odd number?"),
-    "even": ("Is it even?", "Is this an even number?"),
-    "larger": ("Is it larger than four?", "Is this more than four?"),
-    "smaller": ("Is it smaller than five?", "Is this less than five?"),
+    "parity": ("Is it odd or even?", "Is this an even or an odd number?"),
+    "size": ("Is it large or small?", "Is this a small or a large digit?"),
 }
-HOLDS: dict[Ask, Callable[[int], bool]] = {
-    "odd": lambda digit: digit % 2 == 1,
-    "even": lambda digit: digit % 2 == 0,
-    "larger": lambda digit: digit > 4,
-    "smaller": lambda digit: digit < 5,
+SAYS: dict[Ask, tuple[str, ...]] = {  # of each digit
+    "digit": WORDS,
+    "parity": ("even", "odd") * 5,
+    "size": ("small",) * 5 + ("large",) * 5,
 }
-ANSWERS = (*WORDS, "yes", "no")
+ANSWERS = (*WORDS, "odd", "even", "small", "large")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +70,5 @@ class DigitExamples:
         """A digit, the ways of asking, the answer."""
         number, ask = self.pairs[number]
         digit, pixels = int(load_digits().labels[number]), load_digits().images[number]
-        said = WORDS[digit] if ask == "digit" else "yes" if HOLDS[ask](digit) else "no"
         picture = np.repeat(pixels[:, :, None], 3, axis=2)
-        return Shown(f"digit {number}", {"image": picture, "text": WAYS[ask]}, (said,))
+        return Shown(f"digit {number}", {"image": picture, "text": WAYS[ask]}, (SAYS[ask][digit],))

@@ -293,29 +293,29 @@ def test_questions_are_answered_by_both_and_by_neither_alone(tmp_path):
     labels = np.concatenate([batch["labels"] for batch in held])
     images = np.concatenate([batch["inputs"]["image"] for batch in held])
     ids = np.concatenate([batch["inputs"]["text"] for batch in held])
-    count = 5 * len(digit_numbers(0.2, training=False))
+    count = 3 * len(digit_numbers(0.2, training=False))
     assert (labels[:count] >= 0).all() and (labels[count:] == -1).all()
     order = {tuple(image.ravel()): i for i, image in enumerate(load_digits().images)}
     right = 0
-    table = np.zeros((2, 10, 12))  # by question, by digit: how often each answer
+    table = np.zeros((2, 10, 14))  # by question, by digit: how often each answer
     asked = {}
+    answers = {
+        "Which digit is this?": ANSWERS[:10],
+        "Is it odd or even?": ["odd" if i in (1, 3, 5, 7, 9) else "even" for i in range(10)],
+        "Is it large or small?": ["large" if i >= 5 else "small" for i in range(10)],
+    }
     for image, row, label in zip(images[:count], ids[:count], labels[:count], strict=True):
         digit = load_digits().labels[order[tuple(image[:, :, 0].ravel())]]
         question = dataset.tokenizer.decode([t for t in row.tolist() if t >= 0][1:-1])
         place = asked.setdefault(question, len(asked))
         table[0, place, label] += 1
         table[1, digit, label] += 1
-        truth = {
-            "Which digit is this?": ANSWERS[digit], "Is it odd?": digit in (1, 3, 5, 7, 9),
-            "Is it even?": digit in (0, 2, 4, 6, 8), "Is it larger than four?": digit >= 5,
-            "Is it smaller than five?": digit <= 4,
-        }[question]  # fmt: skip
-        right += ANSWERS[label] == (truth if isinstance(truth, str) else ["no", "yes"][int(truth)])
-    assert right == count and len(asked) == 5
+        right += ANSWERS[label] == answers[question][digit]
+    assert right == count and len(asked) == 3
     best = table.max(-1).sum(-1) / count  # of what knows the question, or the digit, alone
-    assert (best < 0.5).all()
+    assert (best < 0.41).all()
     ways = {tuple(row) for row in dataset.train.batch(np.arange(200))["inputs"]["text"]}
-    assert len(ways) == 10
+    assert len(ways) == 6
 
 
 def test_what_cannot_be_is_refused(folder):
