@@ -115,11 +115,11 @@ def test_questions_about_held_out_digits_are_answered_by_both_together(tmp_path,
     kept = {"run_dir": str(tmp_path / "run"), "precision": Precision(compute="float32")}
     data = dataclasses.replace(vqa().data, cache_dir=str(tmp_path / "cache"))
     kept |= {"data": data, "eval_every": 0, "log_every": 50}
-    assert train(vqa(steps=100, **kept), lent) == 0
+    assert train(vqa(steps=150, **kept), lent) == 0
     assert "text alone" in capsys.readouterr().out
     scores = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
     assert scores["image_accuracy"] < 0.45 and scores["text_accuracy"] < 0.45
-    assert scores["accuracy"] > 0.65
+    assert scores["accuracy"] > 0.7
 
     lm, numbers = deepseek_jax.load(tmp_path / "run"), digit_numbers(0.2, training=False)[:24]
     files = []
