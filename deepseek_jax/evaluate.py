@@ -12,7 +12,8 @@ from deepseek_jax.checkpoint.manager import last_stage, read_config, resolve
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.audiovisual import open_digits
+from deepseek_jax.data.audiovisual import AudioVisual, open_digits
+from deepseek_jax.data.labelled import open_labelled
 from deepseek_jax.data.pairs import open_pairs
 from deepseek_jax.data.utterances import open_utterances
 from deepseek_jax.evaluation.answers import answers, open_questions
@@ -103,7 +104,11 @@ def _classified(lm: ClassifierModel, arguments: Arguments) -> dict[str, float]:
     """How often all modalities together, and each alone, are right on what training held out."""
     if arguments.data is not None:
         raise InputError("--data is for language models; others are scored on what was held out")
-    dataset = open_digits(lm.data, sequence_length=lm.length, seed=0)
+    given = {"sequence_length": lm.length, "seed": 0}
+    if isinstance(lm.data, AudioVisual):
+        dataset = open_digits(lm.data, **given)
+    else:
+        dataset = open_labelled(lm.data, tokenizer=lm.tokenizer, **given)
     return classification(lm.model, lm.params, dataset, arguments.batch_size)
 
 

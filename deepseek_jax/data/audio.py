@@ -101,6 +101,12 @@ def centered_crop(wave: np.ndarray, length: int) -> np.ndarray:
     return wave[start : start + length]
 
 
+def fitted(wave: np.ndarray, length: int) -> np.ndarray:
+    """The middle `length` samples, or a shorter wave with silence behind it, [length]."""
+    wave = centered_crop(wave, length)
+    return np.pad(wave, (0, length - len(wave)))
+
+
 def random_crop(wave: np.ndarray, length: int, seed: int, row: int) -> np.ndarray:
     """`length` samples from a place that depends on (seed, row) alone; all of a shorter wave."""
     start = generator(seed, row, "sound crop").integers(max(len(wave) - length, 0) + 1)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.data.audio import fitted
 from deepseek_jax.data.augment import generator
 from deepseek_jax.data.corpus import cache_folder, cached, check_sides, digest, held_out, key_hash
 from deepseek_jax.data.digits import digit_numbers, load_digits
@@ -106,6 +107,11 @@ class AudioVisual:
             "present": dict.fromkeys(MODALITIES, ((rows,), np.dtype(bool))),
             "labels": (labels, np.dtype(np.int32)),
         }
+
+    def still(self, name: str, medium: np.ndarray, length: int, tokenizer: Any) -> np.ndarray:
+        """A row of a modality, its shape as in `shapes`: of a wave [T] of 16 kHz, or of pixels,
+        which have their size already."""
+        return fitted(medium, length) if name == "sound" else medium
 
 
 class Sounds(NamedTuple):

@@ -125,10 +125,11 @@ class _Media:
 
     def example(self, number: int) -> Example:
         found = self.media.example(number)
-        for name, there in (("caption", found.captions), ("image", "image" in found.media)):
+        said = {field: texts for field, texts in found.captions.items() if texts}
+        for name, there in (("caption", said), ("image", "image" in found.media)):
             if not there:
                 raise InputError(f"{found.name}: there is no {name}")
-        return Example(found.captions, lambda: decode_image(found.media["image"], found.name))
+        return Example(said, lambda: decode_image(found.media["image"], found.name))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,7 +246,10 @@ def open_pairs(
         examples = _Media(config.source)
     sides = [side(examples.hashes, config.held_out, training) for training in (True, False)]
     if tokenizer is None:
-        tokenizer = _tokenizer(config.tokenizer, examples, sides[0], cache)
+        said = captions(examples, sides[0])
+        texts = (text for found in said for row in found.values() for text in row)
+        facts = ["pairs bpe", examples.fingerprint, sides[0].tolist()]
+        tokenizer = fitted_tokenizer(config.tokenizer, texts, facts, cache)
     skips = media.Skips(len(examples.hashes), config.max_skipped)
     train, kept = (
         PairRows(examples, numbers, tokenizer, config, sequence_length, seed, skips)
@@ -263,18 +267,17 @@ def captions(examples: _Emoji | _Media, numbers: np.ndarray) -> Iterator[dict[st
             yield examples.example(int(number)).captions
 
 
-def _tokenizer(
-    config: TokenizerConfig, examples: _Emoji | _Media, numbers: np.ndarray, cache: pathlib.Path
+def fitted_tokenizer(
+    config: TokenizerConfig, texts: Iterator[str], facts: list, cache: pathlib.Path
 ) -> Tokenizer:
-    """The config's tokenizer; a BPE is trained on the training side's captions."""
+    """The config's tokenizer; a BPE is trained on `texts`, which are those that `facts` tell of.
+
+    They are read where no BPE of these facts lies in the cache.
+    """
     if not isinstance(config, BPE):
         return open_tokenizer(config)
 
     def build(directory: pathlib.Path) -> None:
-        texts = (
-            text for found in captions(examples, numbers) for row in found.values() for text in row
-        )
         train_bpe(config, texts).save(directory)
 
-    facts = ["pairs bpe", repr(config), examples.fingerprint, numbers.tolist()]
-    return cached(cache, facts, build, load_tokenizer)
+    return cached(cache, [*facts, repr(config)], build, load_tokenizer)

@@ -47,7 +47,7 @@ class Example(NamedTuple):
     media: dict[str, bytes]
     """The undecoded files by kind: "image", "audio", "video"; those that there are."""
     captions: dict[str, tuple[str, ...]]
-    """By field, such as "text" or a language; empty where there is none."""
+    """By field, such as "text" or a language; only those that there are (or are empty lists)."""
 
 
 class Opened(NamedTuple):
@@ -76,7 +76,8 @@ def captions_of(
 ) -> dict[str, tuple[str, ...]]:
     """The captions in a record's fields, each a text or a list of them; null and blank are none.
 
-    An object among them, such as a conversation's message, stays as its JSON.
+    A list that is empty stays so, for none is not unknown. An object among them, such as a
+    conversation's message, stays as its JSON.
     """
     found = {}
     for field in fields:
@@ -89,7 +90,7 @@ def captions_of(
                 for each in values
             ]
             found[field] = tuple(text for text in texts if text.strip())
-    return {field: texts for field, texts in found.items() if texts}
+    return {field: texts for field, texts in found.items() if texts or record[field] == []}
 
 
 def group_of(record: dict[str, Any], field: str, default: str, where: str) -> str:

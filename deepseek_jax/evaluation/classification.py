@@ -2,18 +2,21 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.data.audiovisual import Batch, DigitDataset
+from deepseek_jax.data.labelled import LabelledDataset
 from deepseek_jax.data.vision import Normalization
 from deepseek_jax.evaluation.scores import calibration_error, multilabel_scores
 from deepseek_jax.models.fusion import Answer, FusedNetwork
 from deepseek_jax.models.raw_inputs import inputs_of
 from deepseek_jax.training.recipe import TrainConfig
+
+AnyLabelled: TypeAlias = DigitDataset | LabelledDataset
 
 
 def answers(
@@ -80,7 +83,7 @@ def _label_scores(logits: np.ndarray, labels: np.ndarray, classes: Any, short: b
 
 
 def classification(
-    model: FusedNetwork, params: Any, dataset: DigitDataset, batch_size: int
+    model: FusedNetwork, params: Any, dataset: AnyLabelled, batch_size: int
 ) -> dict[str, float]:
     """The `scores_of` everything that was held out."""
     batches = dataset.held_batches(batch_size)
@@ -89,7 +92,7 @@ def classification(
 
 
 def alone_and_together(
-    model: FusedNetwork, params: Any, dataset: DigitDataset, config: TrainConfig
+    model: FusedNetwork, params: Any, dataset: AnyLabelled, config: TrainConfig
 ) -> str:
     """A table of the scores of what was held out: of the fusion, and of each modality's head."""
     scores = classification(model, params, dataset, config.batch_size)

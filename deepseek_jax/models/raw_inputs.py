@@ -1,4 +1,4 @@
-"""What encoders take of raw data: pixels, waves and rows of tokens as data/ has them."""
+"""What encoders take of raw data: pixels, frames, waves and rows of tokens as data/ has them."""
 
 from typing import Any
 
@@ -15,8 +15,39 @@ from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.stream import Stream
 from deepseek_jax.models.swin import Swin
 from deepseek_jax.models.text_tower import TextTower
+from deepseek_jax.models.video import Video
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.ops import signal
+
+TAKERS: dict[str, tuple[type, ...]] = {  # by the data's name of a modality
+    "image": (ViT, Swin),
+    "sound": (Whisper, Wav2Vec2, Stream),
+    "video": (Video,),
+    "text": (TextTower,),
+}
+
+
+def misfit(config: Fused, inputs: dict[str, tuple[tuple[int, ...], Any]]) -> str:
+    """Which encoder does not take `inputs` of these shapes and dtypes, and why; else ""."""
+    for name, encoder in ((m.name, m.encoder) for m in config.modalities):
+        (_, *shape), found = inputs[name][0], type(encoder).__name__
+        if not isinstance(encoder, TAKERS[name]):
+            kinds = " or ".join(kind.__name__ for kind in TAKERS[name])
+            return f"the modality {name} has a {found} for encoder, and needs a {kinds}"
+        match encoder:
+            case ViT():
+                wanted = [*encoder.image_size, encoder.num_channels]
+            case Video():
+                wanted = [encoder.num_frames, *encoder.image_size, encoder.num_channels]
+            case Whisper():
+                wanted = [2 * encoder.num_positions * HOP]
+            case TextTower():
+                wanted = [min(shape[0], encoder.max_length)]
+            case _:
+                wanted = shape
+        if shape != wanted:
+            return f"a {name} of the data is {shape}, and its encoder, a {found}, takes {wanted}"
+    return ""
 
 
 def texts_of(tokens: jax.Array | np.ndarray) -> dict[str, Any]:
@@ -27,13 +58,16 @@ def texts_of(tokens: jax.Array | np.ndarray) -> dict[str, Any]:
 def encoder_inputs(
     encoder: EncoderConfig, raw: jax.Array, preset: Normalization
 ) -> dict[str, jax.Array]:
-    """What an encoder takes of raw data: uint8 pixels, waves of 16 kHz, tokens (-1 behind the end).
+    """What an encoder takes of raw data: uint8 pixels [B, H, W, 3] or frames [B, T, H, W, 3], waves
+    of 16 kHz [B, T], tokens [B, T] (-1 behind the end).
 
     Raises InputError for an encoder that takes none of these, and for a wave not of its length.
     """
     match encoder:
         case ViT() | Swin():
             return {"images": normalized(raw, preset)}
+        case Video():
+            return {"clips": normalized(raw, preset)}
         case Whisper():
             wanted = 2 * encoder.num_positions * HOP
             if raw.shape[1] != wanted:
@@ -54,7 +88,8 @@ def encoder_inputs(
 
 
 def inputs_of(config: Fused, batch: dict[str, Any], preset: Normalization) -> dict[str, Any]:
-    """What a classifier takes of a batch (see data/audiovisual): its `inputs` and `present`."""
+    """What a classifier takes of a batch (data/audiovisual, data/labelled): its `inputs` and
+    `present`."""
     inputs = {
         m.name: encoder_inputs(m.encoder, batch["inputs"][m.name], preset)
         for m in config.modalities

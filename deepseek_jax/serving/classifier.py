@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,13 @@ from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.audiovisual import AudioVisual
+from deepseek_jax.data.labelled import FILES, Labelled
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.data.vision import Normalization
 from deepseek_jax.models.fusion import Answer, Fused, FusedNetwork, build_fused
 from deepseek_jax.models.raw_inputs import inputs_of
 from deepseek_jax.serving.language import precision_of_run
+from deepseek_jax.serving.media import opened
 
 
 class Told(NamedTuple):
@@ -29,6 +32,8 @@ class Told(NamedTuple):
     """The same of each modality by itself; evenly spread where it is absent."""
     weights: dict[str, np.ndarray]
     """[B], what each modality weighed: 0 where it is absent, one in sum."""
+    labels: list[tuple[str, ...]]
+    """Each row's likeliest class; of several labels those that are likelier than not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,41 +43,76 @@ class ClassifierModel:
     model: FusedNetwork
     params: Any
     config: Fused
-    data: AudioVisual
-    """What it was trained on: its classes, and how its pixels were normalized."""
+    data: AudioVisual | Labelled
+    """What it was trained on: its classes, and how its pixels were made."""
     length: int
     """Samples of its sounds."""
+    tokenizer: Tokenizer | None = None
+    """Of its texts."""
 
     def classify(self, inputs: Mapping[str, Any]) -> Told:
-        """What a batch is, given by modality: pixels uint8 [B, H, W, 3], waves [B, T] of 16 kHz.
+        """What a batch is, given by modality: `image`, `sound`, `video`, `text`.
 
-        A modality may be left out. Raises InputError for one that the model lacks, none at all, or
-        numbers of rows that differ.
+        A list, an item a row: files' paths, pixels uint8 [H, W, 3], waves [T] of 16 kHz or (wave,
+        rate), frames [T, H, W, 3], texts; None: this row lacks it. Or one array, as the model
+        takes it: pixels uint8 [B, H, W, 3], waves [B, T]. A modality may be left out. Raises
+        InputError for one that the model lacks, none at all, numbers of rows that differ, and what
+        cannot be read.
         """
         names = self.config.names
         if not inputs or set(inputs) - {*names}:
             given = ", ".join(map(repr, inputs)) or "nothing"
             raise InputError(f"the model takes {', '.join(names)}, one of them or all; not {given}")
-        rows = {name: len(x) for name, x in inputs.items()}
-        if len(set(rows.values())) > 1:
-            raise InputError(f"modalities have different numbers of rows: {rows}")
+        listed = {
+            name: [x] if isinstance(x, str | pathlib.Path) else x for name, x in inputs.items()
+        }
+        rows = {name: len(x) for name, x in listed.items()}
+        if len(set(rows.values())) > 1 or 0 in rows.values():
+            raise InputError(f"modalities have different numbers of rows, or none: {rows}")
         count = next(iter(rows.values()))
         shapes = self.data.shapes(count, self.length)["inputs"]
-        empty = {name: np.zeros(*shapes[name]) for name in names}
-        batch = {
-            "inputs": {name: np.asarray(inputs.get(name, empty[name])) for name in names},
-            "present": {name: np.full(count, name in inputs) for name in names},
-        }
-        for name, x in batch["inputs"].items():
-            if x.shape != empty[name].shape:
-                raise InputError(f"{name} has the shape {x.shape}; {empty[name].shape} is taken")
+        made = {name: np.zeros(*shapes[name]) for name in names}
+        present = {name: np.full(count, name in listed) for name in names}
+        for name, x in listed.items():
+            wanted = made[name].shape
+            if isinstance(x, list | tuple):
+                present[name] = np.array([item is not None for item in x])
+                made[name] = self._rows(name, x, made[name][:1])
+            else:
+                made[name] = np.asarray(x)
+            if made[name].shape != wanted:
+                raise InputError(f"{name} has the shape {made[name].shape}; {wanted} is taken")
+        if not (some := np.any([*present.values()], 0)).all():
+            raise InputError(f"row {int(some.argmin())} has none of {', '.join(names)}")
+        batch = {"inputs": made, "present": present}
         found = _answer(self.model, self.data.normalization, self.params, batch)
         share = jax.nn.sigmoid if self.config.multi_label else jax.nn.softmax
+        probabilities = np.asarray(share(found.logits))
         return Told(
-            np.asarray(share(found.logits)),
+            probabilities,
             {name: np.asarray(share(found.alone[:, i])) for i, name in enumerate(names)},
             {name: np.asarray(found.weights[:, i]) for i, name in enumerate(names)},
+            [self._labels(row) for row in probabilities],
         )
+
+    def _rows(self, name: str, given: Sequence[Any], empty: np.ndarray) -> np.ndarray:
+        """A list's items as rows, zeros where there is none; of a video the frames that fit."""
+        rows = []
+        for item in given:
+            if item is None:
+                rows.append(empty[0])
+                continue
+            medium = item if name == "text" else opened(FILES[name], item, empty.shape[1])
+            rows.append(self.data.still(name, medium, self.length, self.tokenizer))
+        if len({row.shape for row in rows}) > 1:
+            raise InputError(f"{name} has rows of the shapes {[row.shape for row in rows]}")
+        return np.stack(rows).astype(empty.dtype)
+
+    def _labels(self, row: np.ndarray) -> tuple[str, ...]:
+        classes = self.data.classes
+        if not self.config.multi_label:
+            return (classes[int(row.argmax())],)
+        return tuple(name for name, share in zip(classes, row, strict=True) if share > 0.5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -93,5 +133,7 @@ def load_classifier(path: str | pathlib.Path) -> ClassifierModel:
     model = build_fused(config, precision_of_run(recorded))
     params = manager.load_params(directory, model.shapes, model.layers)
     last = manager.last_stage(recorded)
-    data = from_dict(AudioVisual, last["data"], "data")
-    return ClassifierModel(model, params, config, data, last["sequence_length"])
+    data = from_dict(AudioVisual | Labelled, last["data"], "data")
+    reads = isinstance(data, Labelled) and data.text is not None
+    tokenizer = load_tokenizer(directory) if reads else None
+    return ClassifierModel(model, params, config, data, last["sequence_length"], tokenizer)

@@ -32,9 +32,9 @@ class Classification:
 def make_classification(
     config: Classification, model: FusedNetwork, preset: Normalization
 ) -> Objective:
-    """The objective of a classifier of several modalities, on the batches of data/audiovisual.
+    """The objective of a classifier of several modalities, on the batches of data/audiovisual
+    and data/labelled; `preset` normalizes pixels.
 
-    `preset` normalizes pixels.
     Terms: `loss` of the fused answer and, for each modality, `NAME_loss` of its own head, all of
     which are trained; `accuracy` and `NAME_accuracy` (of several labels: how many are right), and
     `NAME_weight`, the mean of what the fusion gives it. Means over the rows, or known labels, that

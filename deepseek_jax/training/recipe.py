@@ -14,6 +14,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.storage import Path, located
 from deepseek_jax.data.audiovisual import AudioVisual
+from deepseek_jax.data.labelled import Labelled
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.seeing import Seeing
@@ -22,6 +23,7 @@ from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import ModelConfig
+from deepseek_jax.models.raw_inputs import misfit
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
@@ -35,13 +37,13 @@ from deepseek_jax.training.speech import Transcription, Wav2Vec, check_speech
 
 Optimizer: TypeAlias = AdamW | Muon
 Objective: TypeAlias = Language | Contrastive | Classification | Transcription | Wav2Vec
-AnyData: TypeAlias = Data | Pairs | Seeing | AudioVisual | Utterances
-SUITS = {  # by the kind of a model: the data, then the objectives that train it
-    Decoder: (Data, Language),
-    TwoTower: (Pairs, Contrastive),
-    VisionLanguage: (Seeing, Language),
-    Fused: (AudioVisual, Classification),
-    Wav2Vec2: (Utterances, Transcription, Wav2Vec),
+AnyData: TypeAlias = Data | Pairs | Seeing | AudioVisual | Labelled | Utterances
+SUITS = {  # by the kind of a model: its data, the objectives that train it
+    Decoder: ((Data,), Language),
+    TwoTower: ((Pairs,), Contrastive),
+    VisionLanguage: ((Seeing,), Language),
+    Fused: ((AudioVisual, Labelled), Classification),
+    Wav2Vec2: ((Utterances,), Transcription, Wav2Vec),
 }
 # Of the model, what a resumed run may change: how it runs, not what it computes.
 HOW = ("remat", "unroll", "scan", "moe/exchange/")
@@ -175,7 +177,8 @@ class TrainConfig:
     batch_size: int
     """Sequences (pairs, conversations) a step, over all devices and accumulation steps."""
     sequence_length: int
-    """Tokens of a row: of a caption, where the model has two towers; samples, where it hears."""
+    """Tokens of a row: of a caption or question, where the model reads these; samples, where it
+    hears."""
     optimizer: Optimizer = AdamW()
     objective: Objective = Language()
     accumulation_steps: int = 1
@@ -266,7 +269,7 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     """Raise ValueError, a full sentence with the numbers, if a filled stage cannot be run."""
     data, *objectives = SUITS[type(model)]
     for name, value, kinds in (
-        ("data", stage.data, (data,)),
+        ("data", stage.data, data),
         ("objective", stage.objective, tuple(objectives)),
     ):
         if not isinstance(value, kinds):
@@ -300,6 +303,15 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
             raise ValueError(
                 f"{where}data has {classes} classes, multi_label {labels}; model.num_classes is "
                 f"{model.num_classes}, model.multi_label {model.multi_label}."
+            )
+        shapes = stage.data.shapes(1, stage.sequence_length)["inputs"]
+        if why := misfit(model, shapes):
+            raise ValueError(f"{where}{why}.")
+        tokens = shapes["text"][0][1] if "text" in shapes else stage.sequence_length
+        if "sound" not in shapes and tokens != stage.sequence_length:
+            raise ValueError(
+                f"{where}data.text.length is {tokens}, and sequence_length, which is that of a "
+                f"text where nothing is heard, {stage.sequence_length}."
             )
     if isinstance(model, TwoTower) and stage.sequence_length > model.text.max_length:
         raise ValueError(

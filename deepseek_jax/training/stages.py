@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from deepseek_jax.core import target, tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.audiovisual import AudioVisual, DigitDataset, open_digits
+from deepseek_jax.data.labelled import Labelled, LabelledDataset, open_labelled
 from deepseek_jax.data.loader import Data, Dataset, open_data
 from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
 from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
@@ -37,7 +38,9 @@ from deepseek_jax.training.speech import Transcription, Wav2Vec, make_speech
 from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.training.step import Objective, make_gradients, make_train_step
 
-AnyDataset: TypeAlias = Dataset | PairDataset | SeeingDataset | DigitDataset | UtteranceDataset
+AnyDataset: TypeAlias = (
+    Dataset | PairDataset | SeeingDataset | DigitDataset | LabelledDataset | UtteranceDataset
+)
 
 
 def spans(stages: tuple[Stage, ...], opened: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -139,13 +142,18 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
     model: Any = config.model
     if isinstance(stage.data, AudioVisual):
         return open_digits(stage.data, **given)
-    dataset: Dataset | PairDataset | SeeingDataset | UtteranceDataset
+    dataset: Dataset | PairDataset | SeeingDataset | LabelledDataset | UtteranceDataset
     if isinstance(stage.data, Data):
         dataset = open_data(stage.data, num_targets=1 + model.num_mtp_layers, **given)
     elif isinstance(stage.data, Pairs):
         dataset = open_pairs(stage.data, **given)
     elif isinstance(stage.data, Utterances):
         dataset = open_utterances(stage.data, **given)
+    elif isinstance(stage.data, Labelled):
+        dataset = open_labelled(stage.data, **given)
+        model = next((one.encoder for one in model.modalities if one.name == "text"), None)
+        if model is None:
+            return dataset
     else:
         sight = stage.sized(model).sight
         dataset = open_seeing(stage.data, sight=sight, image_id=model.image_id, **given)
