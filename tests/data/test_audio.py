@@ -174,6 +174,8 @@ OPUS = file_of("ogg")  # FFmpeg plays what is left when a page is damaged
 QUIET = encoded("flac", "flac", np.zeros(60 * RATE))  # a minute in a few kilobytes
 NAN = io.BytesIO()
 scipy.io.wavfile.write(NAN, RATE, np.array([0, np.nan], np.float32))
+LOUD = io.BytesIO()
+scipy.io.wavfile.write(LOUD, RATE, np.array([0, 1e30], np.float32))
 HOSTILE = {
     "empty": (b"", "an empty file"),
     "noise": (np.random.default_rng(0).bytes(5000), "not a sound file"),
@@ -201,6 +203,7 @@ HOSTILE = {
     "an unsaid minute": (patched(QUIET, 21, ">BI", QUIET[21] & 240, 0), "more than 10 seconds"),
     "a film without sound": (one_video(), "no sound in it"),
     "not numbers": (NAN.getvalue(), "infinite or not a number"),
+    "far too loud": (LOUD.getvalue(), r"a sample of 1e\+30, where full scale is 1"),
     "one sample": (wav(np.zeros((1, 1)), rate=192_000), "too short"),
 }
 
