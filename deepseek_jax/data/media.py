@@ -131,6 +131,8 @@ class Skips:
         """Count and name an example once; InputError when they are more than the share."""
         if number in self.reasons:
             return
+        # A name may hold anything: what is no sign is written as Python would.
+        reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
         self.reasons[number] = reason
         count = len(self.reasons)
         if count > self.share * self.total:

@@ -157,8 +157,8 @@ def test_shards_and_tables(folder, tmp_path, kind):
     ({"image": "1.png", "messages": [{"role": "bot", "content": "x"}]}, "role is 'bot'"),
     ({"image": "1.png", "messages": ["text"]}, "not a message"),
     ({"image": "1.png", "messages": turns("<image>?", "<image>")}, "an answer holds"),
-    ({"image": "1.png", "messages": turns("<image>?", "long" * 30)}, "no room in 48"),
-    ({"images": ["1.png"] * 3, "messages": turns("<image><image><image>", "a")}, "data.views is 2"),
+    ({"image": "1.png", "messages": turns("<image>?", "long" * 30)}, "1.png: no room in 48"),
+    ({"images": ["1.png"] * 3, "messages": turns("<image><image><image>", "a")}, "1.png: 3 images, and"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_named(folder, record, why):
     good = {"image": "1.png", "messages": turns("<image>?", "a"), "group": "good"}
