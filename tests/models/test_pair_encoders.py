@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from deepseek_jax.checkpoint import huggingface
+from deepseek_jax.checkpoint import encoders, huggingface
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.two_tower import build_towers
 from deepseek_jax.serving import language
@@ -149,6 +149,12 @@ def test_texts_that_cannot_be_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=why):
             ours.embed_text(tokens)
+
+
+@pytest.mark.parametrize("end", [None, [2, 3]])
+def test_a_text_ends_with_one_token(end):
+    with pytest.raises(InputError, match="eos_token_id is .* one number"):
+        encoders.config_of({"model_type": "clip_text_model", "eos_token_id": end})
 
 
 def test_language_commands_name_what_they_were_given(tmp_path):
