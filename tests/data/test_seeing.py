@@ -158,7 +158,7 @@ def test_shards_and_tables(folder, tmp_path, kind):
     ({"image": "1.png", "messages": ["text"]}, "not a message"),
     ({"image": "1.png", "messages": turns("<image>?", "<image>")}, "an answer holds"),
     ({"image": "1.png", "messages": turns("<image>?", "long" * 30)}, "1.png: no room in 48"),
-    ({"images": ["1.png"] * 3, "messages": turns("<image><image><image>", "a")}, "1.png: 3 images, and"),
+    ({"images": ["1.png"] * 3, "messages": turns("<image>" * 3, "a")}, "1.png: 3 images, and data"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_named(folder, record, why):
     good = {"image": "1.png", "messages": turns("<image>?", "a"), "group": "good"}
