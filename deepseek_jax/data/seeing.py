@@ -94,7 +94,8 @@ class Seeing:
 
     def __post_init__(self):
         check_sides(self.held_out, self.num_workers, self.cache_dir)
-        if self.views < 1 or (self.eval_rows or 1) < 1 or not 0 <= self.max_skipped < 1:
+        asked = 1 if self.eval_rows is None else self.eval_rows
+        if self.views < 1 or asked < 1 or not 0 <= self.max_skipped < 1:
             raise ValueError(
                 f"data.views ({self.views}) and eval_rows ({self.eval_rows}) must be at least 1, "
                 f"max_skipped ({self.max_skipped}) in [0, 1)."

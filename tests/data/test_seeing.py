@@ -177,8 +177,9 @@ def test_fields_are_checked(folder):
         config(folder, SeeingPart(source=TextFiles(paths=("a",))))
     with pytest.raises(ValueError, match="never all 0"):
         config(folder, SeeingPart(source=EmojiQuestions(), weight=0.0))
-    with pytest.raises(ValueError, match="data.views"):
-        config(folder, views=0)
+    for wrong in ({"views": 0}, {"eval_rows": 0}):
+        with pytest.raises(ValueError, match="data.views"):
+            config(folder, **wrong)
     with pytest.raises(InputError, match="which token is an image's"):
         opened(config(folder), image_id=None)
     bpe = opened(config(folder, tokenizer=BPE(vocab_size=300)), image_id=None)
