@@ -162,3 +162,9 @@ def test_language_commands_name_what_they_were_given(tmp_path):
     for open_it in (huggingface.open_folder, language.load):
         with pytest.raises(InputError, match=r"holds an encoder \(clip\)"):
             open_it(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace('"model_type": "clip"', '"model_type": "x"')
+    )
+    with pytest.raises(InputError, match=r"model_type 'x' is not one of llama, .*janus.* clip"):
+        language.load(tmp_path)
