@@ -104,6 +104,10 @@ def open_any(directory: str | pathlib.Path) -> Folder:
     if vision_language.joined_of(original):
         config = vision_language.config_of(original, tensors)
         return Folder(directory, config, original, tensors)
+    kind, known = original.get("model_type"), families.ARCHITECTURES
+    if kind not in known:
+        more = ", ".join((*known, *vision_language.FAMILIES, *encoders.FAMILIES))
+        raise InputError(f"{directory}: model_type {kind!r} is not one of {more}")
     past = f"model.layers.{original.get('num_hidden_layers')}."
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}

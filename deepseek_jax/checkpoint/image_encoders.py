@@ -19,7 +19,8 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.vit import Learned, ViT
 
 EMBEDDED = "embeddings.patch_embeddings.projection"
-NOT_HERE = r".*position_ids|classifier\..*"  # a head for classes is left behind
+# A head for classes and what paints hidden patches are left behind.
+NOT_HERE = r".*position_ids|classifier\..*|decoder\..*"
 CLIP_LAYER = {
     "attention_norm": "layer_norm1", "mlp_norm": "layer_norm2",
     **{f"attention/{n}": f"self_attn.{n}_proj" for n in "qkv"},

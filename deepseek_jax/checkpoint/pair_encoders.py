@@ -12,6 +12,7 @@ from deepseek_jax.checkpoint.tables import (
     transformer_fields,
     under,
 )
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.two_tower import TwoTower
 
@@ -33,6 +34,8 @@ def clip_text(hf: Mapping[str, Any]) -> TextTower:
     """CLIP's text tower."""
     filled = CLIP_TEXT | hf
     only(filled, "CLIP", attention_dropout=0.0)
+    if not isinstance(filled["eos_token_id"], int):
+        raise InputError(f"CLIP: eos_token_id is {filled['eos_token_id']!r}; it must be one number")
     first = filled["eos_token_id"] == 2  # what the first releases say, and transformers honors
     return TextTower(
         transformer=transformer(filled, causal=True),

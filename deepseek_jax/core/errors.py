@@ -15,6 +15,11 @@ class BrokenRun(Exception):
     """What cannot be is: a program or a device is at fault, not the input."""
 
 
+def printable(text: str) -> str:
+    """The text on one line: names may hold anything, and what is no sign is written escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def unanswered(error: OSError) -> bool:
     """Whether a bucket did not answer (core/storage): nobody's fault, and it may later."""
     return str(error.filename).startswith("gs://") and not isinstance(error, FileNotFoundError)
@@ -39,7 +44,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
 def exit_code(error: BaseException) -> int | None:
     """Say in a line on stderr what the user did; the exit code. None where it was nobody's wish."""
     if isinstance(error, InputError | BrokenRun):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return 3 if isinstance(error, BrokenRun) else 2
     if isinstance(error, KeyboardInterrupt):
         return 130

@@ -23,6 +23,7 @@ from deepseek_jax.data.sources import one_line, reported
 
 RATES = 1_000, 192_000  # samples a second that a file may have
 MAX_CHANNELS = 8
+LOUDEST = 2**32  # floats may be whole numbers of 32 bits
 COUNTED = {"flac", "aiff"}  # their headers count the samples
 
 FULL_SCALE = {  # FFmpeg's sample formats: what 1.0 is, and where 0.0 lies
@@ -79,9 +80,12 @@ def wave_of_samples(samples: Any, native: int, rate: int, name: str) -> np.ndarr
     wave = samples.astype(np.float64)
     if wave.ndim == 2:
         wave = wave.mean(int(wave.shape[0] != channels))
-    wave = (wave / full).astype(np.float32)
-    if not np.isfinite(wave).all():
-        raise InputError(f"{name}: a sample is infinite or not a number")
+    wave = wave / full
+    try:
+        _check_values(wave)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    wave = wave.astype(np.float32)
     if not len(wave := resampled(wave, native, rate)):
         raise InputError(f"{name}: too short to be heard at {rate} samples a second")
     return wave
@@ -144,8 +148,7 @@ def _decoded(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     if container in COUNTED and count < declared:
         raise InputError(f"truncated: it holds {count} of {declared} samples")
     wave = np.concatenate(pieces)
-    if not np.isfinite(wave).all():
-        raise InputError("corrupt: a sample is infinite or not a number")
+    _check_values(wave)
     return wave, rate
 
 
@@ -154,6 +157,13 @@ def _check_form(rate: int, channels: int) -> None:
         raise InputError(f"{rate} samples a second; from {RATES[0]} to {RATES[1]} can be read")
     if not 1 <= channels <= MAX_CHANNELS:
         raise InputError(f"{channels} channels; from 1 to {MAX_CHANNELS} can be read")
+
+
+def _check_values(wave: np.ndarray) -> None:
+    if not np.isfinite(wave).all():
+        raise InputError("corrupt: a sample is infinite or not a number")
+    if (peak := np.abs(wave).max(initial=0)) > LOUDEST:  # squares would not be finite
+        raise InputError(f"corrupt: a sample of {peak:.3g}, where full scale is 1")
 
 
 def _declared(container: str, file: Any, stream: Any) -> int:

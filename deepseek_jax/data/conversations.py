@@ -83,6 +83,8 @@ class Talk(NamedTuple):
     """Each uint8 [H, W, 3], decoded when it is called; InputError where it is damaged."""
     kind: str
     """What is asked: conversations of one kind are scored together."""
+    name: str = "a conversation"
+    """For messages."""
 
     @property
     def answer(self) -> str:
@@ -180,7 +182,7 @@ class FileTalks:
         marks = sum(text.count(MARK) for _, text in turns)
         if marks != len(images):
             raise InputError(f"{found.name}: {marks} times {MARK}, and {len(images)} images")
-        return [Talk(turns, images, "answers")]
+        return [Talk(turns, images, "answers", found.name)]
 
 
 def _turn(message: str, where: str) -> tuple[str, str]:

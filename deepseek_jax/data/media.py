@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.errors import InputError, printable
 from deepseek_jax.core.storage import in_bucket
 from deepseek_jax.data.corpus import key_hash
 from deepseek_jax.data.shards import (
@@ -131,7 +131,7 @@ class Skips:
         """Count and name an example once; InputError when they are more than the share."""
         if number in self.reasons:
             return
-        self.reasons[number] = reason
+        reason = self.reasons[number] = printable(reason)
         count = len(self.reasons)
         if count > self.share * self.total:
             listed = "; ".join(list(self.reasons.values())[-3:])

@@ -96,7 +96,8 @@ class Seeing:
 
     def __post_init__(self):
         check_sides(self.held_out, self.num_workers, self.cache_dir)
-        if self.views < 1 or (self.eval_rows or 1) < 1 or not 0 <= self.max_skipped < 1:
+        asked = 1 if self.eval_rows is None else self.eval_rows
+        if self.views < 1 or asked < 1 or not 0 <= self.max_skipped < 1:
             raise ValueError(
                 f"data.views ({self.views}) and eval_rows ({self.eval_rows}) must be at least 1, "
                 f"max_skipped ({self.max_skipped}) in [0, 1)."
@@ -153,14 +154,15 @@ class Conversations:
         if kept and number is not None:
             for change in (random_crop, random_flip, color_jitter):
                 pictures = [change(x, self.seed, number, kept) for x in pictures]
-        images, grids = self._views(pictures)
+        images, grids = self._views(pictures, talk.name)
         ids, origins, answers = written(
             talk, self.config.dialog, self.tokenizer, self.image_id, self.sight, grids
         )
         count, length = len(ids) - 1, self.length
         if count > length:
             begins = f"{talk.turns[0][1]!r:.60}"
-            raise InputError(f"no room in {length} for a conversation of {count} tokens: {begins}")
+            room = f"no room in {length} for a conversation of {count} tokens"
+            raise InputError(f"{talk.name}: {room}: {begins}")
 
         def filled(values: list, empty: int = 0) -> np.ndarray:
             return np.array(values + [empty] * (length - count), np.int32)
@@ -175,12 +177,14 @@ class Conversations:
             "images": images,
         }
 
-    def _views(self, pictures: list[np.ndarray]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def _views(
+        self, pictures: list[np.ndarray], name: str
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The row's views uint8 [M, S, S, 3] and each image's grid."""
         sight, room, count = self.sight, self.config.views, len(pictures)
         size, way = sight.size, self.config.normalization
         if count * sight.num_views() > room:
-            raise InputError(f"{count} images, and data.views is {room}")
+            raise InputError(f"{name}: {count} images, and data.views is {room}")
         found, grids = np.zeros((room, size, size, 3), np.uint8), [(1, 1)] * count
         if sight.side is None:
             fit = ImageTransform(size=size, fit="pad", normalization=way)

@@ -84,13 +84,20 @@ def captions_of(
         if (value := record.get(field)) is not None:
             values = value if isinstance(value, list) else [value]
             texts = [
-                json.dumps(each, ensure_ascii=False)
+                _as_json(each, f"{where}: field {field!r}")
                 if isinstance(each, dict)
                 else text_field({field: each}, field, where)
                 for each in values
             ]
             found[field] = tuple(text for text in texts if text.strip())
     return {field: texts for field, texts in found.items() if texts or record[field] == []}
+
+
+def _as_json(value: dict[str, Any], where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:  # Parquet has bytes, times and more
+        raise InputError(f"{where}: cannot stand in JSON ({one_line(error)})") from None
 
 
 def group_of(record: dict[str, Any], field: str, default: str, where: str) -> str:

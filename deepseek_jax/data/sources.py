@@ -365,11 +365,12 @@ def _json_documents(file: File, field: str) -> Iterator[Document]:
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
     """The text of one field of a JSON object."""
     if field not in record:
-        shown = f"{json.dumps(record):.60}"
+        shown = f"{json.dumps(record, default=repr):.60}"
         raise InputError(f"{where}: no field {field!r} in {shown}; set the source's field")
     value = record[field]
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} is not a string but {json.dumps(value):.60}")
+        shown = json.dumps(value, default=repr)  # Parquet has bytes, times and more
+        raise InputError(f"{where}: field {field!r} is not a string but {shown:.60}")
     try:
         value.encode()
     except UnicodeEncodeError:

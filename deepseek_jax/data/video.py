@@ -199,5 +199,21 @@ def _frames(
             if frame.is_corrupt:
                 raise InputError("truncated or corrupt: its decoder calls a frame so")
             if time is not None and time >= waiting[0]:
-                pixels = frame.to_ndarray(format="rgb24")
-                yield time, np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90) % 4)
+                yield time, _upright(frame.to_ndarray(format="rgb24"), frame)
+
+
+def _upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
+    """The pixels as the file says that they are shown: turned by right angles, mirrored.
+
+    Its matrix takes column x and row y to x a + y c and x b + y d.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).astype(float).reshape(3, 3)
+    straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
+    if max(abs(b), abs(c)) <= 0.02 * straight:
+        return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    if max(abs(a), abs(d)) <= 0.02 * crossed:
+        return pixels.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1]
+    raise InputError("its frames are shown turned by no right angle: store them upright")

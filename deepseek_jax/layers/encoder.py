@@ -112,7 +112,7 @@ class Transformer:
             raise ValueError(
                 f"embed_dim ({self.embed_dim}) must be a multiple of num_heads ({self.num_heads})."
             )
-        if self.norm_eps <= 0:
+        if not self.norm_eps > 0:
             raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0.")
 
 

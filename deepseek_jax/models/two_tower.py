@@ -45,6 +45,8 @@ class TwoTower:
     def __post_init__(self):
         if self.image.pooling == "none":
             raise ValueError("image.pooling is 'none': there is no vector to compare.")
+        if self.shared_dim is not None and self.shared_dim < 1:
+            raise ValueError(f"shared_dim is {self.shared_dim}; it must be at least 1, or None.")
         widths = self.image.transformer.embed_dim, self.text_dim
         if self.shared_dim is None and widths[0] != widths[1]:
             raise ValueError(

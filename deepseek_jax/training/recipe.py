@@ -318,6 +318,9 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
             f"{where}sequence_length ({stage.sequence_length}) is more than "
             f"model.text.max_length ({model.text.max_length})."
         )
+    for part in ("image", "vision"):  # data/ has red, green and blue
+        if (channels := getattr(getattr(model, part, None), "num_channels", 3)) != 3:
+            raise ValueError(f"{where}model.{part}.num_channels is {channels}; data has 3.")
     if isinstance(model, Wav2Vec2):
         check_speech(model, stage.data, stage.objective, stage.sequence_length, where)
     if stage.steps < 1:

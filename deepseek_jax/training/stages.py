@@ -161,6 +161,13 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
     if found > room:
         why = f"the tokenizer has {found} tokens, but model.vocab_size is {room}"
         raise InputError(f"{why}: raise it or choose a smaller tokenizer")
+    if isinstance(stage.data, Pairs):
+        text, end = model.text, dataset.tokenizer.eos_id
+        if (taken := {"first_end": text.end_id, "end": found - 1}.get(text.pooling, end)) != end:
+            raise InputError(
+                f"model.text.pooling {text.pooling!r} looks for token {taken}, but the tokenizer "
+                f"ends texts with {end}: use first_end, with model.text.end_id {end}"
+            )
     return dataset
 
 

@@ -119,7 +119,7 @@ def test_damaged_json_is_named(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(InputError("too few"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "code"), [(InputError("a\nb: too few"), 2), (KeyboardInterrupt(), 130)]
 )
 def test_commands_end_without_a_traceback(error, code, capsys):
     def main(argv):
@@ -128,7 +128,7 @@ def test_commands_end_without_a_traceback(error, code, capsys):
     with pytest.raises(SystemExit) as caught:
         run_command(main, [])
     assert caught.value.code == code
-    assert capsys.readouterr().err == ("error: too few\n" if code == 2 else "")
+    assert capsys.readouterr().err == ("error: a\\nb: too few\n" if code == 2 else "")
 
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):

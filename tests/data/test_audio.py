@@ -170,9 +170,12 @@ def patched(data: bytes, place: int, layout: str, *values) -> bytes:
 
 WAV = wav(np.zeros((800, 1)))
 FLAC = file_of("flac")
+OPUS = file_of("ogg")  # FFmpeg plays what is left when a page is damaged
 QUIET = encoded("flac", "flac", np.zeros(60 * RATE))  # a minute in a few kilobytes
 NAN = io.BytesIO()
 scipy.io.wavfile.write(NAN, RATE, np.array([0, np.nan], np.float32))
+LOUD = io.BytesIO()
+scipy.io.wavfile.write(LOUD, RATE, np.array([0, 1e30], np.float32))
 HOSTILE = {
     "empty": (b"", "an empty file"),
     "noise": (np.random.default_rng(0).bytes(5000), "not a sound file"),
@@ -195,10 +198,12 @@ HOSTILE = {
     "an unknown code": (patched(WAV, 20, "<H", 0x7777), "code that FFmpeg does not know"),
     "FLAC of 2^35 samples": (patched(FLAC, 21, ">B", FLAC[21] | 8), "seconds long, more than"),
     "FLAC with a flipped bit": (patched(FLAC, len(FLAC) - 99, ">B", FLAC[-99] ^ 4), "corrupt"),
+    "Ogg with a flipped bit": (patched(OPUS, 999, ">B", OPUS[999] ^ 4), "corrupt: the Ogg page"),
     "a minute": (QUIET, "60.0 seconds long, more than 10"),
     "an unsaid minute": (patched(QUIET, 21, ">BI", QUIET[21] & 240, 0), "more than 10 seconds"),
     "a film without sound": (one_video(), "no sound in it"),
     "not numbers": (NAN.getvalue(), "infinite or not a number"),
+    "far too loud": (LOUD.getvalue(), r"a sample of 1e\+30, where full scale is 1"),
     "one sample": (wav(np.zeros((1, 1)), rate=192_000), "too short"),
 }
 

@@ -175,6 +175,9 @@ def test_damage_is_skipped_counted_and_named_until_it_is_too_much(tmp_path, caps
         usable(everything, 3, use, Skips(len(media)))
     with pytest.raises(InputError, match="none of 2 examples can be used"):
         usable(np.array([3, 4]), 0, use, Skips(len(media), 1))
+    capsys.readouterr()
+    Skips(9, 1).add(0, "new\nline\x1b[2J: \u56fe")  # as a file may be called
+    assert capsys.readouterr().err == "skipped (1 of 9): new\\nline\\x1b[2J: \u56fe\n"
 
 
 @pytest.mark.parametrize(
@@ -337,6 +340,12 @@ def test_other_parquet(tmp_path):
     with pytest.raises(
         InputError, match=r"a.parquet: row 0: column 'image' holds no bytes but str"
     ):
+        media.example(0)
+    media = _parquet_of(path, text=[b"a"])
+    with pytest.raises(InputError, match=r"row 0: field 'text' is not a string but .b'a'"):
+        media.example(0)
+    media = _parquet_of(path, text=[{"content": b"a"}])
+    with pytest.raises(InputError, match=r"row 0: field 'text': cannot stand in JSON .*bytes"):
         media.example(0)
     whole = path.read_bytes()
     for broken in (whole[:50], whole[50:], b"PAR1PAR1", whole[:4] + b"\xff" * 60 + whole[64:]):

@@ -157,8 +157,8 @@ def test_shards_and_tables(folder, tmp_path, kind):
     ({"image": "1.png", "messages": [{"role": "bot", "content": "x"}]}, "role is 'bot'"),
     ({"image": "1.png", "messages": ["text"]}, "not a message"),
     ({"image": "1.png", "messages": turns("<image>?", "<image>")}, "an answer holds"),
-    ({"image": "1.png", "messages": turns("<image>?", "long" * 30)}, "no room in 48"),
-    ({"images": ["1.png"] * 3, "messages": turns("<image><image><image>", "a")}, "data.views is 2"),
+    ({"image": "1.png", "messages": turns("<image>?", "long" * 30)}, "1.png: no room in 48"),
+    ({"images": ["1.png"] * 3, "messages": turns("<image>" * 3, "a")}, "1.png: 3 images, and data"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_named(folder, record, why):
     good = {"image": "1.png", "messages": turns("<image>?", "a"), "group": "good"}
@@ -177,8 +177,9 @@ def test_fields_are_checked(folder):
         config(folder, SeeingPart(source=TextFiles(paths=("a",))))
     with pytest.raises(ValueError, match="never all 0"):
         config(folder, SeeingPart(source=EmojiQuestions(), weight=0.0))
-    with pytest.raises(ValueError, match="data.views"):
-        config(folder, views=0)
+    for wrong in ({"views": 0}, {"eval_rows": 0}):
+        with pytest.raises(ValueError, match="data.views"):
+            config(folder, **wrong)
     with pytest.raises(InputError, match="which token is an image's"):
         opened(config(folder), image_id=None)
     bpe = opened(config(folder, tokenizer=BPE(vocab_size=300)), image_id=None)

@@ -121,6 +121,25 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(what, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("matrix, shown", [
+    ((0, 1, -1, 0), lambda frames: np.rot90(frames, -1, (1, 2))),  # a phone held upright
+    ((0, -1, 1, 0), lambda frames: np.rot90(frames, 1, (1, 2))),
+    ((-1, 0, 0, -1), lambda frames: frames[:, ::-1, ::-1]),
+    ((-1, 0, 0, 1), lambda frames: frames[:, :, ::-1]),  # a mirror
+    ((1, 0, 0, -1), lambda frames: frames[:, ::-1]),
+    ((0, 1, 1, 0), lambda frames: frames.swapaxes(1, 2)),
+])  # fmt: skip
+def test_frames_stand_as_they_are_shown(matrix, shown):
+    a, b, c, d = (one << 16 for one in matrix)
+    turned = patched(b"tkhd", 44, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    np.testing.assert_array_equal(
+        sampled_frames(turned, "a", 2), shown(sampled_frames(MP4, "a", 2))
+    )
+    askew = patched(b"tkhd", 44, ">9i", 52339, 39441, 0, -39441, 52339, 0, 0, 0, 1 << 30)
+    with pytest.raises(InputError, match="a: its frames are shown turned by no right angle"):
+        sampled_frames(askew, "a", 2)
+
+
 @pytest.mark.parametrize("limit, message", [
     ({"max_bytes": 100}, "more than max_bytes = 100"),
     ({"max_pixels": 1000}, "32 = 1,536 pixels, more than max_pixels = 1,000"),

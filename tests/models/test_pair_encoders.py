@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from deepseek_jax.checkpoint import huggingface
+from deepseek_jax.checkpoint import encoders, huggingface
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.two_tower import build_towers
 from deepseek_jax.serving import language
@@ -151,8 +151,20 @@ def test_texts_that_cannot_be_are_refused(tmp_path):
             ours.embed_text(tokens)
 
 
+@pytest.mark.parametrize("end", [None, [2, 3]])
+def test_a_text_ends_with_one_token(end):
+    with pytest.raises(InputError, match="eos_token_id is .* one number"):
+        encoders.config_of({"model_type": "clip_text_model", "eos_token_id": end})
+
+
 def test_language_commands_name_what_they_were_given(tmp_path):
     clip(tmp_path)
     for open_it in (huggingface.open_folder, language.load):
         with pytest.raises(InputError, match=r"holds an encoder \(clip\)"):
             open_it(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace('"model_type": "clip"', '"model_type": "x"')
+    )
+    with pytest.raises(InputError, match=r"model_type 'x' is not one of llama, .*janus.* clip"):
+        language.load(tmp_path)

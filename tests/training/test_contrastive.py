@@ -424,3 +424,17 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
     )
     with pytest.raises(InputError, match="the tokenizer has 258 tokens"):
         train(config, LENT)
+    gray = dataclasses.replace(MODEL.image, num_channels=1)
+    with pytest.raises(ValueError, match="model.image.num_channels is 1; data has 3"):
+        dataclasses.replace(config, model=dataclasses.replace(MODEL, image=gray))
+    with pytest.raises(ValueError, match="shared_dim is 0"):
+        dataclasses.replace(MODEL, shared_dim=0)
+    with pytest.raises(ValueError, match="norm_eps is nan"):
+        dataclasses.replace(TOWER, norm_eps=float("nan"))
+    # Where nothing is found a tower would silently take each text's first token.
+    elsewhere = dataclasses.replace(MODEL.text, pooling="first_end", end_id=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, text=elsewhere))
+    with pytest.raises(
+        InputError, match="looks for token 2, but the tokenizer ends texts with 257"
+    ):
+        train(config, LENT)
