@@ -31,6 +31,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         seeing,
         data=captions,
+        sequence_length=96,
         stages=(
             Stage(
                 name="text",

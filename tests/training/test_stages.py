@@ -35,7 +35,6 @@ from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import BatchStep, Gate, Stage, TrainConfig
 from deepseek_jax.training.stages import (
     learning,
-    matching,
     shut,
     spans,
     stage_at,
@@ -118,13 +117,15 @@ def test_where_stages_begin_and_what_a_checkpoint_holds():
 
 def test_patterns_choose_paths_and_near_ones_are_named():
     paths = ["text/embedding/weight", "text/norm/scale", "image/norm/scale", "projector/weight"]
-    assert matching((), paths, "here") == set(paths)
-    assert matching(("text/*", "projector/weight"), paths, "") == set(paths) - {paths[2]}
-    assert matching(("*/norm/*",), paths, "") == {paths[1], paths[2]}
-    with pytest.raises(InputError, match=r"here.trainable: 'projecter/\*' .*are projector/\*"):
-        matching(("text/*", "projecter/*"), paths, "here")
+    assert tree.matching((), paths, "here") == set(paths)
+    assert tree.matching(("text/*", "projector/weight"), paths, "") == set(paths) - {paths[2]}
+    assert tree.matching(("*/norm/*",), paths, "") == {paths[1], paths[2]}
+    assert tree.matching(("!*/norm/*", "text/*"), paths, "") == {paths[0]}
+    assert tree.matching(("!text/*",), paths, "") == {paths[2], paths[3]}
+    with pytest.raises(InputError, match=r"here: 'projecter/\*' .*are projector/\*"):
+        tree.matching(("text/*", "projecter/*"), paths, "here")
     with pytest.raises(InputError, match="there are image, projector, text"):
-        matching(("?",), paths, "here")
+        tree.matching(("?",), paths, "here")
 
 
 MATRIX = {"reduced": (0,), "outputs": (1,)}
