@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         seeing,
         data=captions,
-        sequence_length=96,
+        sequence_length=112,
         stages=(
             Stage(
                 name="text",

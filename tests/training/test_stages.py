@@ -24,7 +24,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.sources import TextFiles
-from deepseek_jax.data.tokenizer import Bytes
+from deepseek_jax.data.tokenizer import BPE, Bytes
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training.faults import Faults
@@ -38,6 +38,7 @@ from deepseek_jax.training.stages import (
     shut,
     spans,
     stage_at,
+    stage_data,
     stage_objective,
     stage_optimizer,
     stage_state,
@@ -126,6 +127,27 @@ def test_patterns_choose_paths_and_near_ones_are_named():
         tree.matching(("text/*", "projecter/*"), paths, "here")
     with pytest.raises(InputError, match="there are image, projector, text"):
         tree.matching(("?",), paths, "here")
+
+
+def test_a_run_has_one_bpe_that_of_its_first_stage(tmp_path):
+    for name, word in (("one", "attention "), ("two", "mixture ")):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(word * (20 + i))
+    one, two = (
+        Data(
+            source=TextFiles(paths=(f"{tmp_path}/{name}/*.txt",)),
+            tokenizer=BPE(vocab_size=260),
+            cache_dir=f"{tmp_path}/cache",
+        )
+        for name in ("one", "two")
+    )
+    config = recipe(data=one, stages=(Stage(), Stage(data=two)))
+    first, second = (stage_data(config, stage) for stage in config.filled_stages())
+    alone = stage_data(recipe(data=two), recipe(data=two).filled_stages()[0])
+    assert first.tokenizer.files() == second.tokenizer.files() != alone.tokenizer.files()
+    text = "mixture attention "
+    assert second.tokenizer.decode(second.tokenizer.encode(text)) == text
 
 
 MATRIX = {"reduced": (0,), "outputs": (1,)}
