@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
         seeing,
         model=dataclasses.replace(seeing.model, vision=vision),
         init_parts=(InitPart(part="vision", source="runs/multimodal_quickstart"),),
-        sequence_length=80,
+        sequence_length=96,
         stages=(
             Stage(
                 name="reading",

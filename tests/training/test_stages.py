@@ -58,7 +58,7 @@ def recipe(run_dir=".", folder=".", **fields):
     data = Data(source=source, tokenizer=Bytes(), held_out=0.2, cache_dir=f"{folder}/cache")
     base = {"steps": 5, "batch_size": 8, "sequence_length": 16, "log_every": 1, "save_every": 1}
     base |= {"precision": Precision(compute="float32"), "optimizer": ADAMW, "model": MODEL}
-    return TrainConfig(data=data, run_dir=str(run_dir), **(base | fields))
+    return TrainConfig(run_dir=str(run_dir), **({"data": data} | base | fields))
 
 
 @pytest.mark.parametrize(
