@@ -71,6 +71,6 @@ def get_config() -> TrainConfig:
         optimizer=stages[0].optimizer,
         init_parts=(InitPart(part="vision", source="runs/multimodal_quickstart"),),
         batch_size=64,
-        sequence_length=80,
+        sequence_length=96,
         stages=(reading, *stages),
     )
