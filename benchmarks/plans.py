@@ -51,7 +51,7 @@ ROWS = (  # config, topology, flags
     ("deepseek_v3", "v5p:8x8x8", f"{V3} --batch-size=4096 --model.remat=offload {HALF}"),
     ("deepseek_v3", "v5p:8x8x8", f"{V3} --batch-size=4096 --model.remat=offload {NARROW} {FAR}"),
     ("deepseek_v32", "v5p:8x8x8",
-     "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "
+     "--stage=1 --mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "
      "--model.remat=offload"),
     ("deepseek_v3", "tpu7x:4x8x8",
      "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "

@@ -2,9 +2,12 @@
 
     python -m deepseek_jax.train --config configs/janus_pro_1b.py --init-parts.0.source SIGLIP --init-parts.1.source DECODER
 
-The published stages: adaptor, all but the encoder, all; without the images that Janus draws, so the
-mixtures hold text and understanding alone, 3 : 1 and 5 : 1 by weight where images to draw are left
-out. SIGLIP is the folder of google/siglip-large-patch16-384, DECODER DeepSeek-LLM-1.3B's.
+The stages are the paper's Table 2 for 1B: adaptor, all but the encoder, all; the second stopped
+after 270,000 of 360,000 steps at a constant rate (section 3.1). Left out: the images that Janus
+draws, 3 of 4, 5 of 10 and 4 of 10 parts of its batches, with their adaptor and head; so understanding
+and text are mixed 1 : 0, 2 : 3 and 5 : 1 in batches as large as the published ones; several
+conversations in a row. SIGLIP is the folder of google/siglip-large-patch16-384, DECODER
+DeepSeek-LLM-1.3B's. The MLP's width of 5632 is the released model's, not in the paper.
 """
 
 from deepseek_jax.data.conversations import Dialog
@@ -84,7 +87,7 @@ def get_config() -> TrainConfig:
             Stage(
                 name="pretraining",
                 trainable=("language/*", "projector/*"),
-                steps=360_000,
+                steps=270_000,
                 batch_size=512,
                 optimizer=adamw(1e-4, 5000),
                 data=mixed(2.0, 3.0),

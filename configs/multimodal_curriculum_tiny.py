@@ -19,18 +19,19 @@ def get_config() -> TrainConfig:
     seeing = load_config(pathlib.Path(__file__).with_name("vlm_three_stages.py"), TrainConfig)
     rows = 200 * seeing.batch_size
     names = SeeingPart(
-        source=EmojiQuestions(asks=("name",)),
+        source=EmojiQuestions(asks=("name",), languages=("en",)),
         schedule=((rows * 9 // 10, 0.0), (rows, 0.25)),
     )
     captions = dataclasses.replace(seeing.data, parts=(dataclasses.replace(names, schedule=()),))
     text = SeeingPart(source=StandardLibrary(), weight=1.0)
     both = (
-        SeeingPart(source=EmojiQuestions(asks=("group", "name")), weight=0.9),
+        SeeingPart(source=EmojiQuestions(asks=("group", "name"), languages=("en",)), weight=0.9),
         dataclasses.replace(text, weight=0.1),
     )
     return dataclasses.replace(
         seeing,
         data=captions,
+        sequence_length=96,
         stages=(
             Stage(
                 name="text",

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     if own.search:
         command = [sys.executable, "-m", "deepseek_jax.plan", "--config", own.config, *rest]
         command += ["--stage", str(own.stage)]
-        searched = search(config, own.topology, own.compiles, command)
+        searched = search(config, own.topology, own.compiles, command, own.stage)
         plans = [name | one for one in searched.pop("plans")]
         print(json.dumps(name | searched | {"plans": plans}) if own.json else ranking(plans))
         found = plans[0] if plans else {"fits": False}

@@ -23,10 +23,12 @@ from deepseek_jax.models.fusion import Fused
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
+from deepseek_jax.ops.routing import Sigmoid
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training.language import inputs_of
 from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.stages import stage_objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.py"))
@@ -59,8 +61,9 @@ QWEN3 = {
         "attn_factor": 0.8782488562869419,
     },
 }  # fmt: skip
-# Decoders that see, encoder and all: billions as published, millions are rounded there.
-SEEING = {"vl2_tiny": 3.37, "vl2_small": 16.1}
+# Decoders that see: billions as the hub counts them, encoder and all; the decoder's active ones as
+# the paper does (arXiv 2412.10302, Table 2), which leaves the embedding out.
+SEEING = {"vl2_tiny": (3.37, 0.57), "vl2_small": (16.1, 2.4), "vl2_base": (27.5, 4.1)}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DENSE = {
     "r1_distill_qwen_1_5b": (
@@ -121,11 +124,48 @@ def test_dense_models_are_exactly_the_published_ones(name):
     assert dataclasses.replace(families.decoder(fields), remat=ours.remat) == ours
 
 
+VL2 = {  # arXiv 2412.10302, Table 2: rates, tokens, rows and the routers' steps of three stages
+    "tiny": ((5.4e-4, 5.4e-4, 3e-5), (2e9, 798.5e9, 19.5e9), (256, 2304, 64), (0, 0, 0)),
+    "small": ((4.2e-4, 4.2e-4, 1.4e-5), (2e9, 808.9e9, 20e9), (256, 2304, 64), (0, 0, 0)),
+    "base": ((4.5e-4, 4.5e-4, 2e-5), (2e9, 796.5e9, 19.5e9), (256, 3360, 64), (0, 1e-3, 0)),
+}
+
+
+@pytest.mark.parametrize("size", VL2)
+def test_vl2_is_trained_as_published(size):
+    config = load_config(ROOT / f"configs/deepseek_vl2_{size}.py", TrainConfig)
+    stages, model = config.filled_stages(), build_network(config.model)
+    optimizers = [stage.optimizer for stage in stages]
+    assert tuple(o.learning_rate for o in optimizers) == VL2[size][0]
+    assert tuple(stage.tokens for stage in stages) == VL2[size][1]
+    assert tuple(stage.batch_size for stage in stages) == VL2[size][2]
+    assert [type(o.schedule).__name__ for o in optimizers] == ["Cosine", "Stairs", "Constant"]
+    for o in optimizers:
+        assert (o.weight_decay, o.clip_norm, o.b1, o.b2) == (0.1, 1.0, 0.9, 0.95)
+        assert [(one.paths, one.factor) for one in o.slower] == [("vision/*", 0.1)]
+        assert o.variance_dtype == ("bfloat16" if size == "base" else "float32")
+    assert {stage.sequence_length for stage in stages} == {4096}
+    assert config.model.moe.balance.sequence_weight == (0.0001 if size == "base" else 0.001)
+    found = [stage_objective(stage, model, i) for i, stage in enumerate(stages)]
+    sigmoid = isinstance(config.model.moe.router, Sigmoid)
+    rates = [max(one.bias_rates.values(), default=0) if sigmoid else 0 for one in found]
+    assert tuple(rates) == VL2[size][3]
+    paths = tree.flatten(model.shapes)
+    for one, learns in zip(found, (False, True, True), strict=True):
+        assert one.trains("vision/positions")
+        assert one.trains("language/embedding/weight") == learns
+    assert set(paths) == {path for path in paths if found[1].trains(path)}
+
+
 @pytest.mark.parametrize("name", SEEING)
 def test_decoders_that_see_have_their_published_sizes(name):
-    total, _ = num_params(build_network(model_of(f"deepseek_{name}")))
+    config = model_of(f"deepseek_{name}")
+    total, _ = num_params(build_network(config))
     pool = 1152 * (1 + 4 * 1152 + 2 * 4304)  # SigLIP's, which counts there and is left out here
-    assert float(f"{(total + pool) / 1e9:.3g}") == SEEING[name]
+    assert float(f"{(total + pool) / 1e9:.3g}") == SEEING[name][0]
+    _, active = num_params(build(config.language))
+    active -= config.language.vocab_size * config.language.embed_dim
+    assert active / 1e9 == pytest.approx(SEEING[name][1], abs=0.06)
 
 
 def table():

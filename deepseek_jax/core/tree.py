@@ -1,11 +1,15 @@
 """Select, map and compare pytree leaves by path."""
 
+import difflib
+import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from deepseek_jax.core.errors import InputError
 
 # `segment_0/block_0/attention/q/weight` from a jax key path.
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -19,6 +23,27 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """`jax.tree.map` whose function gets the path's name first."""
     return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
+
+
+def matching(patterns: Iterable[str], paths: Iterable[str], where: str) -> set[str]:
+    """The paths that patterns choose: `text/*` adds what it matches, `!*/bias` then takes away.
+
+    Where none adds, all paths are there to begin with. InputError, with the nearest paths and parts
+    of paths, for a pattern that matches none; `where` says what the patterns are.
+    """
+    paths = list(paths)
+    added, taken = set[str](), set[str]()
+    for pattern in patterns:
+        found = {path for path in paths if fnmatch.fnmatchcase(path, pattern.removeprefix("!"))}
+        if not found:
+            parents = {f"{path[:i]}/*" for path in paths for i, c in enumerate(path) if c == "/"}
+            near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], 5)
+            near = near or sorted({path.split("/")[0] for path in paths})
+            raise InputError(
+                f"{where}: {pattern!r} matches no parameter; there are {', '.join(near)}"
+            )
+        (taken if pattern.startswith("!") else added).update(found)
+    return (added or set(paths)) - taken
 
 
 def split(tree: Any, keep: Callable[[str], bool]) -> tuple[Any, Any]:

@@ -37,7 +37,7 @@ from deepseek_jax.monitoring.metrics import RunLog, read_lines
 from deepseek_jax.monitoring.profiler import Profiler, matmul_peak
 from deepseek_jax.monitoring.progress import Progress, summary
 from deepseek_jax.monitoring.report import write_report
-from deepseek_jax.parallel.mesh import make_mesh, rows_share
+from deepseek_jax.parallel.mesh import MeshShape, make_mesh, rows_share
 from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.sharding import batch_sharding, check_batch, place_batch
 from deepseek_jax.parallel.stored import stored
@@ -387,7 +387,14 @@ class _Run:
         self.progress.close()
         for last in read_lines(self.run_dir / "eval.jsonl")[-1:]:
             print(f"held-out after {step} steps: {summary(last)}")
-        print(self.lent.closing(self.model, state.params, self.dataset, self.config))
+        params, mesh = state.params, self.mesh
+        leaves = jax.tree.leaves(params)
+        if all(x.is_fully_replicated and not x.is_fully_addressable for x in leaves):
+            # The other processes do not come along: nothing may wait for them.
+            params = jax.tree.map(lambda x: x.addressable_data(0), params)
+            mesh = make_mesh(MeshShape(), jax.local_devices()[:1])
+        with jax.set_mesh(mesh):
+            print(self.lent.closing(self.model, params, self.dataset, self.config))
         print(f"report: {write_report(self.run_dir)}")
 
 

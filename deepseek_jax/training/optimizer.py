@@ -57,8 +57,36 @@ class WSD:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stairs:
+    """The peak, multiplied by `factor` after each given part of all steps (DeepSeek's VL2)."""
+
+    after: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1**0.5
+
+    def __post_init__(self):
+        if not (all(0 < part < 1 for part in self.after) and 0 < self.factor < 1):
+            raise ValueError(
+                f"schedule.after {self.after} and factor ({self.factor}) must lie in (0, 1)."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
     """The peak, to the end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slower:
+    """Parameters whose learning rate is another."""
+
+    paths: str
+    """A pattern of their paths, as a stage's `trainable` has them."""
+    factor: float
+    """Times the learning rate, weight decay included."""
+
+    def __post_init__(self):
+        if not 0 <= self.factor < math.inf:
+            raise ValueError(f"optimizer.slower: factor ({self.factor}) must be at least 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +97,10 @@ class AdamW:
     """The peak."""
     warmup_steps: int = 0
     """Steps of linear warmup to the peak."""
-    schedule: Cosine | WSD | Constant = Cosine()
+    schedule: Cosine | WSD | Stairs | Constant = Cosine()
     """The learning rate's shape over a stage's steps."""
+    slower: tuple[Slower, ...] = ()
+    """What learns at another rate: VL2's encoder at a tenth; of several that match the last."""
     weight_decay: float = 0.1
     """Of matrices, multiplied by the learning rate; norms and biases do not decay."""
     clip_norm: float | None = 1.0
@@ -129,6 +159,10 @@ def make_optimizer(
     if since is None:
         since = dict.fromkeys(tree.flatten(specs), 0)
     clocks = {path: f"count_{stage}" if stage else "count" for path, stage in since.items()}
+    factors = dict[str, float]()
+    for one in config.slower:
+        found = tree.matching((one.paths,), tree.flatten(specs), "optimizer.slower")
+        factors |= dict.fromkeys(found, one.factor)
 
     def kind(path: str, spec: Spec) -> str:
         if is_router_bias(path) or path not in since:
@@ -138,6 +172,7 @@ def make_optimizer(
 
     kinds = tree.map_with_path(kind, specs)
     clock = tree.map_with_path(lambda path, _: clocks.get(path, ""), specs)
+    rates = tree.map_with_path(lambda path, _: factors.get(path, 1.0), specs)
 
     def moments(params: Any, dtype: Dtype, owners: tuple[str, ...]) -> Any:
         return jax.tree.map(
@@ -153,7 +188,7 @@ def make_optimizer(
     def update(grads: Any, state: dict, params: Any, *, learning_rate: Any) -> tuple[Any, dict]:
         counts = {name: state[name] + 1 for name in clocks.values()}
 
-        def of_leaf(param, grad, mu, nu, kind, clock, spec):
+        def of_leaf(param, grad, mu, nu, kind, clock, factor, spec):
             if kind == "none":
                 return None, None, None
             grad, new_mu, new_nu = grad.astype(jnp.float32), mu.astype(jnp.float32), None
@@ -164,9 +199,9 @@ def make_optimizer(
                 new_nu = new_nu.astype(nu.dtype)
             if spec.reduced or "vocab" in spec.axes:
                 direction = direction + config.weight_decay * param.astype(jnp.float32)
-            return -learning_rate * direction, new_mu.astype(mu.dtype), new_nu
+            return -learning_rate * factor * direction, new_mu.astype(mu.dtype), new_nu
 
-        given = grads, state["mu"], state["nu"], kinds, clock, specs
+        given = grads, state["mu"], state["nu"], kinds, clock, rates, specs
         results = jax.tree.map(of_leaf, params, *given)
         updates, mu, nu = (
             jax.tree.map(lambda _, found, i=i: found[i], params, results) for i in range(3)
@@ -224,7 +259,7 @@ def orthogonal_factor(matrices: jax.Array, num_steps: int) -> jax.Array:
 
 
 def make_schedule(
-    schedule: Cosine | WSD | Constant, warmup_steps: int, num_steps: int
+    schedule: Cosine | WSD | Stairs | Constant, warmup_steps: int, num_steps: int
 ) -> Callable[[Any], Any]:
     """The factor of the peak learning rate as a function of the step, 0 to num_steps - 1.
 
@@ -238,6 +273,9 @@ def make_schedule(
         warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
         if isinstance(schedule, Constant):
             return warm
+        if isinstance(schedule, Stairs):
+            passed = sum((step >= part * num_steps).astype(jnp.float32) for part in schedule.after)
+            return warm * schedule.factor**passed
         cosine = isinstance(schedule, Cosine)
         length = 0 if cosine else max(round(schedule.decay_fraction * num_steps), 1)
         start = max(warmup_steps - 1, 0) if cosine else last - length

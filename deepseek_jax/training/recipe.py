@@ -126,7 +126,8 @@ class Stage:
     """Other batch sizes from given steps of the stage on, ascending (V3: 3,072 to 15,360)."""
     trainable: tuple[str, ...] = ()
     """Patterns of paths of the parameters that learn, such as text/*, where * stands for anything
-    (paths: --dry-run); empty: all. The others stay to the bit, without gradients or memory."""
+    (paths: --dry-run); !text/* leaves out; empty: all. Others stay to the bit, without gradients or
+    memory."""
     gate: Gate | None = None
     """Ends the stage before its steps are done."""
 

@@ -22,9 +22,11 @@ from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.target import compiling_for
 from deepseek_jax.layers.block import RECOMPUTED
-from deepseek_jax.models.build import Model, build
+from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.networks import build_network
+from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.chips import Place, described
 from deepseek_jax.parallel.sharding import weight_sharding
 from deepseek_jax.training.planning import held, narrowed
@@ -56,19 +58,24 @@ class Candidate(NamedTuple):
         """Of a step, at best."""
         return max(self.bounds)
 
-    def flags(self) -> list[str]:
-        """The candidate as a command line."""
+    def flags(self, config: TrainConfig, number: int = 0) -> list[str]:
+        """The candidate of a config of one stage, its run's `number`th, as a command line."""
         axes = [f"--mesh.{axis}={self.mesh[axis]}" for axis in MESH_AXES]
-        return [*axes, f"--model.remat={self.remat}", f"--batch-size={self.batch_size}"]
+        part = "model.language" if isinstance(config.model, VisionLanguage) else "model"
+        stage = f"stages.{number}." if config.stages[0].batch_size else ""
+        rest = {f"{part}.remat": self.remat, f"{stage}batch-size": self.batch_size}
+        return [*axes, *(f"--{name}={value}" for name, value in rest.items())]
 
 
-def search(config: TrainConfig, topology: str, compiles: int, command: list[str]) -> dict[str, Any]:
+def search(
+    config: TrainConfig, topology: str, compiles: int, command: list[str], number: int = 0
+) -> dict[str, Any]:
     """The plans of the most promising candidates, best first by step time a token.
 
-    `command` plans the config in a process of its own; flags are added to it. Also told: how many
-    candidates there were and how many formulas ruled out. Progress goes to stderr. Raises
-    InputError when no mesh suits the devices, or a compilation fails for another reason than
-    memory.
+    `command` plans the config, the `number`th stage of its run, in a process of its own; flags are
+    added to it. Also told: how many candidates there were and how many formulas ruled out. Progress
+    goes to stderr. Raises InputError when no mesh suits the devices, or a compilation fails for
+    another reason than memory.
     """
     place = described(topology)
     everything = candidates(config, place)
@@ -87,7 +94,9 @@ def search(config: TrainConfig, topology: str, compiles: int, command: list[str]
     plans, start = [], time.perf_counter()
     while waiting and len(plans) < compiles:
         one = waiting.pop(0)
-        found = _planned([*command, "--topology", topology, "--quick", "--json", *one.flags()])
+        found = _planned(
+            [*command, "--topology", topology, "--quick", "--json", *one.flags(config, number)]
+        )
         plans.append(found)
         if not found["fits"]:
             waiting = [other for other in waiting if not _needs_more(other, one)]
@@ -155,12 +164,14 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
     config = narrowed(config, place)
     stage = config.filled_stages()[0]
     with compiling_for(place.devices):
-        if not isinstance(config.model, Decoder):
+        if not isinstance(config.model, Decoder | VisionLanguage):
             kind = type(config.model).__name__
-            raise InputError(f"a search is for decoders of text alone, and the model is {kind}")
-        model = build(config.model, config.precision)
-    flops = train_flops_per_token(model, stage.sequence_length) * stage.sequence_length
+            raise InputError(f"a search is for decoders, which may see, and the model is {kind}")
+        model = build_network(config.model, config.precision)
+    length = stage.sequence_length
+    flops = train_flops_per_token(model, length, stage.views) * length
     learns = learning(config, model)[0]
+    kept, worked = image_bytes(config, learns)
     found = []
     for mesh in meshes(config, len(place.devices)):
         given = given_bytes(config, model, mesh)
@@ -174,13 +185,14 @@ def candidates(config: TrainConfig, place: Place) -> list[Candidate]:
             for remat in POLICIES:
                 tokens = rows * stage.sequence_length / mesh["context"]
                 least = given + largest + kept_bytes(config, remat, mesh["tensor"]) * tokens
+                least += rows * kept
                 work = flops * batch * (1 + RECOMPUTED[remat] / 3)
                 bounds = (
                     work / len(place.devices) / place.peak,
                     gathered * moved[remat] / place.chip.links,
                     sent_by_tensor(config, mesh, rows * stage.sequence_length) / place.chip.links,
                 )
-                likely = least + gathered_layer + WORK * tokens * row_bytes(config)
+                likely = least + gathered_layer + WORK * tokens * row_bytes(config) + rows * worked
                 found.append(Candidate(mesh, remat, rows, batch, least, likely, bounds))
     return found
 
@@ -191,7 +203,11 @@ def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
     rest, experts = count / math.prod(fixed.values()), config.model.moe
     if rest != int(rest):
         return []
-    heads = math.gcd(config.model.attention.num_heads, config.model.mlp_dim)
+    model = decoder(config)
+    heads = math.gcd(model.attention.num_heads, model.mlp_dim)
+    if isinstance(config.model, VisionLanguage):
+        seen = config.model.vision.transformer
+        heads = math.gcd(heads, seen.num_heads, seen.mlp_dim)
     found = []
     for tensor in (1, 2, 4, 8):
         for expert in [2**n for n in range(10)]:
@@ -205,7 +221,23 @@ def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
     return found
 
 
-def given_bytes(config: TrainConfig, model: Model, mesh: dict[str, int]) -> int:
+def decoder(config: TrainConfig) -> Decoder:
+    """The model, or of one that sees its decoder."""
+    model = config.model
+    return model.language if isinstance(model, VisionLanguage) else model
+
+
+def image_bytes(config: TrainConfig, learns: Container[str]) -> tuple[float, float]:
+    """Of one row's views: what an encoder that learns keeps at the least, and one layer's work."""
+    if not isinstance(config.model, VisionLanguage):
+        return 0.0, 0.0
+    views, part = config.filled_stages()[0].views, config.model.vision.transformer
+    patches = views * math.prod(config.model.vision.grid)
+    kept = 2.0 * patches * part.embed_dim * part.num_layers * ("vision/patch/weight" in learns)
+    return kept, WORK * 2.0 * patches * (part.mlp_dim + 4 * part.embed_dim)
+
+
+def given_bytes(config: TrainConfig, model: Network, mesh: dict[str, int]) -> int:
     """A device's bytes of the train state, exactly but for padding."""
     abstract = AbstractMesh(
         tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
@@ -213,7 +245,9 @@ def given_bytes(config: TrainConfig, model: Model, mesh: dict[str, int]) -> int:
     return held(stage_state(config, model, abstract))
 
 
-def weight_bytes(model: Model, mesh: dict[str, int], learns: Container[str]) -> tuple[float, float]:
+def weight_bytes(
+    model: Network, mesh: dict[str, int], learns: Container[str]
+) -> tuple[float, float]:
     """Weights that a device gathers for one pass, and bytes of the gradients that it keeps.
 
     Weights are gathered over all axes but tensor, experts' where tokens do not go to them.
@@ -239,7 +273,8 @@ def kept_bytes(config: TrainConfig, remat: str, tensor: int) -> float:
 
     The tensor axis splits what is inside a layer, not its input.
     """
-    model, layers = config.model, config.model.num_layers + config.model.num_mtp_layers
+    model = decoder(config)
+    layers = model.num_layers + model.num_mtp_layers
     inputs = model.embed_dim * layers
     active = model.moe.router.num_active_experts if model.moe else 0
     width = active * model.moe.expert_dim if model.moe else model.mlp_dim
@@ -251,7 +286,7 @@ def kept_bytes(config: TrainConfig, remat: str, tensor: int) -> float:
 
 def row_bytes(config: TrainConfig) -> float:
     """Of one token, what a layer's widest parts hold: rows of every chosen expert, and heads."""
-    model, moe = config.model, config.model.moe
+    model, moe = decoder(config), config.model.moe
     experts = moe.router.num_active_experts * (model.embed_dim + moe.expert_dim) if moe else 0
     heads = model.attention.num_heads * 4 * 128
     return 2.0 * max(experts + heads, model.mlp_dim + heads)
@@ -260,4 +295,5 @@ def row_bytes(config: TrainConfig) -> float:
 def sent_by_tensor(config: TrainConfig, mesh: dict[str, int], tokens: float) -> float:
     """Bytes of activations that a device's tensor axis adds up: four sums a layer and pass."""
     part = (mesh["tensor"] - 1) / mesh["tensor"]
-    return 2 * 2 * part * 3 * 2 * config.model.embed_dim * tokens * config.model.num_layers
+    model = decoder(config)
+    return 2 * 2 * part * 3 * 2 * model.embed_dim * tokens * model.num_layers

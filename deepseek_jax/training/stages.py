@@ -5,10 +5,8 @@ step each begins, which a gate decides while the run goes.
 """
 
 import dataclasses
-import difflib
-import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -25,6 +23,7 @@ from deepseek_jax.data.labelled import Labelled, LabelledDataset, open_labelled
 from deepseek_jax.data.loader import Data, Dataset, open_data
 from deepseek_jax.data.pairs import PairDataset, Pairs, open_pairs
 from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
+from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.data.utterances import UtteranceDataset, Utterances, open_utterances
 from deepseek_jax.models.build import Network
 from deepseek_jax.training.classification import Classification, make_classification
@@ -97,24 +96,6 @@ def asked_gate(
     )
 
 
-def matching(patterns: tuple[str, ...], paths: Iterable[str], where: str) -> set[str]:
-    """The paths that one of the patterns (`text/*`) matches; all where there is no pattern.
-
-    InputError, with the nearest paths and parts of paths, for a pattern that matches none.
-    """
-    paths = list(paths)
-    found = [{path for path in paths if fnmatch.fnmatchcase(path, one)} for one in patterns]
-    for pattern, some in zip(patterns, found, strict=True):
-        if not some:
-            parents = {f"{path[:i]}/*" for path in paths for i, c in enumerate(path) if c == "/"}
-            near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], 5)
-            near = near or sorted({path.split("/")[0] for path in paths})
-            raise InputError(
-                f"{where}.trainable: {pattern!r} matches no parameter; there are {', '.join(near)}"
-            )
-    return set.union(*found) if patterns else set(paths)
-
-
 def learning(config: TrainConfig, model: Network) -> list[dict[str, int]]:
     """Of each stage: {path of a parameter that learns: the stage since which, without a pause}.
 
@@ -136,9 +117,14 @@ def learning(config: TrainConfig, model: Network) -> list[dict[str, int]]:
 def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
     """The data of a run's filled stage, opened.
 
-    InputError where they cannot be read, or the model has no room for their tokens.
+    A run has one BPE, trained on its first stage's texts: what the model knows of tokens stays true
+    in later stages. InputError where they cannot be read, or the model has no room for tokens.
     """
     given: dict[str, Any] = {"sequence_length": stage.sequence_length, "seed": config.seed}
+    start = config.filled_stages()[0]
+    chosen, before = (getattr(one.data, "tokenizer", None) for one in (stage, start))
+    if isinstance(chosen, BPE) and chosen == before and stage.data != start.data:
+        given["tokenizer"] = stage_data(config, start).tokenizer
     model: Any = config.model
     if isinstance(stage.data, AudioVisual):
         return open_digits(stage.data, **given)
@@ -241,7 +227,8 @@ def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
         found = make_language(stage.objective, model, preset)
     if not stage.trainable:
         return found
-    chosen = matching(stage.trainable, tree.flatten(model.shapes), f"stages[{number}]")
+    where = f"stages[{number}].trainable"
+    chosen = tree.matching(stage.trainable, tree.flatten(model.shapes), where)
     rates = {
         block: rate
         for block, rate in found.bias_rates.items()

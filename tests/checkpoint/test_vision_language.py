@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,10 +12,15 @@ import vision_language_cases as seeing
 import deepseek_jax
 from deepseek_jax.checkpoint import multi_modality, vision_language
 from deepseek_jax.checkpoint.safetensors import open_tensors
+from deepseek_jax.core.config import load_config
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.layers.router import Balance
 from deepseek_jax.models.counts import num_params
 from deepseek_jax.models.projectors import MLPProjector
 from deepseek_jax.models.vision_language import build_vision_language
+from deepseek_jax.training.recipe import TrainConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_a_head_that_is_there_is_not_the_embedding(tmp_path):
@@ -63,6 +69,19 @@ RELEASED = {  # of VL2's config.json: what differs, and the published billions o
 }  # fmt: skip
 
 
+def as_read(model):
+    """A config's model as a loader reads it: without what is of training alone."""
+    language, tower = model.language, model.vision.transformer
+    moe = dataclasses.replace(language.moe, balance=Balance())
+    return dataclasses.replace(
+        model,
+        language=dataclasses.replace(language, moe=moe, remat="none"),
+        vision=dataclasses.replace(
+            model.vision, transformer=dataclasses.replace(tower, remat="none")
+        ),
+    )
+
+
 @pytest.mark.parametrize("size", RELEASED)
 def test_released_vl2s_have_their_published_sizes(size):
     language, billions = RELEASED[size]
@@ -76,6 +95,8 @@ def test_released_vl2s_have_their_published_sizes(size):
     original = {f"{name}_config": part for name, part in parts.items()}
     original["model_type"] = kind = "deepseek_vl_v2"
     config = vision_language.config_of(original, ())
+    ours = load_config(ROOT / f"configs/deepseek_vl2_{size}.py", TrainConfig).model
+    assert as_read(ours) == config
     total, _ = num_params(build_vision_language(config))
     pool = 1152 * (1 + 4 * 1152 + 2 * 4304)  # SigLIP's, which counts there and is left out here
     assert float(f"{(total + pool) / 1e9:.3g}") == billions

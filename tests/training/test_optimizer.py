@@ -8,9 +8,11 @@ import torch
 
 from deepseek_jax.core import tree
 from deepseek_jax.core.axes import Spec
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.training.optimizer import (
     AdamW,
     Muon,
+    Slower,
     applied,
     make_optimizer,
     orthogonal_factor,
@@ -75,20 +77,26 @@ def gradients():
     return [random_tree(seed, scale=0.3) for seed in range(1, 5)]
 
 
-def test_adamw_takes_the_steps_of_pytorchs(gradients):
-    config = AdamW(b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.3)
+@pytest.mark.parametrize("slower", [(), (("block/*", 0.5), ("*/q/*", 0.1))])
+def test_adamw_takes_the_steps_of_pytorchs(gradients, slower):
+    """Where parts learn at other rates: as its parameter groups with theirs."""
+    slower = tuple(Slower(paths=paths, factor=factor) for paths, factor in slower)
+    config = AdamW(b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.3, slower=slower)
     start = random_tree(0)
     history, _ = run(config, start, gradients)
     leaves = {name: torch.tensor(leaf) for name, leaf in tree.flatten(start).items()}
     free = [n for n in leaves if n not in DECAYED and not n.endswith("router/bias")]
+    factors = dict.fromkeys(leaves, 1.0)
+    if slower:
+        factors |= {n: 0.1 if "/q/" in n else 0.5 for n in leaves if n.startswith("block/")}
     groups = [
-        {"params": [leaves[n] for n in DECAYED], "weight_decay": 0.3},
-        {"params": [leaves[n] for n in free], "weight_decay": 0.0},
+        {"params": [leaves[n]], "weight_decay": 0.3 * (n in DECAYED), "factor": factors[n]}
+        for n in (*DECAYED, *free)
     ]
     theirs = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.95), eps=1e-6)
     for ours, grads, rate in zip(history, gradients, RATES, strict=True):
         for group in theirs.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         for name, grad in tree.flatten(grads).items():
             leaves[name].grad = torch.tensor(grad)
         theirs.step()
@@ -191,3 +199,11 @@ def test_memory_is_stored_in_the_dtypes_asked_for(config, gradients):
 def test_impossible_settings_are_refused(config, field, value):
     with pytest.raises(ValueError, match=rf"optimizer\.{field} is {value}; it must be"):
         config(**{field: value})
+
+
+def test_a_rate_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"factor \(-1\) must be at least 0"):
+        Slower(paths="block/*", factor=-1)
+    misspelled = AdamW(slower=(Slower(paths="blok/*", factor=0.1),))
+    with pytest.raises(InputError, match=r"optimizer.slower: 'blok/\*' .*are block/\*"):
+        make_optimizer(misspelled, SPECS)

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from deepseek_jax.training.optimizer import WSD, Constant, Cosine, make_schedule
+from deepseek_jax.training.optimizer import WSD, Constant, Cosine, Stairs, make_schedule
 
 
 def cosine(step, warmup, steps, final):
@@ -44,12 +45,28 @@ def test_warmup_stable_decay_follows_its_formula(fraction, final):
     assert float(factor(39)) == pytest.approx(final, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call")
+def test_stairs_are_pytorchs_multi_step():
+    """VL2's, arXiv 2412.10302, Table 2: divided by the root of 10 at half and three quarters."""
+    theirs = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    steps = torch.optim.lr_scheduler.MultiStepLR(theirs, [20, 30], gamma=10**-0.5)
+    expected = []
+    for _ in range(40):
+        expected.append(theirs.param_groups[0]["lr"])
+        steps.step()
+    np.testing.assert_allclose(make_schedule(Stairs(), 0, 40)(np.arange(40)), expected, rtol=1e-6)
+    warm = make_schedule(Stairs(after=(0.5,), factor=0.25), 4, 10)(np.arange(12))
+    np.testing.assert_allclose(warm, [0.25, 0.5, 0.75, 1, 1, *[0.25] * 7])
+    with pytest.raises(ValueError, match=r"schedule.after \(1.0,\)"):
+        Stairs(after=(1.0,))
+
+
 def test_constant_warms_up_and_stays():
     factor = make_schedule(Constant(), 4, 20)
     np.testing.assert_allclose(factor(np.arange(6)), [0.25, 0.5, 0.75, 1, 1, 1])
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), WSD(), Constant()])
+@pytest.mark.parametrize("schedule", [Cosine(), WSD(), Stairs(), Constant()])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (10, 3), (0, 2)])
 def test_short_runs_stay_between_zero_and_one(schedule, warmup, steps):
     values = np.asarray(make_schedule(schedule, warmup, steps)(np.arange(steps + 2)))

@@ -1,5 +1,6 @@
 """Invariance: what a search weighs without a compiler agrees with what is exactly known."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -7,9 +8,11 @@ import sys
 import jax
 import pytest
 
+from deepseek_jax.core import tree
 from deepseek_jax.core.config import load_config, override
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import build
+from deepseek_jax.models.networks import build_network
 from deepseek_jax.parallel.chips import Place, chip
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training import search
@@ -52,6 +55,24 @@ def test_candidates_of_v3_on_512_chips():
     assert by["offload", 4].least < by["full", 4].least < by["dots", 4].least < by["none", 4].least
     assert by["full", 8].seconds > by["dots", 8].seconds > by["dots", 4].seconds
     assert by["none", 32].least > chip("TPU v5").memory
+
+
+def test_candidates_of_a_decoder_that_sees_count_its_encoder():
+    """VL2-small's: what is kept of ten views, 27 layers' inputs of 729 patches, where it learns."""
+    whole = config(name="deepseek_vl2_small")
+    ours = dataclasses.replace(whole, stages=whole.stages[1:2])
+    found = search.candidates(ours, place(64))
+    one = next(one for one in found if one.mesh["fsdp"] == 64 and one.remat == "full")
+    assert {"--stages.1.batch-size=576", "--model.language.remat=full"} <= {*one.flags(ours, 1)}
+    model = build_network(ours.model, ours.precision)
+    given = search.given_bytes(ours, model, one.mesh)
+    _, largest = search.weight_bytes(model, one.mesh, tree.flatten(model.shapes))
+    inputs = 2 * (10 * 729 * 27 * 1152 + 4096 * 27 * 2048)
+    assert one.least == pytest.approx(given + largest + inputs, rel=1e-3)
+    fixed = dataclasses.replace(ours.stages[0], trainable=("!vision/*",))
+    frozen = search.candidates(dataclasses.replace(ours, stages=(fixed,)), place(8))
+    kept = {one.rows: one.least for one in frozen if one.remat == "full" and one.mesh["fsdp"] == 8}
+    assert kept[2] - kept[1] == pytest.approx(2 * 4096 * 27 * 2048)
 
 
 def test_meshes_suit_heads_experts_and_what_is_configured():

@@ -24,7 +24,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
 from deepseek_jax.data.sources import TextFiles
-from deepseek_jax.data.tokenizer import Bytes
+from deepseek_jax.data.tokenizer import BPE, Bytes
 from deepseek_jax.models.build import build
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.training.faults import Faults
@@ -35,10 +35,10 @@ from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import BatchStep, Gate, Stage, TrainConfig
 from deepseek_jax.training.stages import (
     learning,
-    matching,
     shut,
     spans,
     stage_at,
+    stage_data,
     stage_objective,
     stage_optimizer,
     stage_state,
@@ -58,7 +58,7 @@ def recipe(run_dir=".", folder=".", **fields):
     data = Data(source=source, tokenizer=Bytes(), held_out=0.2, cache_dir=f"{folder}/cache")
     base = {"steps": 5, "batch_size": 8, "sequence_length": 16, "log_every": 1, "save_every": 1}
     base |= {"precision": Precision(compute="float32"), "optimizer": ADAMW, "model": MODEL}
-    return TrainConfig(data=data, run_dir=str(run_dir), **(base | fields))
+    return TrainConfig(run_dir=str(run_dir), **({"data": data} | base | fields))
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,36 @@ def test_where_stages_begin_and_what_a_checkpoint_holds():
 
 def test_patterns_choose_paths_and_near_ones_are_named():
     paths = ["text/embedding/weight", "text/norm/scale", "image/norm/scale", "projector/weight"]
-    assert matching((), paths, "here") == set(paths)
-    assert matching(("text/*", "projector/weight"), paths, "") == set(paths) - {paths[2]}
-    assert matching(("*/norm/*",), paths, "") == {paths[1], paths[2]}
-    with pytest.raises(InputError, match=r"here.trainable: 'projecter/\*' .*are projector/\*"):
-        matching(("text/*", "projecter/*"), paths, "here")
+    assert tree.matching((), paths, "here") == set(paths)
+    assert tree.matching(("text/*", "projector/weight"), paths, "") == set(paths) - {paths[2]}
+    assert tree.matching(("*/norm/*",), paths, "") == {paths[1], paths[2]}
+    assert tree.matching(("!*/norm/*", "text/*"), paths, "") == {paths[0]}
+    assert tree.matching(("!text/*",), paths, "") == {paths[2], paths[3]}
+    with pytest.raises(InputError, match=r"here: 'projecter/\*' .*are projector/\*"):
+        tree.matching(("text/*", "projecter/*"), paths, "here")
     with pytest.raises(InputError, match="there are image, projector, text"):
-        matching(("?",), paths, "here")
+        tree.matching(("?",), paths, "here")
+
+
+def test_a_run_has_one_bpe_that_of_its_first_stage(tmp_path):
+    for name, word in (("one", "attention "), ("two", "mixture ")):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(word * (20 + i))
+    one, two = (
+        Data(
+            source=TextFiles(paths=(f"{tmp_path}/{name}/*.txt",)),
+            tokenizer=BPE(vocab_size=260),
+            cache_dir=f"{tmp_path}/cache",
+        )
+        for name in ("one", "two")
+    )
+    config = recipe(data=one, stages=(Stage(), Stage(data=two)))
+    first, second = (stage_data(config, stage) for stage in config.filled_stages())
+    alone = stage_data(recipe(data=two), recipe(data=two).filled_stages()[0])
+    assert first.tokenizer.files() == second.tokenizer.files() != alone.tokenizer.files()
+    text = "mixture attention "
+    assert second.tokenizer.decode(second.tokenizer.encode(text)) == text
 
 
 MATRIX = {"reduced": (0,), "outputs": (1,)}
