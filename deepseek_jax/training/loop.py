@@ -326,7 +326,9 @@ class _Run:
         self.since, self.steps = now, self.steps + 1
         if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
-            flops = train_flops_per_token(self.model, stage.sequence_length, stage.views)
+            flops = train_flops_per_token(
+                self.model, stage.sequence_length, stage.views, stage.windows
+            )
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
             pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0

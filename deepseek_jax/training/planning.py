@@ -102,7 +102,8 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "tokens": tokens,
         "memory_limit": int(place.chip.memory),
         "host_limit": int(place.chip.host),
-        "model_flops": train_flops_per_token(model, stage.sequence_length, stage.views) * tokens,
+        "model_flops": tokens
+        * train_flops_per_token(model, stage.sequence_length, stage.views, stage.windows),
         "peak_flops": place.peak,
         "bandwidth": place.chip.bandwidth,
     }
@@ -206,10 +207,10 @@ def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> d
             "groups": ((rows,), jnp.int32),
         }
     elif isinstance(config.model, VisionLanguage):
-        vision, views = config.model.vision, config.filled_stages()[0].views
-        shapes = _language_batch(rows, length, 1)
-        image = (rows, views, *vision.image_size, vision.num_channels)
-        shapes |= {"images": (image, jnp.uint8), "sources": ((rows, length), jnp.int32)}
+        given = config.model.sight, config.model.hearing
+        media = config.filled_stages()[0].data.senses(*given).shapes.items()
+        shapes = _language_batch(rows, length, 1) | {"sources": ((rows, length), jnp.int32)}
+        shapes |= {name: ((rows, *shape), dtype) for name, (shape, dtype) in media}
     elif isinstance(config.model, Wav2Vec2):
         shapes = {
             "wave": ((rows, length), jnp.float32),

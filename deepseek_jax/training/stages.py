@@ -146,6 +146,7 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
     elif isinstance(stage.data, Utterances):
         dataset = open_utterances(stage.data, **given)
     else:
+        given |= {"hearing": model.hearing, "audio_id": model.audio and model.audio.audio_id}
         dataset = open_seeing(stage.data, sight=model.sight, image_id=model.image_id, **given)
     found, room = dataset.tokenizer.vocab_size, model.vocab_size
     if found > room:
