@@ -1,6 +1,6 @@
 """One small decoder that sees pictures and films and hears, from nothing and without a download.
 
-    python -m deepseek_jax.train --config configs/omni_tiny.py
+python -m deepseek_jax.train --config configs/omni_tiny.py
 """
 
 from deepseek_jax.data.conversations import EmojiQuestions
@@ -49,11 +49,12 @@ def get_config() -> TrainConfig:
             pooling="none",
         ),
         audio=Ear(encoder=Whisper(transformer=small, num_mels=40, num_positions=36), join=4),
+        init_scale=0.1,
     )
     parts = (
-        SeeingPart(source=SpokenQuestions()),
-        SeeingPart(source=MovingQuestions(), weight=1.5),
-        SeeingPart(source=EmojiQuestions(languages=("en",)), weight=1.5),
+        SeeingPart(source=SpokenQuestions(), weight=0.5),
+        SeeingPart(source=MovingQuestions(), weight=2.0),
+        SeeingPart(source=EmojiQuestions(languages=("en",))),
     )
     data = Seeing(
         parts=parts,

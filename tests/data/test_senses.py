@@ -17,6 +17,7 @@ from deepseek_jax.data.seeing import Seeing, SeeingPart, open_seeing
 from deepseek_jax.data.tiles import TEXT, Budget, Sight, patched
 from deepseek_jax.data.tokenizer import BPE, Bytes
 from deepseek_jax.data.vision import normalized
+from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.audio import Whisper
 from deepseek_jax.models.decoder import Decoder
@@ -80,7 +81,6 @@ ALL = {
 
 def test_media_stand_where_their_marks_do(folder):
     """A row by hand: two sounds of two windows, a film of two frames between them, a picture."""
-    row = row_of(opened(folder, ALL, GOOD))
     ids = [256, *b"User: ", *[SOUND] * 4, *b"x", *[IMAGE] * 8, *b"y", *[IMAGE] * 4]
     ids += [*[SOUND] * 4, *b"z\n\nAssistant: a", 257]
     with pytest.raises(InputError, match="4 windows of sound, and data.windows is 3"):
@@ -124,8 +124,6 @@ def test_rows_are_those_that_serving_makes(folder, kind):
     """The same media, tokens and numbers as a prompt's."""
     vision, projector, heard = KINDS[kind]
     ear = heard and Ear(encoder=WHISPER, projector=heard, join=3 if kind == "patches" else 1)
-    from deepseek_jax.layers.attention import GQA
-
     decoder = Decoder(
         vocab_size=400, embed_dim=16, num_layers=1, mlp_dim=16,
         attention=GQA(num_heads=2, num_kv_heads=1, head_dim=8),
@@ -236,7 +234,7 @@ def test_what_is_made_on_the_spot(tmp_path):
     assert {talk.kind for talk, _ in held} == {"spoken", "digit", "direction"}
     spoken, moving = dataset.train.rows
     said, where = spoken.talks.talks(1, None)[0], moving.talks.talks(5, None)
-    assert said.answer == "two" and [talk.answer for talk in where][0] == "five"
+    assert said.answer == "two" and where[0].answer == "five"
     film = where[0].media[0].read()
     assert film.shape == (3, 24, 24, 3) and (film[0] != film[2]).any()
     # Nobody is on both sides.

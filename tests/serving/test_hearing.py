@@ -22,7 +22,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.audio import Whisper
-from deepseek_jax.models.ear import RATE, Ear
+from deepseek_jax.models.ear import Ear
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.projectors import DownsampleProjector, Resampler
 from deepseek_jax.models.vision_language import TEXT, VisionLanguage, build_vision_language
