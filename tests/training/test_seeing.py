@@ -210,7 +210,7 @@ def test_a_mesh_changes_nothing(folder, senses, tmp_path, heard, sizes):
     largest = max(float(abs(g).max()) for g in jax.tree.leaves(alone[0]))
     other = tree.flatten(found[0])
     for path, grad in tree.flatten(alone[0]).items():
-        atol = 1e-5 * largest
+        atol = (4e-5 if heard else 1e-5) * largest  # a tone's silent bands are all rounding
         np.testing.assert_allclose(other[path], grad, rtol=1e-4, atol=atol, err_msg=path)
 
 
