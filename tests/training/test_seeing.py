@@ -193,7 +193,11 @@ def test_a_mesh_changes_nothing(folder, senses, tmp_path, heard, sizes):
     seeing = dataclasses.replace(config.model, projector=DownsampleProjector())
     data = dataclasses.replace(config.data, views=2)
     config = dataclasses.replace(config, model=seeing, data=data)
-    config = hearing(senses, tmp_path) if heard else config
+    if heard:  # its weights are tripled, too: larger ones would amplify rounding
+        config = hearing(senses, tmp_path)
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, init_scale=0.02)
+        )
     model = build_vision_language(config.model, Precision(compute="float32"))
     params = model.init(jax.random.key(1))
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)  # attention of some size
@@ -210,7 +214,7 @@ def test_a_mesh_changes_nothing(folder, senses, tmp_path, heard, sizes):
     largest = max(float(abs(g).max()) for g in jax.tree.leaves(alone[0]))
     other = tree.flatten(found[0])
     for path, grad in tree.flatten(alone[0]).items():
-        atol = (4e-5 if heard else 1e-5) * largest  # a tone's silent bands are all rounding
+        atol = 1e-5 * largest
         np.testing.assert_allclose(other[path], grad, rtol=1e-4, atol=atol, err_msg=path)
 
 
