@@ -10,9 +10,9 @@ and in 0.354 by the text's: who reads or sees alone can be right in 0.40 and 0.3
 """
 
 from deepseek_jax.data.labelled import Labelled, Text
-from deepseek_jax.data.questions import ANSWERS, DigitQuestions
 from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.data.vision import ImageTransform
+from deepseek_jax.data.vqa import ANSWERS, DigitQuestions
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.fusion import CrossModal, Fused, Modality
 from deepseek_jax.models.text_tower import TextTower

@@ -10,7 +10,7 @@ import io
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -188,3 +188,29 @@ def _pieces(file: Any, stream: Any, rate: int, channels: int) -> Iterator[np.nda
         )
         mean = samples.mean(0 if frame.format.is_planar else 1, dtype=np.float64)
         yield ((mean - zero) / full).astype(np.float32)
+
+
+class Windows(NamedTuple):
+    """How a model takes sounds in: in windows, the last one filled up with silence."""
+
+    rate: int
+    """Samples a second that it hears."""
+    size: int
+    """Samples of a window."""
+    tokens: int
+    """Of one window."""
+    stride: int | None
+    """Samples from one token to the next; None: a sound has all tokens of its windows."""
+
+    def layout(self, num_samples: int) -> np.ndarray:
+        """Where each token of a sound comes from, counted from its first window's first."""
+        count = -(-num_samples // self.size) * self.tokens
+        if self.stride is not None:
+            count = min(count, -(-num_samples // self.stride))
+        return np.arange(count, dtype=np.int32)
+
+    def cut(self, wave: np.ndarray) -> np.ndarray:
+        """A wave [T] as its windows, float32 [A, size]."""
+        found = np.zeros((-(-len(wave) // self.size), self.size), np.float32)
+        found.reshape(-1)[: len(wave)] = wave
+        return found

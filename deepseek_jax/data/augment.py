@@ -6,6 +6,7 @@ the rows before it or on who decodes it: a run resumes to the bit on any number 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -80,6 +81,15 @@ def color_jitter(pixels: np.ndarray, seed: int, row: int, config: Augmentation) 
     own = (values @ LUMA)[..., None]
     values = ((values - own) * np.float32(richer) + own).clip(0, 255)
     return values.round().astype(np.uint8)
+
+
+def varied(
+    pictures: Sequence[np.ndarray], seed: int, row: int, config: Augmentation
+) -> list[np.ndarray]:
+    """A row's pictures, each cropped, mirrored and colored as that row is; of any sizes."""
+    for change in (random_crop, random_flip, color_jitter):
+        pictures = [change(pixels, seed, row, config) for pixels in pictures]
+    return [*pictures]
 
 
 def augmented(

@@ -1,15 +1,17 @@
-"""Conversations about pictures, and how they become tokens of which the answers are learned.
+"""Conversations about media, and how they become tokens of which the answers are learned.
 
 Questions about OpenMoji's drawings (which group an emoji belongs to: PyPI `emojis`, from GitHub's
 gemoji; its name: data/emoji), and the messages that files bring: {"messages": [{"role": "user",
-"content": "<image> What is this?"}, {"role": "assistant", "content": "A cat"}]}.
+"content": "<image> What is this?"}, {"role": "assistant", "content": "A cat"}]}. A mark stands for
+each picture, sound or film, the marks of a kind in the order of its files.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,13 +19,22 @@ import numpy as np
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.extras import require
 from deepseek_jax.data import emoji, media
+from deepseek_jax.data.audio import decoded_wave
 from deepseek_jax.data.corpus import digest, key_hash
-from deepseek_jax.data.tiles import TEXT, Sight
+from deepseek_jax.data.tiles import TEXT
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.video import film_frames
 from deepseek_jax.data.vision import decode_image
 
-MARK = "<image>"  # where a picture stands in a message
-MARKS = (MARK, "<image_placeholder>")  # what tokenizers call the token that stands for images
+Kind: TypeAlias = str  # of a medium: "image", "video" or "audio"
+MARKS: dict[Kind, tuple[str, ...]] = {  # what tokenizers call the token that stands for a medium
+    "image": ("<image>", "<image_placeholder>"),
+    "video": ("<video>",),
+    "audio": ("<audio>",),
+}
+NOUNS: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "sounds"}
+KINDS = {names[0]: kind for kind, names in MARKS.items()}  # by the mark that stands in a message
+MARKED = re.compile(f"({'|'.join(KINDS)})")
 Ask: TypeAlias = Literal["group", "name"]
 Language: TypeAlias = Literal["en", "zh"]
 
@@ -74,13 +85,22 @@ class Dialog:
     """Behind what is no answer; an answer ends with the tokenizer's end token."""
 
 
+class Medium(NamedTuple):
+    """A picture, a film or a sound of a conversation."""
+
+    kind: Kind
+    read: Callable[[], np.ndarray]
+    """uint8 [H, W, 3], uint8 [T, H, W, 3] or a wave [T], decoded when it is called; InputError
+    where it is damaged."""
+
+
 class Talk(NamedTuple):
-    """A conversation about pictures."""
+    """A conversation about media."""
 
     turns: tuple[tuple[str, str], ...]
-    """(role, text), a MARK in the text for each picture in order."""
-    images: tuple[Callable[[], np.ndarray], ...]
-    """Each uint8 [H, W, 3], decoded when it is called; InputError where it is damaged."""
+    """(role, text), in the text a mark for each medium."""
+    media: tuple[Medium, ...]
+    """In the order of their marks."""
     kind: str
     """What is asked: conversations of one kind are scored together."""
     name: str = "a conversation"
@@ -119,8 +139,8 @@ class EmojiTalks:
         for ask, language, answer in self._said(chosen):
             ways = QUESTIONS[ask][language]
             question = ways[draw.integers(len(ways)) if draw else 0]
-            turns = ("user", f"{MARK}\n{question}"), ("assistant", answer)
-            image = functools.partial(self._image, chosen)
+            turns = ("user", f"<image>\n{question}"), ("assistant", answer)
+            image = Medium("image", functools.partial(self._image, chosen))
             found.append(Talk(turns, (image,), f"{ask}/{language}"))
         return found
 
@@ -157,32 +177,50 @@ def group_of(name: str, base: str) -> str:
 
 
 class FileTalks:
-    """Conversations of files; what is damaged raises InputError when it is used."""
+    """Conversations of files; what is damaged raises InputError when it is used.
 
-    def __init__(self, source: Files):
+    Films give `frames` frames, sounds are resampled to `rate`.
+    """
+
+    def __init__(self, source: Files, frames: int, rate: int):
         read = dataclasses.replace(source, texts=("messages",))
-        self.given, self.media = source, media.Media(read)
+        self.given, self.media = (source, frames, rate), media.Media(read)
         self.hashes, self.fingerprint = self.media.hashes, self.media.fingerprint
 
     def __reduce__(self):
-        return FileTalks, (self.given,)
+        return FileTalks, self.given
 
     def talks(self, number: int, draw: np.random.Generator | None) -> list[Talk]:
-        """The example's conversation. InputError where its messages are not as they should be."""
-        del draw
+        """The example's conversation; with a draw, films' frames are drawn.
+
+        InputError where its messages are not as they should be.
+        """
         found = self.media.example(number)
         turns = tuple(_turn(each, found.name) for each in found.captions.get("messages", ()))
-        pictures = {kind: data for kind, data in found.media.items() if kind.startswith("image")}
         if not any(role == "assistant" for role, _ in turns):
             raise InputError(f"{found.name}: its messages have no answer of an assistant")
-        images = tuple(
-            functools.partial(decode_image, data, f"{found.name}, {kind}")
-            for kind, data in pictures.items()
-        )
-        marks = sum(text.count(MARK) for _, text in turns)
-        if marks != len(images):
-            raise InputError(f"{found.name}: {marks} times {MARK}, and {len(images)} images")
-        return [Talk(turns, images, "answers", found.name)]
+        _, frames, rate = self.given
+        options: dict[Kind, tuple] = {"image": (), "video": (frames, draw), "audio": (rate,)}
+        held: dict[Kind, list[Medium]] = {kind: [] for kind in KINDS.values()}
+        for key, data in found.media.items():
+            name, kind = f"{found.name}, {key}", KINDS[f"<{key.split()[0]}>"]
+            read = functools.partial(DECODED[kind], data, name, *options[kind])
+            held[kind].append(Medium(kind, read))
+        marks = [KINDS[mark] for _, text in turns for mark in MARKED.findall(text)]
+        for mark, kind in KINDS.items():
+            if (count := marks.count(kind)) != len(held[kind]):
+                many = f"{len(held[kind])} {NOUNS[kind]}"
+                raise InputError(f"{found.name}: {count} times {mark}, and {many}")
+        left = {kind: iter(own) for kind, own in held.items()}
+        media_of = tuple(next(left[kind]) for kind in marks)
+        return [Talk(turns, media_of, "answers", found.name)]
+
+
+DECODED: dict[Kind, Callable[..., np.ndarray]] = {
+    "image": decode_image,
+    "video": film_frames,
+    "audio": decoded_wave,
+}
 
 
 def _turn(message: str, where: str) -> tuple[str, str]:
@@ -193,9 +231,20 @@ def _turn(message: str, where: str) -> tuple[str, str]:
         raise InputError(f"{where}: not a message with role and content: {message:.60}") from None
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
         raise InputError(f"{where}: a message's role is {role!r:.20}, its content {content!r:.40}")
-    if role == "assistant" and MARK in content:
-        raise InputError(f"{where}: an answer holds {MARK}; pictures stand in questions")
+    if role == "assistant" and (mark := MARKED.search(content)):
+        raise InputError(f"{where}: an answer holds {mark[0]}; media stand in questions")
     return role, content
+
+
+def medium_token(kind: Kind, tokenizer: Tokenizer | None, known: int | None) -> int:
+    """The token that stands for media of a kind: as the model says, or by its usual names."""
+    if known is not None:
+        return known
+    found = [tokenizer.token_id(name) for name in MARKS[kind]] if tokenizer else []
+    if not (there := [number for number in found if number is not None]):
+        noun = {"audio": "a sound", "image": "an image", "video": "a film"}[kind]
+        raise InputError(f"neither the model's config nor a tokenizer says which token is {noun}'s")
+    return there[0]
 
 
 class Written(NamedTuple):
@@ -208,17 +257,19 @@ class Written(NamedTuple):
     """What is learned: answers' tokens and the end token of each."""
 
 
-def written(
-    talk: Talk,
-    dialog: Dialog,
-    tokenizer: Tokenizer,
-    image_id: int,
-    sight: Sight,
-    grids: list[tuple[int, int]],
-) -> Written:
-    """[bos] and the turns of a conversation whose images have these grids."""
+class Place(NamedTuple):
+    """What stands in a mark's place."""
+
+    token: int
+    """As often as the medium needs it."""
+    sources: np.ndarray
+    """Where each one's embedding comes from."""
+
+
+def written(talk: Talk, dialog: Dialog, tokenizer: Tokenizer, places: Sequence[Place]) -> Written:
+    """[bos] and the turns of a conversation whose media take these places."""
     found = Written([tokenizer.bos_id], [TEXT], [False])
-    left, views = iter(grids), 0
+    left = iter(places)
 
     def add(ids: list[int], answer: bool = False) -> None:
         found.ids.extend(ids)
@@ -233,15 +284,20 @@ def written(
         if role == "user":
             add(tokenizer.encode_marked(dialog.user))
             text = f" {text}"
-        first, *others = f"{text}{dialog.end}".split(MARK)
+        first, *others = MARKED.split(f"{text}{dialog.end}")[::2]
         add(tokenizer.encode(first))
         for other in others:
-            grid = next(left)
-            layout = sight.layout(grid)
-            found.ids.extend([image_id] * len(layout))
-            moved = np.where(layout >= 0, layout + views * sight.tokens, layout)
-            found.sources.extend(moved.tolist())
-            found.answers.extend([False] * len(layout))
-            views += sight.num_views(grid)
+            token, sources = next(left)
+            found.ids.extend([token] * len(sources))
+            found.sources.extend(sources.tolist())
+            found.answers.extend([False] * len(sources))
             add(tokenizer.encode(other))
     return found
+
+
+def said(talk: Talk, dialog: Dialog) -> Iterator[str]:
+    """The texts that a tokenizer reads of a conversation."""
+    before = {"user": dialog.user, "assistant": dialog.assistant}
+    for role, text in talk.turns:
+        behind = "" if role == "assistant" else dialog.end
+        yield from MARKED.split(f"{before.get(role, '')} {text}{behind}")[::2]

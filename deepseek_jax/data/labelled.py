@@ -4,7 +4,7 @@ Row i is a pure function of (seed, config, i): which example of its epoch's orde
 its sound, which of its texts. Groups, not examples, are split into the two sides. What is damaged
 is named, counted and replaced; a label that is no class stops the run, for nobody meant it.
 
-A text may be a question about the image, and the classes its answers (VQA): data/questions.
+A text may be a question about the image, and the classes its answers (VQA): data/vqa.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from deepseek_jax.data.augment import Augmentation, augmented, generator
 from deepseek_jax.data.corpus import cache_folder, check_sides, digest, side
 from deepseek_jax.data.packing import epoch_order, stacked
 from deepseek_jax.data.pairs import fitted_tokenizer, text_row
-from deepseek_jax.data.questions import ANSWERS, DigitExamples, DigitQuestions, Shown
 from deepseek_jax.data.shards import Example
 from deepseek_jax.data.tokenizer import BPE, Tokenizer, TokenizerConfig
 from deepseek_jax.data.video import ClipTransform, clip_of
 from deepseek_jax.data.vision import FITS, ImageTransform, Normalization, decode_image
+from deepseek_jax.data.vqa import ANSWERS, DigitExamples, DigitQuestions, Shown
 
 Batch = dict[str, Any]  # arrays by name
 FILES = {"image": "image", "sound": "audio", "video": "video"}  # modalities, and a manifest's kinds

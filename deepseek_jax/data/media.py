@@ -35,6 +35,7 @@ from deepseek_jax.data.shards import (
 from deepseek_jax.data.sources import File, files_digest, json_lines, matched_files, reported
 
 Used = TypeVar("Used")
+LISTS = {"image": "images", "audio": "sounds", "video": "videos"}  # fields of a manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class _Fields(_Texts):
 class MediaFolder(_Fields):
     """Files and a manifest with a JSON object a line: {"image": "a.png", "text": "a cat"}.
 
-    Instead of one image there may be a list of them, under `images`.
+    Instead of one medium there may be lists of them: `images`, `sounds`, `videos`.
     """
 
     path: str
@@ -189,7 +190,7 @@ def _open_folder(source: MediaFolder) -> Opened:
                     raise InputError(f"{where}: {kind!r} is not a file's name but {name!r:.60}")
                 names[checked_name(name, where)] = None
         record |= _listed(record, where)
-        names |= dict.fromkeys(record["images"])
+        names |= dict.fromkeys(name for kind in LISTS for name in record[LISTS[kind]])
         hashes.append(key_hash(group_of(record, source.group, _name(record, line), where)))
         records.append(record)
         lines.append(line)
@@ -198,7 +199,8 @@ def _open_folder(source: MediaFolder) -> Opened:
         record, where = records[number], f"{manifest}:{lines[number]}"
         name = _name(record, lines[number])
         media = {kind: _content(root, record[kind]) for kind in ENDINGS if record.get(kind)}
-        media |= {f"image {i}": _content(root, x) for i, x in enumerate(record["images"])}
+        for kind, many in LISTS.items():
+            media |= {f"{kind} {i}": _content(root, x) for i, x in enumerate(record[many])}
         captions = captions_of(record, source.texts, where)
         return Example(name, group_of(record, source.group, name, where), media, captions)
 
@@ -207,16 +209,20 @@ def _open_folder(source: MediaFolder) -> Opened:
 
 
 def _listed(record: dict[str, Any], where: str) -> dict[str, list[str]]:
-    """The record's `images`, a list of files that stay below their folder."""
-    names = record.get("images") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: 'images' is not a list of files' names but {names!r:.60}")
-    return {"images": [checked_name(name, where) for name in names]}
+    """The record's lists of files, which stay below their folder."""
+    found = {}
+    for many in LISTS.values():
+        names = record.get(many) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{where}: {many!r} is not a list of files' names but {names!r:.60}")
+        found[many] = [checked_name(name, where) for name in names]
+    return found
 
 
 def _name(record: dict[str, Any], line: int) -> str:
     """The first medium's file: several captions of one image stay on one side."""
-    named = [record[kind] for kind in ENDINGS if record.get(kind)] + record["images"]
+    named = [record[kind] for kind in ENDINGS if record.get(kind)]
+    named += [name for many in LISTS.values() for name in record[many]]
     return next(iter(named), f"line {line}")
 
 

@@ -1,7 +1,7 @@
-"""Rows of conversations about pictures, and of text, for decoders that see.
+"""Rows of conversations about media, and of text, for decoders that see and may hear.
 
 Row i is a pure function of (seed, config, i): its part of the mixture, the example of that part's
-epoch, what is asked of it, how its picture is varied. A conversation is a row, filled up with
+epoch, what is asked of it, how its pictures are varied. A conversation is a row, filled up with
 padding; only its answers' tokens are targets with a weight. Rows of text are packed as in
 data/packing, and all of their tokens are learned.
 """
@@ -18,22 +18,20 @@ import numpy as np
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.storage import located
 from deepseek_jax.data import media, sources
-from deepseek_jax.data.augment import (
-    Augmentation,
-    color_jitter,
-    generator,
-    random_crop,
-    random_flip,
-)
+from deepseek_jax.data.audio import Windows
+from deepseek_jax.data.augment import Augmentation, generator, varied
 from deepseek_jax.data.conversations import (
-    MARK,
-    MARKS,
+    KINDS,
     Dialog,
     EmojiQuestions,
     EmojiTalks,
     Files,
     FileTalks,
+    Kind,
+    Place,
     Talk,
+    medium_token,
+    said,
     written,
 )
 from deepseek_jax.data.corpus import (
@@ -47,7 +45,14 @@ from deepseek_jax.data.corpus import (
     open_corpus,
 )
 from deepseek_jax.data.packing import Batch, Mixed, Rows, drawn_order
-from deepseek_jax.data.tiles import MAX_TILES, TEXT, Sight, tiled
+from deepseek_jax.data.questions import (
+    MovingQuestions,
+    MovingTalks,
+    SpokenQuestions,
+    SpokenTalks,
+)
+from deepseek_jax.data.senses import Senses
+from deepseek_jax.data.tiles import TEXT, Budget, Sight
 from deepseek_jax.data.tokenizer import (
     BPE,
     Tokenizer,
@@ -56,9 +61,11 @@ from deepseek_jax.data.tokenizer import (
     open_tokenizer,
     train_bpe,
 )
-from deepseek_jax.data.vision import FITS, ImageTransform, Normalization
+from deepseek_jax.data.vision import Normalization
 
-SeeingSource: TypeAlias = EmojiQuestions | Files | sources.Plain
+Questions: TypeAlias = EmojiQuestions | SpokenQuestions | MovingQuestions | Files
+SeeingSource: TypeAlias = Questions | sources.Plain
+Talks: TypeAlias = EmojiTalks | SpokenTalks | MovingTalks | FileTalks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,16 +77,23 @@ class SeeingPart(sources.Weighted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seeing:
-    """What a decoder that sees is trained and evaluated on."""
+    """What a decoder that sees, and may hear, is trained and evaluated on."""
 
     parts: tuple[SeeingPart, ...] = (SeeingPart(source=EmojiQuestions()),)
     tokenizer: TokenizerConfig = BPE(vocab_size=2048)
-    """A BPE is trained on the training side, with a token <image>; others must have one."""
+    """A BPE is trained on the training side, with a token for each kind of medium (<image>) that
+    there is room for; others must have them."""
     dialog: Dialog = Dialog()
     views: int = 1
-    """Of every row, used or not: one an image, or each image's whole and its tiles."""
+    """Of every row, used or not: one an image, or each image's whole and its tiles, and one a frame
+    of a film."""
     size: int | None = None
     """Pixels along a view's side, where positions are to be resized; None: the model's own."""
+    frames: int = 0
+    """That are taken of a film; 0: there are no films."""
+    windows: int = 0
+    """Of sound, of every row, used or not, each as long as the model's ear hears at once; 0: there
+    are no sounds."""
     normalization: Normalization = "half"
     augmentation: Augmentation | None = None
     """How far pictures may stray in training."""
@@ -102,21 +116,35 @@ class Seeing:
                 f"data.views ({self.views}) and eval_rows ({self.eval_rows}) must be at least 1, "
                 f"max_skipped ({self.max_skipped}) in [0, 1)."
             )
-        if all(isinstance(part.source, sources.Plain) for part in self.parts):
+        if min(self.frames, self.windows) < 0 or self.frames > self.views:
+            raise ValueError(
+                f"data.frames ({self.frames}) and windows ({self.windows}) must be at least 0, and "
+                f"the frames have room in data.views ({self.views})."
+            )
+        found = [part.source for part in self.parts]
+        if all(isinstance(source, sources.Plain) for source in found):
             raise ValueError("data.parts must hold a source of conversations.")
+        for kind, field in ((SpokenQuestions, "windows"), (MovingQuestions, "frames")):
+            if any(isinstance(source, kind) for source in found) and not getattr(self, field):
+                raise ValueError(f"data.{field} is 0: there is no room for {kind.__name__}.")
         sources.check_weights(self.parts)
+
+    def senses(self, sight: Sight | Budget, hearing: Windows | None) -> Senses:
+        """What a row brings to a model that sees and hears so."""
+        return Senses(sight, hearing, self.views, self.windows, self.normalization)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversations:
     """One side of a source of conversations as rows by number."""
 
-    talks: EmojiTalks | FileTalks
+    talks: Talks
     numbers: np.ndarray
     """The examples of this side."""
     tokenizer: Tokenizer
-    image_id: int
-    sight: Sight
+    tokens: dict[Kind, int]
+    """Those that stand for media, by kind."""
+    senses: Senses
     config: Seeing
     length: int
     seed: int
@@ -146,21 +174,25 @@ class Conversations:
     def row(self, talk: Talk, number: int | None = None) -> Batch:
         """A conversation as a row: with a number its pictures are varied, as that row's are.
 
-        tokens, segments, positions, sources int32 [T], targets and weights [T, 1], images uint8
-        [M, S, S, 3]. InputError where a picture is damaged or there is no room for it all.
+        tokens, segments, positions, sources int32 [T], targets and weights [T, 1], and the arrays
+        of `Senses.shapes`. InputError where a medium is damaged, or there is no room for it all.
         """
-        pictures = [image() for image in talk.images]
-        kept = self.config.augmentation
-        if kept and number is not None:
-            for change in (random_crop, random_flip, color_jitter):
-                pictures = [change(x, self.seed, number, kept) for x in pictures]
-        images, grids = self._views(pictures, talk.name)
-        ids, origins, answers = written(
-            talk, self.config.dialog, self.tokenizer, self.image_id, self.sight, grids
-        )
+        kinds, begins = [one.kind for one in talk.media], f"{talk.turns[0][1]!r:.60}"
+        try:  # what is damaged names itself
+            self.senses.check(kinds, self.config.frames)
+        except InputError as error:
+            raise InputError(f"{talk.name}: {error}: {begins}") from None
+        read = [(one.kind, one.read()) for one in talk.media]
+        if (kept := self.config.augmentation) and number is not None:
+            read = [(kind, _varied(kind, x, self.seed, number, kept)) for kind, x in read]
+        try:
+            arrays, layouts = self.senses.taken(read)
+        except InputError as error:
+            raise InputError(f"{talk.name}: {error}: {begins}") from None
+        places = [Place(self.tokens[kind], x) for kind, x in zip(kinds, layouts, strict=True)]
+        ids, origins, answers = written(talk, self.config.dialog, self.tokenizer, places)
         count, length = len(ids) - 1, self.length
         if count > length:
-            begins = f"{talk.turns[0][1]!r:.60}"
             room = f"no room in {length} for a conversation of {count} tokens"
             raise InputError(f"{talk.name}: {room}: {begins}")
 
@@ -174,32 +206,16 @@ class Conversations:
             "segments": filled([1] * count),
             "positions": filled([*range(count)]),
             "sources": filled(origins[:-1], TEXT),
-            "images": images,
+            **arrays,
         }
 
-    def _views(
-        self, pictures: list[np.ndarray], name: str
-    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The row's views uint8 [M, S, S, 3] and each image's grid."""
-        sight, room, count = self.sight, self.config.views, len(pictures)
-        size, way = sight.size, self.config.normalization
-        if count * sight.num_views() > room:
-            raise InputError(f"{name}: {count} images, and data.views is {room}")
-        found, grids = np.zeros((room, size, size, 3), np.uint8), [(1, 1)] * count
-        if sight.side is None:
-            fit = ImageTransform(size=size, fit="pad", normalization=way)
-            made = [FITS["pad"](picture, fit)[None] for picture in pictures]
-        else:
-            most = min(MAX_TILES, room // max(1, count) - 1)
-            cut = [
-                tiled(x, num_images=count, tile=size, max_tiles=most, normalization=way)
-                for x in pictures
-            ]
-            made, grids = [one.views for one in cut], [one.grid for one in cut]
-        if made:
-            views = np.concatenate(made)
-            found[: len(views)] = views
-        return found, grids
+
+def _varied(kind: Kind, medium: np.ndarray, *how: Any) -> np.ndarray:
+    """A medium as (seed, row, augmentation) say, a film's frames alike."""
+    if kind == "audio":
+        return medium
+    frames = varied([*medium] if kind == "video" else [medium], *how)
+    return np.stack(frames) if kind == "video" else frames[0]
 
 
 @functools.lru_cache(8)
@@ -209,17 +225,16 @@ def _order(count: int, *key: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Texts:
-    """Packed text as rows of a batch with images, of which they have none."""
+    """Packed text as rows of a batch with media, of which they have none."""
 
     rows: Rows
-    views: int
-    size: int
+    senses: Senses
 
     def batch(self, numbers: np.ndarray) -> Batch:
         """Rows by ascending number [B]."""
-        found = self.rows.batch(numbers)
-        images = np.zeros((len(numbers), self.views, self.size, self.size, 3), np.uint8)
-        return found | {"images": images, "sources": np.full_like(found["tokens"], TEXT)}
+        found, count = self.rows.batch(numbers), len(numbers)
+        media = {name: np.stack([x] * count) for name, x in self.senses.nothing().items()}
+        return found | media | {"sources": np.full_like(found["tokens"], TEXT)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -262,46 +277,43 @@ def _usable(side: Conversations) -> Iterator[tuple[Talk, Batch]]:
             yield from found
 
 
-def image_token(tokenizer: Tokenizer | None, image_id: int | None) -> int:
-    """The token that stands for images: as the model says, or by its usual names."""
-    if image_id is not None:
-        return image_id
-    found = [tokenizer.token_id(name) for name in MARKS] if tokenizer else []
-    if not (known := [number for number in found if number is not None]):
-        raise InputError(
-            "neither the model's config nor a tokenizer says which token is an image's"
-        )
-    return known[0]
-
-
 def open_seeing(
     config: Seeing,
     *,
-    sight: Sight,
+    sight: Sight | Budget,
     image_id: int | None,
     sequence_length: int,
     seed: int,
+    hearing: Windows | None = None,
+    audio_id: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> SeeingDataset:
-    """The rows of a config for a model that sees so; drawings and a BPE are made once and cached.
+    """The rows of a config for a model that sees and hears so; drawings and a BPE are cached.
 
     A `tokenizer` (a checkpoint's own) reads the texts instead of the config's. Raises InputError
-    when the data cannot be read, or nothing says which token stands for images.
+    when the data cannot be read, nothing says which token stands for images or sounds, or there
+    are `windows` for a model that does not hear.
     """
+    if config.windows and hearing is None:
+        raise InputError(f"data.windows is {config.windows}, and this model has no ear")
     cache = cache_folder(config.cache_dir)
-    opened: list[Any] = [_opened(part.source, sight.size, cache) for part in config.parts]
+    senses = config.senses(sight, hearing)
+    opened: list[Any] = [_opened(part.source, senses, config, cache) for part in config.parts]
     if tokenizer is None:
         tokenizer = _tokenizer(config, opened, cache)
-    token = image_token(tokenizer, image_id)
+    image = medium_token("image", tokenizer, image_id)
+    tokens: dict[Kind, int] = {"image": image, "video": image}  # a film's frames are images
+    if config.windows:
+        tokens["audio"] = medium_token("audio", tokenizer, audio_id)
     training: list[Any] = []
     held: list[Conversations] = []
     facts: list[Any] = []
     for number, (part, source) in enumerate(zip(config.parts, opened, strict=True)):
-        if isinstance(source, EmojiTalks | FileTalks):
+        if isinstance(source, Talks):
             out = held_out(source.hashes, config.held_out)
             skips = media.Skips(len(out), config.max_skipped)
             for side, kept in ((training, ~out), (held, out)):
-                numbers, given = np.flatnonzero(kept), (tokenizer, token, sight, config)
+                numbers, given = np.flatnonzero(kept), (tokenizer, tokens, senses, config)
                 side.append(
                     Conversations(source, numbers, *given, sequence_length, seed + number, skips)
                 )
@@ -311,10 +323,12 @@ def open_seeing(
                     _check_records(source, tokenizer)
                 source = open_corpus(source, tokenizer, cache)
             rows = Rows(source, config.held_out, sequence_length, 1, seed + number)
-            training.append(Texts(rows, config.views, sight.size))
+            training.append(Texts(rows, senses))
         facts.append([source.fingerprint, part.weight, part.schedule])
     changes = repr((config.augmentation, config.dialog, config.views, config.normalization, sight))
-    order = [facts, config.held_out, sequence_length, seed, token, changes]
+    order = [facts, config.held_out, sequence_length, seed, image, changes]
+    if config.windows or config.frames:
+        order.append(repr((config.frames, config.windows, hearing, tokens)))
     mixed = Mixed(training, config.parts, seed)
     return SeeingDataset(tokenizer, mixed, held, digest([tokenizer.files(), order]))
 
@@ -325,10 +339,19 @@ def _check_records(source: sources.Records, tokenizer: Tokenizer) -> None:
         raise InputError(f"{source.path}: prepared with another tokenizer than this run's")
 
 
-def _opened(source: SeeingSource, size: int, cache: pathlib.Path) -> Any:
-    if isinstance(source, EmojiQuestions):
-        return EmojiTalks(source, size, cache)
-    return FileTalks(source) if isinstance(source, Files) else source
+def _opened(source: SeeingSource, senses: Senses, config: Seeing, cache: pathlib.Path) -> Any:
+    size, frames = senses.sight.size, config.frames
+    rate = senses.ear.rate if senses.ear else 0
+    match source:
+        case EmojiQuestions():
+            return EmojiTalks(source, size, cache)
+        case SpokenQuestions():
+            return SpokenTalks(source, rate)
+        case MovingQuestions():
+            return MovingTalks(source, frames, size)
+        case media.MediaFolder() | media.MediaShards() | media.MediaParquet():
+            return FileTalks(source, frames, rate)
+    return source
 
 
 def _tokenizer(config: Seeing, opened: list[Any], cache: pathlib.Path) -> Tokenizer:
@@ -338,31 +361,29 @@ def _tokenizer(config: Seeing, opened: list[Any], cache: pathlib.Path) -> Tokeni
 
     def texts() -> Iterator[str]:
         for source in opened:
-            if isinstance(source, EmojiTalks | FileTalks):
+            if isinstance(source, Talks):
                 yield from _said(source, config)
             else:
                 yield from _documents(source, config.held_out)
 
     def build(directory: pathlib.Path) -> None:
-        train_bpe(bpe, texts(), [MARK]).save(directory)
+        train_bpe(bpe, texts(), marks).save(directory)
 
+    rooms = {"image": config.views, "video": config.frames, "audio": config.windows}
+    marks = [mark for mark, kind in KINDS.items() if rooms[kind]]
     prints = [getattr(x, "fingerprint", None) or sources.fingerprint(x) for x in opened]
-    facts = ["conversations bpe", repr(bpe), config.held_out, prints]
+    facts = ["conversations bpe", repr(bpe), config.held_out, prints, *marks[1:]]
     return cached(cache, [*facts, repr(config.dialog)], build, load_tokenizer)
 
 
-def _said(source: EmojiTalks | FileTalks, config: Seeing) -> Iterator[str]:
-    d = config.dialog
+def _said(source: Talks, config: Seeing) -> Iterator[str]:
     for number in np.flatnonzero(~held_out(source.hashes, config.held_out)):
         try:
             talks = source.talks(int(number), generator(0, int(number), "texts"))
         except InputError:  # named and counted when it is trained on
             continue
         for talk in talks:
-            for role, text in talk.turns:
-                before = {"user": d.user, "assistant": d.assistant}.get(role, "")
-                behind = "" if role == "assistant" else d.end
-                yield from f"{before} {text}{behind}".split(MARK)
+            yield from said(talk, config.dialog)
 
 
 def _documents(source: sources.Plain, fraction: float) -> Iterator[str]:

@@ -7,12 +7,14 @@ keeps the proportions and takes as many patches as a budget allows.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.vision import (
+    FITS,
+    ImageTransform,
     Method,
     Normalization,
     checked,
@@ -26,6 +28,8 @@ TILE = 384  # the side of a view
 NEWLINE, SEPARATOR, TEXT = -1, -2, -3  # where a token's embedding comes from, if from no view
 MAX_TILES = 9
 MAX_TILED_IMAGES = 2  # with more images in a prompt none is tiled
+Grid: TypeAlias = tuple[int, int]
+Shape: TypeAlias = tuple[tuple[int, ...], np.dtype]
 
 
 def candidate_grids(max_tiles: int = MAX_TILES) -> list[tuple[int, int]]:
@@ -147,15 +151,68 @@ class Sight(NamedTuple):
     side: int | None = None
     """Tokens along a view's side where an image is its whole and tiles; None: it is one view."""
 
-    def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
-        """Where each token of one image comes from, its views numbered from 0: `token_layout`."""
+    def layout(self, grid: Grid = (1, 1)) -> np.ndarray:
+        """Where each token of one image comes from, its views numbered from 0: `token_layout`.
+
+        A film's frame is an image; of tiles it has (0, 0).
+        """
         if self.side is not None:
             return token_layout(grid, self.side)
         return np.arange(self.tokens, dtype=np.int32)
 
-    def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
+    def num_views(self, grid: Grid = (1, 1)) -> int:
         """Views of one image."""
         return 1 + math.prod(grid) if self.side is not None else 1
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of one view's arrays."""
+        return {"images": ((self.size, self.size, 3), np.dtype(np.uint8))}
+
+
+class Budget(NamedTuple):
+    """How a model takes in images of any shape, one view each: as patches under a budget."""
+
+    patch: int
+    """Pixels along a patch's side."""
+    max_patches: int
+    tokens: int
+    """That a view has room for."""
+    each: bool
+    """Whether every patch is a token; else an image has all tokens."""
+
+    @property
+    def size(self) -> int:
+        """Pixels along the side of the largest square."""
+        return self.patch * math.isqrt(self.max_patches)
+
+    def layout(self, grid: Grid = (1, 1)) -> np.ndarray:
+        """As `Sight.layout`, of an image of `grid` (wide, high) patches."""
+        return np.arange(math.prod(grid) if self.each else self.tokens, dtype=np.int32)
+
+    def num_views(self, grid: Grid = (1, 1)) -> int:
+        """Views of one image: 1."""
+        del grid
+        return 1
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of one view's arrays: `shapes` are its rows and columns of patches."""
+        patches = (self.max_patches, self.patch**2 * 3)
+        return {
+            "images": (patches, np.dtype(np.float32)),
+            "shapes": ((2,), np.dtype(np.int32)),
+        }
+
+
+def laid_out(sight: Sight | Budget, grids: Sequence[Grid], first: int = 0) -> np.ndarray:
+    """Where the tokens of images one after another come from, their views numbered from `first`."""
+    found, views = [np.empty(0, np.int32)], first
+    for grid in grids:
+        one = sight.layout(grid)
+        found.append(np.where(one >= 0, one + views * sight.tokens, one))
+        views += sight.num_views(grid)
+    return np.concatenate(found)
 
 
 def budget_size(height: int, width: int, patch: int, max_patches: int) -> tuple[int, int]:
@@ -214,3 +271,38 @@ def patched(
         mask[number, : rows * columns] = 1
         shapes[number] = rows, columns
     return Patches(pixels, mask, shapes)
+
+
+def views_of(
+    pictures: Sequence[np.ndarray],
+    sight: Sight | Budget,
+    way: Normalization,
+    *,
+    max_tiles: int = MAX_TILES,
+    num_images: int | None = None,
+    frames: bool = False,
+) -> tuple[np.ndarray, list[Grid]]:
+    """Pictures uint8 [H, W, 3] as views [N, ...], one's after another's, and each one's grid.
+
+    Views are uint8 squares, or patches, float32 and normalized. `num_images` are in the prompt, if
+    there are more than these; a film's `frames` are not cut into tiles.
+    """
+    if isinstance(sight, Budget):
+        patch, most = sight.patch, sight.max_patches
+        made = patched(pictures, patch=patch, max_patches=most, normalization=way)
+        return made.pixels, [(wide, high) for high, wide in made.shapes.tolist()]
+    size, grids = sight.size, [(1, 1)] * len(pictures)
+    if sight.side is None:
+        fit = ImageTransform(size=size, fit="pad", normalization=way)
+        views = [FITS["pad"](checked(picture), fit)[None] for picture in pictures]
+    elif frames:
+        color, grids = mean_color(way), [(0, 0)] * len(pictures)
+        views = [letterbox(checked(picture), size, size, color)[None] for picture in pictures]
+    else:
+        count = len(pictures) if num_images is None else num_images
+        cut = [
+            tiled(x, num_images=count, tile=size, max_tiles=max_tiles, normalization=way)
+            for x in pictures
+        ]
+        views, grids = [one.views for one in cut], [one.grid for one in cut]
+    return np.concatenate([np.empty((0, size, size, 3), np.uint8), *views]), grids

@@ -54,15 +54,26 @@ class ClipTransform:
 
 
 def read_frames(path: str | pathlib.Path, count: int, limits: VideoLimits = LIMITS) -> np.ndarray:
-    """`count` frames of a file, uint8 [T, H, W, 3]: `sampled_frames`, or of a moving picture (GIF,
-    WebP, PNG) `vision.decode_frames`. InputError where it cannot be read."""
+    """`film_frames` of a file; InputError where it cannot be read."""
     with reported(str(path)), open(path, "rb") as stream:
         data = stream.read(limits.max_bytes + 1)
+    return film_frames(data, str(path), count, limits=limits)
+
+
+def film_frames(
+    data: bytes,
+    name: str,
+    count: int,
+    draw: np.random.Generator | None = None,
+    limits: VideoLimits = LIMITS,
+) -> np.ndarray:
+    """`count` frames of a film, uint8 [T, H, W, 3]: `sampled_frames`, or of a moving picture (GIF,
+    WebP, PNG) `vision.decode_frames`."""
     boxes = data[4:8] == b"ftyp" and data[8:12] not in STILL
     matroska, avi = data[:4] == b"\x1a\x45\xdf\xa3", data[8:12] == b"AVI "
     if boxes or matroska or avi:
-        return sampled_frames(data, str(path), count, limits=limits)
-    return decode_frames(data, str(path), count)
+        return sampled_frames(data, name, count, draw, limits=limits)
+    return decode_frames(data, name, count)
 
 
 def clip_of(

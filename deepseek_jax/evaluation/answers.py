@@ -24,7 +24,7 @@ from deepseek_jax.data.seeing import Seeing, SeeingDataset, open_seeing
 from deepseek_jax.models.vision_language import VisionLanguageModel
 from deepseek_jax.ops.losses import token_losses
 from deepseek_jax.serving.vision_language import SeeingModel
-from deepseek_jax.training.language import inputs_of
+from deepseek_jax.training.language import MEDIA, inputs_of
 
 SHOWN = 8
 
@@ -35,10 +35,13 @@ def open_questions(recorded: dict[str, Any], lm: SeeingModel) -> SeeingDataset:
     stored = last.get("data")
     if stored is None or lm.tokenizer is None:
         raise InputError("a folder says nothing of its data; give a run")
+    ear = lm.config.audio
     return open_seeing(
         from_dict(Seeing, stored, "data"),
         sight=lm.config.sight,
         image_id=lm.image_id,
+        hearing=lm.config.hearing,
+        audio_id=ear.audio_id if ear else None,
         sequence_length=last["sequence_length"],
         seed=0,
         tokenizer=lm.tokenizer,
@@ -123,9 +126,8 @@ def answered(lm: SeeingModel, row: dict[str, np.ndarray], preset: Any, most: int
     """The greedy answer to the first question of a held-out row."""
     first = int(np.argmax(row["weights"][:, 0] > 0))  # the target of this token is learned
     prompt = row["tokens"][: first + 1].tolist()
-    given = {"images": row["images"][None], "sources": row["sources"][None, : first + 1]}
-    images = jnp.asarray(inputs_of(given, preset)["images"])
-    features = lm.model.features(lm.params, images)
-    seen = {"features": features, "sources": given["sources"]}
+    given = {name: jnp.asarray(row[name][None]) for name in MEDIA if name in row}
+    features = lm.model.features(lm.params, **inputs_of(given, preset))
+    seen = {"features": features, "sources": row["sources"][None, : first + 1]}
     looking = dataclasses.replace(lm, seen=seen)
     return lm.tokenizer.decode(looking.generate_tokens([prompt], max_new_tokens=most)[0])

@@ -9,6 +9,7 @@ import math
 from deepseek_jax.core import tree
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
+from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model, Network
@@ -47,19 +48,21 @@ def row_tokens(model: Network, sequence_length: int) -> int:
     return sequence_length
 
 
-def train_flops_per_token(model: Network, sequence_length: int, views: int = 0) -> float:
+def train_flops_per_token(
+    model: Network, sequence_length: int, views: int = 0, windows: int = 0
+) -> float:
     """Model FLOPs of one trained token, forward and backward: a mean over a row's tokens.
 
-    A decoder that sees has the work of its encoder and projector on `views` images a row. Frozen
-    parts count as if they learned.
+    A decoder that sees has the work of its encoders and projectors on `views` images and `windows`
+    of sound a row. Frozen parts count as if they learned.
     """
     if isinstance(model, FusedNetwork):
         return _fused_flops(model, sequence_length) / row_tokens(model, sequence_length)
     if isinstance(model, Towers):
         return _pair_flops(model, sequence_length) / row_tokens(model, sequence_length)
     if isinstance(model, VisionLanguageModel):
-        seen = views * _view_flops(model) / sequence_length
-        return _decoder_flops(model.language, sequence_length) + seen
+        taken = views * _view_flops(model) + (windows and windows * _window_flops(model))
+        return _decoder_flops(model.language, sequence_length) + taken / sequence_length
     if isinstance(model.config, Wav2Vec2):
         return _wave_flops(model, sequence_length) / row_tokens(model, sequence_length)
     return _decoder_flops(model, sequence_length)
@@ -68,15 +71,31 @@ def train_flops_per_token(model: Network, sequence_length: int, views: int = 0) 
 def _view_flops(model: VisionLanguageModel) -> float:
     """Of one image, whose joined features alone pass the projector."""
     c, vision = model.config, model.config.vision
-    patches = math.prod(vision.grid)
+    patches = math.prod(c.grid or (c.max_patches,)) + getattr(vision, "leading", 0)
+    tokens = {"vision/": patches, "projector/": c.view_tokens}
+    return _encoder_flops(model, vision.transformer, tokens, patches)
+
+
+def _window_flops(model: VisionLanguageModel) -> float:
+    """Of one window of sound; the first convolution has twice the frames of the second."""
+    ear = model.config.audio
+    frames = ear.encoder.num_positions
+    tokens = {"audio/encoder/convolution_0/": 2 * frames, "audio/encoder/": frames}
+    tokens["audio/projector/"] = ear.window_tokens
+    return _encoder_flops(model, ear.encoder.transformer, tokens, frames)
+
+
+def _encoder_flops(
+    model: Network, transformer: Transformer, tokens: dict[str, int], length: int
+) -> float:
+    """Of an encoder of `length` tokens, and of what lies behind it, by the first that its
+    parameters' paths begin with."""
     specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
-    tokens = {"vision": patches + vision.leading, "projector": c.view_tokens}
-    work = 0
+    work = 2 * transformer.num_layers * transformer.embed_dim * length**2
     for path, leaf in tree.flatten(model.shapes).items():
-        if specs[path].reduced and (part := path.split("/")[0]) in tokens:
-            work += leaf.size * tokens[part]
-    layers, width = vision.transformer.num_layers, vision.transformer.embed_dim
-    return 6.0 * (work + 2 * layers * width * tokens["vision"] ** 2)
+        if specs[path].reduced:
+            work += leaf.size * next((n for p, n in tokens.items() if path.startswith(p)), 0)
+    return 6.0 * work
 
 
 def _pair_flops(model: Towers, length: int) -> float:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
+from deepseek_jax.data.audio import Windows
 from deepseek_jax.layers.linear import Dtypes
 from deepseek_jax.models.audio import Whisper, WhisperEncoder
 from deepseek_jax.models.projectors import Aligner, MLPProjector, Resampler
@@ -48,16 +49,16 @@ class Ear:
             return self.projector.num_tokens
         return self.encoder.num_positions // self.join
 
-    def num_windows(self, num_samples: int) -> int:
-        """Windows of a sound."""
-        return -(-num_samples // self.window)
+    @property
+    def windows(self) -> Windows:
+        """How sounds are taken in."""
+        whole = isinstance(self.projector, Resampler)
+        stride = None if whole else 2 * HOP * self.join
+        return Windows(RATE, self.window, self.window_tokens, stride)
 
     def layout(self, num_samples: int) -> np.ndarray:
         """`sources` of a sound's tokens, counted from its first window's first."""
-        count = self.num_windows(num_samples) * self.window_tokens
-        if isinstance(self.projector, MLPProjector):
-            count = min(count, -(-num_samples // (2 * HOP * self.join)))
-        return np.arange(count, dtype=np.int32)
+        return self.windows.layout(num_samples)
 
 
 class Hearing(nn.Module):

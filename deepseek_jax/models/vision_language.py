@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.data.tiles import TEXT, Sight, tile_side
+from deepseek_jax.data.audio import Windows
+from deepseek_jax.data.tiles import TEXT, Budget, Sight, laid_out, tile_side
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import learned
 from deepseek_jax.layers.linear import Dtypes
@@ -126,12 +127,18 @@ class VisionLanguage:
         return tile_side(self.vision.image_size[0], self.vision.patch_size, self.projector.factor)
 
     @property
-    def sight(self) -> Sight:
-        """How images are taken in. ValueError where they have no one size (NaFlex)."""
-        if not isinstance(self.vision, ViT):
-            raise ValueError("a NaFlex's images have no one size.")
+    def sight(self) -> Sight | Budget:
+        """How images are taken in."""
+        if isinstance(self.vision, NaFlex):
+            each = isinstance(self.projector, MLPProjector)
+            return Budget(self.vision.patch_size, self.max_patches, self.view_tokens, each)
         side = self.side if isinstance(self.projector, DownsampleProjector) else None
         return Sight(self.vision.image_size[0], self.view_tokens, side)
+
+    @property
+    def hearing(self) -> Windows | None:
+        """How sounds are taken in; None: not at all."""
+        return self.audio.windows if self.audio else None
 
     def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
         """`sources` of one image's tokens, its views numbered from 0.
@@ -139,23 +146,15 @@ class VisionLanguage:
         With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view,
         of a NaFlex with `grid` patches. A video's frame is an image; of tiles it has (0, 0).
         """
-        if isinstance(self.vision, NaFlex):
-            known = not isinstance(self.projector, MLPProjector)
-            return np.arange(self.view_tokens if known else math.prod(grid), dtype=np.int32)
         return self.sight.layout(grid)
 
     def laid_out(self, grids: Sequence[tuple[int, int]]) -> np.ndarray:
         """`sources` of the tokens of images one after another: also of a video's frames."""
-        found, views = [np.empty(0, np.int32)], 0
-        for grid in grids:
-            one = self.layout(grid)
-            found.append(np.where(one >= 0, one + views * self.view_tokens, one))
-            views += self.num_views(grid)
-        return np.concatenate(found)
+        return laid_out(self.sight, grids)
 
     def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
         """Views of one image."""
-        return 1 if isinstance(self.vision, NaFlex) else self.sight.num_views(grid)
+        return self.sight.num_views(grid)
 
     @property
     def num_layers(self) -> int:

@@ -13,19 +13,17 @@ import numpy as np
 
 from deepseek_jax.checkpoint import huggingface
 from deepseek_jax.core.errors import InputError
-from deepseek_jax.data import conversations
 from deepseek_jax.data.audio import read_wave, wave_of_samples
-from deepseek_jax.data.tiles import TEXT, patched, tiled
+from deepseek_jax.data.conversations import MARKS, NOUNS
+from deepseek_jax.data.tiles import TEXT, Grid, views_of
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.video import read_frames
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
-    ImageTransform,
     Normalization,
     channels_first,
     checked,
     normalized,
-    prepared,
     read_image,
 )
 from deepseek_jax.models.ear import RATE, Ear
@@ -34,14 +32,7 @@ from deepseek_jax.models.projectors import DownsampleProjector
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.serving.inputs import images_of
 
-Grid = tuple[int, int]
-MARKS = {  # what tokenizers call the token that stands for one medium of a kind
-    "image": conversations.MARKS,
-    "video": ("<video>",),
-    "audio": ("<audio>",),
-}
 AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
-NOUNS = {"image": "images", "video": "videos", "audio": "sounds"}
 FRAMES = 8  # of a film that is a file
 
 
@@ -117,36 +108,27 @@ def normalization_of(path: pathlib.Path) -> Normalization:
 
 
 def views_of_pictures(
-    config: VisionLanguage, way: Normalization, pictures: Sequence[np.ndarray]
+    config: VisionLanguage,
+    way: Normalization,
+    pictures: Sequence[np.ndarray],
+    *,
+    frames: bool = False,
 ) -> tuple[np.ndarray, list[Grid]]:
-    """Pictures uint8 [H, W, 3] of one prompt as views [N, ...], normalized, and their grids."""
-    vision = config.vision
-    if isinstance(vision, NaFlex):
-        patch, most = vision.patch_size, config.max_patches
-        made = patched(pictures, patch=patch, max_patches=most, normalization=way)
-        return made.pixels, [(wide, high) for high, wide in made.shapes.tolist()]
-    size = vision.image_size[0]
-    if not isinstance(config.projector, DownsampleProjector):
-        transform = ImageTransform(size=size, fit="pad", normalization=way)
-        return prepared(pictures, transform), [(1, 1)] * len(pictures)
-    tiles = [
-        tiled(picture, num_images=len(pictures), tile=size, normalization=way)
-        for picture in pictures
-    ]
-    views = np.concatenate([one.views for one in tiles])
-    return channels_first(normalized(views, way)), [one.grid for one in tiles]
+    """Pictures uint8 [H, W, 3] of one prompt as views [N, ...], normalized, and their grids.
+
+    Films' `frames` are pictures of which none is cut into tiles.
+    """
+    views, grids = views_of(pictures, config.sight, way, frames=frames)
+    flexible = isinstance(config.vision, NaFlex)
+    return views if flexible else channels_first(normalized(views, way)), grids
 
 
 def views_of_films(
     config: VisionLanguage, way: Normalization, films: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, list[Grid]]:
-    """Films' frames, one film after another, as pictures of which none is cut into tiles."""
+    """Films' frames, one film after another, as views, and their grids."""
     frames = [frame for film in films for frame in film]
-    views, grids = views_of_pictures(config, way, frames)
-    if not isinstance(config.projector, DownsampleProjector):
-        return views, grids
-    firsts = np.cumsum([0, *map(config.num_views, grids)])[:-1]
-    return views[firsts], [(0, 0)] * len(frames)
+    return views_of_pictures(config, way, frames, frames=True)
 
 
 def apart(
@@ -263,11 +245,9 @@ def heard(ear: Ear, marked: np.ndarray, audio: Sequence[Any]) -> tuple[np.ndarra
     Raises InputError for what is no sound (`opened`), or does not fill the tokens.
     """
     waves = [opened("audio", sound) for sound in audio]
-    counts = [ear.num_windows(len(wave)) for wave in waves]
-    windows = np.zeros((sum(counts), ear.window), np.float32)
-    for start, wave in zip(np.cumsum([0, *counts]), waves, strict=False):
-        windows[start:].reshape(-1)[: len(wave)] = wave
-    items = [Item(ear.layout(len(wave)), n) for wave, n in zip(waves, counts, strict=True)]
+    cut = [ear.windows.cut(wave) for wave in waves]
+    windows = np.concatenate([np.empty((0, ear.window), np.float32), *cut])
+    items = [Item(ear.layout(len(wave)), len(own)) for wave, own in zip(waves, cut, strict=True)]
     sources, by_row = placed(marked, items, ear.window_tokens, "sound")
     return gathered(windows, by_row), sources
 

@@ -20,7 +20,8 @@ from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.target import leave_absent_tpus
-from deepseek_jax.data.tiles import TEXT
+from deepseek_jax.data.conversations import MARKS, NOUNS
+from deepseek_jax.data.tiles import TEXT, Grid
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.data.vision import Normalization
 from deepseek_jax.models.ear import Ear
@@ -36,7 +37,6 @@ from deepseek_jax.serving.language import (
     precision_of_folder,
     precision_of_run,
 )
-from deepseek_jax.serving.media import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class SeeingModel(LanguageModel):
         messages, within = media.without_media(messages)
         for kind, found in within.items():
             if given[kind] is not None:
-                raise InputError(f"give {media.NOUNS[kind]} in the messages or beside, not both")
+                raise InputError(f"give {NOUNS[kind]} in the messages or beside, not both")
             given[kind] = found
         if all(x is None for x in given.values()):
             return super().chat(messages, **more)
@@ -284,8 +284,8 @@ class SeeingModel(LanguageModel):
         for kind, given in own.items():
             if (count := row.count(kind)) != len(given):
                 raise InputError(
-                    f"a prompt has {count} {kind} tokens ({' or '.join(media.MARKS[kind])}) and "
-                    f"{len(given)} {media.NOUNS[kind]}"
+                    f"a prompt has {count} {kind} tokens ({' or '.join(MARKS[kind])}) and "
+                    f"{len(given)} {NOUNS[kind]}"
                 )
         there = {k: [media.opened(k, x, num_frames) for x in given] for k, given in own.items()}
         seen = self.prepared(there["image"]) if there["image"] else (np.empty(0), [])

@@ -25,7 +25,9 @@ from deepseek_jax.parallel.sharding import tokens_spec, weight_spec
 from deepseek_jax.training.optimizer import is_indexer, is_router_bias
 from deepseek_jax.training.step import Objective
 
-INPUTS = ("tokens", "segments", "positions", "images", "sources")  # of a batch, for the model
+# What of a batch is for the model.
+MEDIA = ("images", "shapes", "sounds")
+INPUTS = ("tokens", "segments", "positions", "sources", *MEDIA)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,9 @@ def make_language(
 ) -> Objective:
     """The objective of a decoder on the batches of data/loader.
 
-    A decoder that sees takes `images` and `sources` in a batch as well, as its `apply` does; images
-    that are uint8, as data/seeing makes them, are normalized by `preset`.
+    A decoder that sees and hears takes `sources`, `images`, `shapes` and `sounds` in a batch as
+    well, as its `apply` does; images that are uint8, as data/seeing makes them, are normalized by
+    `preset`.
 
     Terms: `loss` (next-token cross-entropy), `cross_entropy` (with z: what is trained), `z_loss`,
     `mtp_loss`, `mtp_loss_2`, ... are means over tokens; summed over layers, and averaged over what

@@ -3,8 +3,7 @@
 Restore; then for every step: fetch and place its rows, dispatch step n, log step n-1 (so that the
 device never waits for the host), check if due, evaluate if due, save if due, stop on a signal. A
 step's line is written before its checkpoint, and a restart cuts the files back to the restored
-step, so that a run killed at any moment continues as if nothing had happened: same rows, same
-losses, each step once.
+step, so that a run killed at any moment continues as if nothing had happened, each step once.
 
 Exit codes: 0 the run is complete; 128 + signal (SIGINT 130, SIGTERM 143) it was stopped, everything
 is saved, and the same command resumes; 3 a stage is at its end and the gate that it must pass shut:
@@ -329,7 +328,7 @@ class _Run:
         if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
             seen = sized(self.model, stage)
-            flops = train_flops_per_token(seen, stage.sequence_length, stage.views)
+            flops = train_flops_per_token(seen, stage.sequence_length, stage.views, stage.windows)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
             pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0
@@ -388,8 +387,9 @@ class _Run:
         for last in read_lines(self.run_dir / "eval.jsonl")[-1:]:
             print(f"held-out after {step} steps: {summary(last)}")
         params, mesh = state.params, self.mesh
-        leaves = jax.tree.leaves(params)
-        if all(x.is_fully_replicated and not x.is_fully_addressable for x in leaves):
+        if all(
+            x.is_fully_replicated and not x.is_fully_addressable for x in jax.tree.leaves(params)
+        ):
             # The other processes do not come along: nothing may wait for them.
             params = jax.tree.map(lambda x: x.addressable_data(0), params)
             mesh = make_mesh(MeshShape(), jax.local_devices()[:1])

@@ -103,7 +103,8 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
         "tokens": tokens,
         "memory_limit": int(place.chip.memory),
         "host_limit": int(place.chip.host),
-        "model_flops": train_flops_per_token(seen, stage.sequence_length, stage.views) * tokens,
+        "model_flops": tokens
+        * train_flops_per_token(seen, stage.sequence_length, stage.views, stage.windows),
         "peak_flops": place.peak,
         "bandwidth": place.chip.bandwidth,
     }
@@ -209,10 +210,9 @@ def abstract_batch(mesh: Mesh, rows: int, length: int, config: TrainConfig) -> d
             "groups": ((rows,), jnp.int32),
         }
     elif isinstance(model, VisionLanguage):
-        vision, views = model.vision, stage.views
-        shapes = _language_batch(rows, length, 1)
-        image = (rows, views, *vision.image_size, vision.num_channels)
-        shapes |= {"images": (image, jnp.uint8), "sources": ((rows, length), jnp.int32)}
+        media = stage.data.senses(model.sight, model.hearing).shapes.items()
+        shapes = _language_batch(rows, length, 1) | {"sources": ((rows, length), jnp.int32)}
+        shapes |= {name: ((rows, *shape), dtype) for name, (shape, dtype) in media}
     elif isinstance(model, Wav2Vec2):
         shapes = {
             "wave": ((rows, length), jnp.float32),

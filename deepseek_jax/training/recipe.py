@@ -95,10 +95,11 @@ class Gate:
 class InitPart:
     """Where a part of a decoder that sees comes from."""
 
-    part: Literal["vision", "language"]
+    part: Literal["vision", "audio", "language"]
     source: str
-    """A run, checkpoint or Hugging Face folder: for vision of a ViT, of two towers (the images') or
-    of a decoder that sees; for language of a decoder, which may see."""
+    """A run, checkpoint or Hugging Face folder: for vision of a ViT or NaFlex, of two towers (the
+    images') or of a decoder that sees; for audio, which is the ear's encoder, of a Whisper or of a
+    decoder that hears; for language of a decoder, which may see."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +147,11 @@ class Stage:
         if isinstance(model, VisionLanguage) and isinstance(self.data, Seeing):
             return model.at_size(self.data.size)
         return model
+
+    @property
+    def windows(self) -> int:
+        """Windows of sound that they bring to one that hears."""
+        return self.data.windows if isinstance(self.data, Seeing) else 0
 
     def sizes(self) -> tuple[BatchStep, ...]:
         """A filled stage's batch sizes, the first from step 0 on."""
@@ -225,6 +231,8 @@ class TrainConfig:
         sees = isinstance(self.model, VisionLanguage)
         if named and (not sees or len(named) > len(set(named))):
             raise ValueError(f"init_parts {named} are of a decoder that sees, each part once.")
+        if "audio" in named and self.model.audio is None:
+            raise ValueError("init_parts has audio, and this model has no ear: set model.audio.")
         if not (self.stages and 0 <= self.seed < 2**32):
             raise ValueError(f"seed ({self.seed}) must lie in [0, 2^32), stages not be empty.")
         for index, stage in enumerate(self.stages):
@@ -282,16 +290,16 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
     except ValueError as error:
         raise ValueError(f"{where}data: {error}.") from None
     if isinstance(model, VisionLanguage):
-        if not isinstance(model.vision, ViT) or model.audio is not None:
+        if stage.data.windows and model.audio is None:
             raise ValueError(
-                f"{where}data.Seeing has views of one size and no sounds: train a model whose "
-                "vision is a ViT, without audio."
+                f"{where}data.windows is {stage.data.windows}, and this model has no ear: set "
+                "model.audio, or leave sounds out."
             )
         if stage.data.views < model.num_views():
             raise ValueError(
                 f"{where}data.views is {stage.data.views}; one image takes {model.num_views()}."
             )
-        if model.vision.image_size != (model.sight.size,) * 2:
+        if isinstance(model.vision, ViT) and len(set(model.vision.image_size)) > 1:
             raise ValueError(f"{where}model.vision.image_size {model.vision.image_size}: squares.")
         if stage.objective.indexer_warmup:
             raise ValueError(f"{where}objective.indexer_warmup: a decoder that sees has none.")

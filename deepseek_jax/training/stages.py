@@ -141,6 +141,7 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
         if model is None:
             return dataset
     else:
+        given |= {"hearing": model.hearing, "audio_id": model.audio and model.audio.audio_id}
         sight = stage.sized(model).sight
         dataset = open_seeing(stage.data, sight=sight, image_id=model.image_id, **given)
     found, room = dataset.tokenizer.vocab_size, model.vocab_size

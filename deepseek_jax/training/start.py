@@ -14,10 +14,11 @@ from deepseek_jax.core import config as core_config
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
-from deepseek_jax.models.audio import Wav2Vec2
+from deepseek_jax.models.audio import Wav2Vec2, Whisper
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.encoder import build_encoder
+from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
@@ -84,11 +85,15 @@ def _opened(given: str) -> tuple[huggingface.Folder | None, Any, Any]:
     return None, source, core_config.from_dict(ModelConfig, read_config(source)["model"], "model")
 
 
-# Where in a source of some kind a part of a decoder that sees stands.
+# Where a part stands in a decoder that sees, and where in a source of some kind.
+OWN = {"vision": "vision", "audio": "audio/encoder", "language": "language"}
 PLACES: dict[tuple[str, type], str] = {
     ("vision", ViT): "",
+    ("vision", NaFlex): "",
     ("vision", TwoTower): "image",
     ("vision", VisionLanguage): "vision",
+    ("audio", Whisper): "",
+    ("audio", VisionLanguage): "audio/encoder",
     ("language", Decoder): "",
     ("language", VisionLanguage): "language",
 }
@@ -102,7 +107,7 @@ def params_of_parts(config: TrainConfig, whole: Network, abstract: Any) -> tuple
     """
     leaves, found = tree.flatten(abstract), dict[str, Any]()
     for number, part in enumerate(config.init_parts):
-        before = f"{part.part}/"
+        before = f"{OWN[part.part]}/"
         ours = {p.removeprefix(before): x for p, x in leaves.items() if p.startswith(before)}
         try:
             loaded = _part(part, ours, config.precision)

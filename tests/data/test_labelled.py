@@ -24,10 +24,10 @@ from deepseek_jax.data.labelled import Labelled, Text, open_labelled
 from deepseek_jax.data.loader import batches
 from deepseek_jax.data.media import MediaFolder, MediaParquet, MediaShards
 from deepseek_jax.data.packing import epoch_order
-from deepseek_jax.data.questions import ANSWERS, DigitQuestions
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.data.video import ClipTransform
 from deepseek_jax.data.vision import ImageTransform
+from deepseek_jax.data.vqa import ANSWERS, DigitQuestions
 
 LENGTH, COUNT, KINDS = 400, 12, {"image": "png", "audio": "wav", "video": "avi"}
 CLASSES = ("cold", "flu", "fine")

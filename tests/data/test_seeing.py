@@ -11,11 +11,18 @@ from PIL import Image
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.augment import Augmentation
-from deepseek_jax.data.conversations import Dialog, EmojiQuestions, group_of, written
+from deepseek_jax.data.conversations import (
+    Dialog,
+    EmojiQuestions,
+    Place,
+    group_of,
+    medium_token,
+    written,
+)
 from deepseek_jax.data.media import MediaFolder, MediaParquet, MediaShards
-from deepseek_jax.data.seeing import Seeing, SeeingPart, image_token, open_seeing
+from deepseek_jax.data.seeing import Seeing, SeeingPart, open_seeing
 from deepseek_jax.data.sources import TextFiles
-from deepseek_jax.data.tiles import TEXT, Sight
+from deepseek_jax.data.tiles import TEXT, Sight, laid_out
 from deepseek_jax.data.tokenizer import BPE, Bytes, open_tokenizer
 
 FOUR, TILED = Sight(size=8, tokens=4), Sight(size=8, tokens=4, side=2)
@@ -83,12 +90,12 @@ def test_tiles_and_several_turns():
     rows = (("system", "Be"), ("user", "a<image>b<image>"), ("assistant", "c"), ("user", "d"))
     rows += (("assistant", "e"),)
     talk = type("Talk", (), {"turns": rows})
-    found = written(
-        talk, Dialog(user="U", assistant="A", end="|"), tokenizer, IMAGE, TILED, [(1, 1), (2, 1)]
-    )
-    text = [*b"Be|U a"], [*b"b"], [*b"|A"]
     first, second = TILED.layout((1, 1)), TILED.layout((2, 1))
     moved = np.where(second >= 0, second + 2 * 4, second)  # behind the first one's two views
+    places = [Place(IMAGE, first), Place(IMAGE, moved)]
+    np.testing.assert_array_equal(laid_out(TILED, [(1, 1), (2, 1)]), [*first, *moved])
+    found = written(talk, Dialog(user="U", assistant="A", end="|"), tokenizer, places)
+    text = [*b"Be|U a"], [*b"b"], [*b"|A"]
     assert found.ids == [
         256, *text[0], *[IMAGE] * len(first), *text[1], *[IMAGE] * len(second), *text[2],
         *b" c", 257, *b"U d|A", *b" e", 257,
@@ -183,7 +190,7 @@ def test_fields_are_checked(folder):
     with pytest.raises(InputError, match="which token is an image's"):
         opened(config(folder), image_id=None)
     bpe = opened(config(folder, tokenizer=BPE(vocab_size=300)), image_id=None)
-    assert image_token(bpe.tokenizer, None) == 2
+    assert medium_token("image", bpe.tokenizer, None) == 2
 
 
 def test_emoji_are_asked_for_by_concept():

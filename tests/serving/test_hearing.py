@@ -3,10 +3,6 @@
 Its media come as files and arrays, in prompts, chats and the command; what cannot be is refused.
 """
 
-import io
-import wave
-
-import av
 import cases
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from media_cases import film, wav
 from PIL import Image
 
 import deepseek_jax
@@ -25,7 +22,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.audio import Whisper
-from deepseek_jax.models.ear import RATE, Ear
+from deepseek_jax.models.ear import Ear
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.projectors import DownsampleProjector, Resampler
 from deepseek_jax.models.vision_language import TEXT, VisionLanguage, build_vision_language
@@ -88,31 +85,6 @@ def lm(saved):
     return deepseek_jax.load(saved)
 
 
-def wav(path, samples, rate=RATE):
-    """A file of 16-bit samples [T] or [T, channels]."""
-    whole = np.round(samples * 32767).astype("<i2")
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(whole.shape[1] if whole.ndim == 2 else 1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(whole.tobytes())
-    return str(path)
-
-
-def film(path, frames=FILM, **options):
-    """A lossless file of frames."""
-    stream = io.BytesIO()
-    with av.open(stream, "w", format="matroska") as file:
-        track = file.add_stream("ffv1", rate=5)
-        track.height, track.width = frames.shape[1:3]
-        track.pix_fmt = "bgr0"
-        for frame in frames:
-            file.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(track.encode(None))
-    path.write_bytes(stream.getvalue())
-    return str(path)
-
-
 def test_a_run_goes_on_as_its_logits_say(lm, tmp_path, capsys, saved):
     shown = {"images": [[PICTURE]], "audio": [[LOUD]], "video": [[FILM]]}
     prompt = "w3 <image> w4 <video> w5 <audio> w6"
@@ -138,7 +110,7 @@ def test_a_run_goes_on_as_its_logits_say(lm, tmp_path, capsys, saved):
     # The same from files, and the sound and the film before the prompt where it has no marks.
     Image.fromarray(PICTURE).save(tmp_path / "a.png")
     files = {
-        "images": [str(tmp_path / "a.png")], "video": [film(tmp_path / "a.mkv")],
+        "images": [str(tmp_path / "a.png")], "video": [film(tmp_path / "a.mkv", FILM)],
         "audio": [wav(tmp_path / "a.wav", LOUD)],
     }  # fmt: skip
     np.testing.assert_array_equal(media.opened("video", files["video"][0], 3), FILM)
@@ -205,7 +177,7 @@ def test_sounds_of_any_form(tmp_path):
 
 
 def test_films_that_are_refused(tmp_path):
-    whole = (tmp_path / "a.mkv", film(tmp_path / "a.mkv"))[0].read_bytes()
+    whole = (tmp_path / "a.mkv", film(tmp_path / "a.mkv", FILM))[0].read_bytes()
     for name, data, why in (
         ("cut.mkv", whole[: len(whole) // 2], "cut.mkv: "),
         ("sound.mkv", b"\x1a\x45\xdf\xa3" + b"\0" * 40, "sound.mkv: "),

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import transformers
 from encoder_cases import on_disk, randomized
+from media_cases import film, wav
 from PIL import Image
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import deepseek_jax
 from deepseek_jax import evaluate
@@ -23,8 +25,12 @@ from deepseek_jax.data.seeing import Seeing, SeeingPart
 from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.evaluation.answers import answers, samples
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.audio import Whisper
 from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.ear import Ear
+from deepseek_jax.models.encoder import build_encoder
+from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.vision_language import (
     DownsampleProjector,
     VisionLanguage,
@@ -49,6 +55,13 @@ VIEW = ViT(
     image_size=(16, 16), patch_size=8, class_token=False, pooling="none",
 )  # fmt: skip
 COLORS = ("red", "green", "blue")
+EAR = Ear(
+    encoder=Whisper(
+        transformer=Transformer(num_layers=1, embed_dim=32, num_heads=4, mlp_dim=48),
+        num_mels=8, num_positions=6,
+    ),
+    join=3,
+)  # fmt: skip
 
 
 def model_config(**fields):
@@ -69,6 +82,36 @@ def folder(tmp_path_factory):
         lines.append(json.dumps({"image": f"{i}.png", "messages": said}))
     (folder / "manifest.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="module")
+def senses(tmp_path_factory):
+    """High and low tones, some in two windows, and films that grow brighter or darker."""
+    folder, lines = tmp_path_factory.mktemp("senses"), []
+    for i in range(32):
+        high, times = i % 2, np.arange(1200 + 60 * i) / 16_000
+        wav(folder / f"{i}.wav", 0.3 * np.sin(2 * np.pi * (300 + 10 * i + 2000 * high) * times))
+        levels = [60 + i, 180 + i] if high else [180 + i, 60 + i]
+        film(folder / f"{i}.mkv", np.stack([np.full((18, 10, 3), x, np.uint8) for x in levels]))
+        for kind, ending, words in (
+            ("audio", "wav", ("low", "high")), ("video", "mkv", ("darker", "brighter")),
+        ):  # fmt: skip
+            said = ({"role": "user", "content": f"<{kind}>?"},)
+            said += ({"role": "assistant", "content": words[high]},)
+            lines.append(json.dumps({kind: f"{i}.{ending}", "messages": said}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def hearing(senses, run_dir, **fields):
+    """A run whose model takes films as patches, and sounds."""
+    flexible = NaFlex(transformer=VIEW.transformer, grid_size=2, patch_size=8, pooling="none")
+    model = dataclasses.replace(
+        model_config(), vision=flexible, max_patches=4, audio=EAR, init_scale=0.1
+    )
+    config = recipe(senses, run_dir, model=model)
+    data = dataclasses.replace(config.data, views=2, frames=2, windows=2)
+    return dataclasses.replace(config, data=data, **fields)
 
 
 def recipe(folder, run_dir, **fields):
@@ -124,14 +167,42 @@ def test_a_run_resumes_to_the_bit_behind_a_boundary_and_loads(folder, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_run_hears_and_sees_films(senses, tmp_path, capsys):
+    config = hearing(senses, tmp_path, steps=60, batch_size=16)
+    assert train(config, LENT) == 0
+    said = capsys.readouterr().out
+    assert "<audio>? -> " in said and "<video>? -> " in said
+    scores = json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[-1])
+    assert scores["accuracy"] > 0.9 > 0.6 > scores["majority_accuracy"]
+    evaluate.main(["--checkpoint", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == scores["accuracy"]
+    lm, times = deepseek_jax.load(tmp_path), np.arange(1700) / 16_000
+    tones = [0.3 * np.sin(2 * np.pi * pitch * times) for pitch in (450, 2450)]
+    prompts = ["User: <audio>?\n\nAssistant:"] * 2
+    found = lm.generate(prompts, audio=tones, max_new_tokens=8)
+    assert [text.strip() for text in found] == ["low", "high"]
+    films = [str(senses / f"{i}.mkv") for i in (4, 5)]
+    prompts = ["User: <video>?\n\nAssistant:"] * 2
+    found = lm.generate(prompts, video=films, num_frames=2, max_new_tokens=8)
+    assert [text.strip() for text in found] == ["darker", "brighter"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str
+    "heard, sizes",
+    [(False, {"data": 2, "fsdp": 2, "tensor": 2}), (True, {"fsdp": 2, "expert": 2, "tensor": 2})],
+    ids=str,
 )
-def test_a_mesh_changes_nothing(folder, tmp_path, sizes):
+def test_a_mesh_changes_nothing(folder, senses, tmp_path, heard, sizes):
     config = recipe(folder, tmp_path)
     seeing = dataclasses.replace(config.model, projector=DownsampleProjector())
     data = dataclasses.replace(config.data, views=2)
     config = dataclasses.replace(config, model=seeing, data=data)
+    if heard:  # its weights are tripled, too: larger ones would amplify rounding
+        config = hearing(senses, tmp_path)
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, init_scale=0.02)
+        )
     model = build_vision_language(config.model, Precision(compute="float32"))
     params = model.init(jax.random.key(1))
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)  # attention of some size
@@ -154,7 +225,7 @@ def test_a_mesh_changes_nothing(folder, tmp_path, sizes):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Folders of transformers': a CLIP and a Llama."""
+    """Folders of transformers': a CLIP, a Llama and a Whisper's encoder."""
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
     shape |= {"intermediate_size": 48}
     clip = transformers.CLIPConfig(
@@ -163,23 +234,32 @@ def given(tmp_path_factory):
         projection_dim=24,
     )
     llama = transformers.LlamaConfig(**shape, vocab_size=320, tie_word_embeddings=False)
-    paths = [tmp_path_factory.mktemp(name) for name in ("clip", "llama")]
-    for path, model in zip(
-        paths, (transformers.CLIPModel(clip), transformers.LlamaForCausalLM(llama)), strict=True
-    ):
+    whisper = transformers.WhisperConfig(
+        num_mel_bins=8, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48,
+        d_model=32, max_source_positions=6,
+    )  # fmt: skip
+    models = transformers.CLIPModel(clip), transformers.LlamaForCausalLM(llama)
+    models += (WhisperEncoder(whisper),)
+    paths = [tmp_path_factory.mktemp(name) for name in ("clip", "llama", "whisper")]
+    for path, model in zip(paths, models, strict=True):
         randomized(model).save_pretrained(path)
     return paths
 
 
 def test_parts_start_from_others(folder, tmp_path, given):
-    clip, llama = load_encoder(given[0]), deepseek_jax.load(given[1])
+    clip, llama, whisper = (
+        load_encoder(given[0]),
+        deepseek_jax.load(given[1]),
+        load_encoder(given[2]),
+    )
     vision = dataclasses.replace(clip.config.image, pooling="none")
     language = dataclasses.replace(llama.config, scan=True)
     parts = tuple(
         InitPart(part=name, source=str(path))
-        for name, path in zip(("vision", "language"), given, strict=True)
+        for name, path in zip(("vision", "language", "audio"), given, strict=True)
     )
-    seeing = VisionLanguage(language=language, vision=vision)
+    ear = Ear(encoder=whisper.config, join=2)
+    seeing = VisionLanguage(language=language, vision=vision, audio=ear)
     config = recipe(folder, tmp_path, model=seeing, init_parts=parts)
     model = build_vision_language(seeing, config.precision)
     mesh = make_mesh(MeshShape(fsdp=2), jax.devices()[:2])
@@ -195,6 +275,7 @@ def test_parts_start_from_others(folder, tmp_path, given):
     for part, other, inside in (
         ("vision", on_disk(clip.params, clip.towers.layers), "image/"),
         ("language", on_disk(llama.params, llama.model.layers), ""),
+        ("audio/encoder", on_disk(whisper.params, whisper.encoder.layers), ""),
     ):
         for path, leaf in ours.items():
             if path.startswith(f"{part}/"):
@@ -206,6 +287,7 @@ def test_parts_start_from_others(folder, tmp_path, given):
         ({"vision": wide}, parts, r"init_parts\[0\].*does not fit model.vision: positions is "),
         ({"vision": VIEW}, parts[:1], r"class_token is not in this model"),
         ({}, (InitPart(part="language", source=str(given[0])),), "holds a TwoTower; language"),
+        ({"audio": EAR}, (InitPart(part="audio", source=str(given[1])),), "one of Whisper, Vision"),
     ):
         changed = dataclasses.replace(seeing, **changes)
         bad = dataclasses.replace(config, model=changed, init_parts=more)
@@ -215,18 +297,38 @@ def test_parts_start_from_others(folder, tmp_path, given):
 
 
 def test_flops_are_those_of_the_encoder_and_the_decoder():
-    """Against XLA's count of the encoder's forward pass, three times."""
+    """Against XLA's count of the encoders' forward passes, three times."""
     one = dataclasses.replace(VIEW.transformer, num_layers=1)  # of a loop XLA counts one round
+    large = dataclasses.replace(one, embed_dim=96, mlp_dim=384)
+    wide = dataclasses.replace(EAR.encoder, transformer=large, num_positions=60)
     config = dataclasses.replace(
         model_config(),
         projector=DownsampleProjector(),
         vision=dataclasses.replace(VIEW, transformer=one),
+        audio=dataclasses.replace(EAR, encoder=wide),
     )
     model = build_vision_language(config, Precision(compute="float32"))
     views = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), "float32")
     counted = jax.jit(model.features).lower(model.shapes, views).cost_analysis()["flops"]
     ours = 32 * (train_flops_per_token(model, 32, 2) - train_flops_per_token(model, 32))
     assert ours == pytest.approx(3 * counted, rel=0.15)  # which counts norms and softmax, too
+    mel = jax.ShapeDtypeStruct((2, 120, 8), "float32")
+    ear = build_encoder(wide, Precision(compute="float32"))
+    heard = jax.jit(ear.apply).lower(ear.shapes, mel=mel).cost_analysis()["flops"]
+    layers = tree.flatten(model.shapes["audio"]["projector"])
+    heard += 2 * 2 * 20 * sum(x.size for path, x in layers.items() if path.endswith("/weight"))
+    ours = 32 * (train_flops_per_token(model, 32, 0, 2) - train_flops_per_token(model, 32))
+    assert ours == pytest.approx(3 * heard, rel=0.15)
+
+
+def test_a_plans_batch_is_a_runs(senses, folder, tmp_path):
+    mesh = make_mesh(MeshShape(fsdp=2), jax.devices()[:2])
+    for config in (hearing(senses, tmp_path), recipe(folder, tmp_path)):
+        batch = stage_data(config, config.filled_stages()[0]).train.batch(np.arange(4))
+        planned = abstract_batch(mesh, 4, config.sequence_length, config)
+        found, wanted = ({n: (x.shape, x.dtype) for n, x in b.items()} for b in (planned, batch))
+        assert found == wanted
+        assert ("sounds" in batch) == (config.model.audio is not None)
 
 
 def test_a_stage_of_larger_views_is_planned_as_it_runs(folder, tmp_path):
@@ -265,6 +367,8 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         ({"stages": (ALIGN, dataclasses.replace(ALL, data=odd))},
          r"stages\[1\]: data: images of size 20: it must be a multiple of patch_size \(8\)"),
         ({"init_parts": parts * 2}, "each part once"),
+        ({"data": dataclasses.replace(config.data, windows=1)}, "1, and this model has no ear"),
+        ({"init_parts": (InitPart(part="audio", source="a"),)}, "init_parts has audio, and this"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
             dataclasses.replace(config, **changes)
