@@ -386,10 +386,8 @@ class _Run:
         self.progress.close()
         for last in read_lines(self.run_dir / "eval.jsonl")[-1:]:
             print(f"held-out after {step} steps: {summary(last)}")
-        params, mesh = state.params, self.mesh
-        if all(
-            x.is_fully_replicated and not x.is_fully_addressable for x in jax.tree.leaves(params)
-        ):
+        params, mesh, leaves = state.params, self.mesh, jax.tree.leaves(state.params)
+        if all(x.is_fully_replicated and not x.is_fully_addressable for x in leaves):
             # The other processes do not come along: nothing may wait for them.
             params = jax.tree.map(lambda x: x.addressable_data(0), params)
             mesh = make_mesh(MeshShape(), jax.local_devices()[:1])
