@@ -5,7 +5,7 @@ The top-level fields are the defaults of the stages, of which there is one by de
 
 import dataclasses
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from deepseek_jax.checkpoint.manager import Checkpoint
 from deepseek_jax.core import config as core_config
@@ -349,17 +349,20 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
             )
 
 
+def differences(old: Any, new: Any, free: tuple[str, ...]) -> list[str]:
+    """What two configs, as data, say differently, but for paths that begin as `free` says."""
+    was, now = (tree.flatten(config, is_leaf=lambda value: value is None) for config in (old, new))
+    return [
+        f"{path.replace('/', '.')} was {was.get(path)}, is {now.get(path)}"
+        for path in sorted(was.keys() | now.keys())
+        if was.get(path) != now.get(path) and not path.startswith(free)
+    ]
+
+
 def check_model(recorded: Path, config: TrainConfig) -> None:
     """InputError when the run directory belongs to another model; says what differs."""
-    old, new = (
-        tree.flatten({"model": model}, is_leaf=lambda value: value is None)
-        for model in (core_config.read_json(recorded)["model"], core_config.to_dict(config.model))
-    )
-    different = [
-        f"{path.replace('/', '.')} was {old.get(path)}, is {new.get(path)}"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith(FREE)
-    ]
+    old = {"model": core_config.read_json(recorded)["model"]}
+    different = differences(old, {"model": core_config.to_dict(config.model)}, FREE)
     if different:
         raise InputError(
             f"{recorded.parent} holds a run of another model: {'; '.join(different[:5])}; choose "

@@ -1,6 +1,7 @@
 """Where a run's parameters come from when it starts from others': a run, a checkpoint, a folder."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.sharding import tree_shardings
 from deepseek_jax.training.optimizer import is_indexer
-from deepseek_jax.training.recipe import InitPart, TrainConfig
+from deepseek_jax.training.recipe import InitPart, TrainConfig, differences
 
 
 def given_params(config: TrainConfig, whole: Network, abstract: Any) -> tuple[Any, str]:
@@ -105,15 +106,16 @@ def params_of_parts(config: TrainConfig, whole: Network, abstract: Any) -> tuple
     Shaped and placed as `abstract`. Of an encoder's source a pooling head may be left over.
     InputError names what else does not match.
     """
-    leaves, found = tree.flatten(abstract), dict[str, Any]()
+    leaves, found, notes = tree.flatten(abstract), dict[str, Any](), list[str]()
     for number, part in enumerate(config.init_parts):
         before = f"{OWN[part.part]}/"
         ours = {p.removeprefix(before): x for p, x in leaves.items() if p.startswith(before)}
         try:
-            loaded = _part(part, ours, config.precision)
+            loaded, theirs = _part(part, ours, config.precision)
         except InputError as error:
             raise InputError(f"init_parts[{number}]: {error}") from None
         found |= {before + path: leaf for path, leaf in loaded.items()}
+        notes += set_otherwise(theirs, _within(config.model, OWN[part.part]), part.part)
     places = {path: leaf.sharding for path, leaf in leaves.items() if path not in found}
 
     def rest() -> dict[str, Any]:
@@ -122,12 +124,31 @@ def params_of_parts(config: TrainConfig, whole: Network, abstract: Any) -> tuple
 
     found |= jax.jit(rest, out_shardings=places)()
     said = ", ".join(f"{part.part} from {part.source}" for part in config.init_parts)
-    params = unflatten_dict({path: found[path] for path in leaves}, sep="/")
-    return params, f"starting with {said}, the rest anew"
+    said = f"starting with {said}, the rest anew"
+    if notes:
+        said += f"; warning: there it computes otherwise: {'; '.join(notes[:5])}"
+    return unflatten_dict({path: found[path] for path in leaves}, sep="/"), said
 
 
-def _part(part: InitPart, ours: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """A part's parameters by path within it, as the abstract `ours`; InputError says why not."""
+# What a part may be otherwise and compute the same: how it runs, begins and is balanced, and what
+# is read off it.
+ELSEWHERE = ("init_scale", "pooling", "image_size", "remat", "unroll", "scan")
+ELSEWHERE += ("transformer/remat", "transformer/unroll", "moe/exchange/", "moe/balance/")
+
+
+def set_otherwise(theirs: Any, ours: Any, name: str) -> list[str]:
+    """How a part that fits by its shapes was computed where it comes from, setting by setting."""
+    free = tuple(f"{name}/{field}" for field in ELSEWHERE)
+    return differences(*({name: core_config.to_dict(one)} for one in (theirs, ours)), free)
+
+
+def _within(config: Any, place: str) -> Any:
+    return functools.reduce(getattr, place.split("/") if place else [], config)
+
+
+def _part(part: InitPart, ours: dict[str, Any], precision: Precision) -> tuple[dict[str, Any], Any]:
+    """A part's parameters by path within it, as the abstract `ours`, and the config that it has
+    where it comes from; InputError says why not."""
     folder, source, theirs = _opened(part.source)
     if (part.part, type(theirs)) not in PLACES:
         kinds = ", ".join(kind.__name__ for name, kind in PLACES if name == part.part)
@@ -154,4 +175,4 @@ def _part(part: InitPart, ours: dict[str, Any], precision: Precision) -> dict[st
     else:
         loaded = load_params(source, abstract, network.layers)
     flat = tree.flatten(loaded)
-    return {path: flat[before + path] for path in ours}
+    return {path: flat[before + path] for path in ours}, _within(theirs, inside)

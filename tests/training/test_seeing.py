@@ -282,6 +282,12 @@ def test_parts_start_from_others(folder, tmp_path, given):
                 there = other[inside + path.removeprefix(f"{part}/")]
                 np.testing.assert_array_equal(leaf, there, err_msg=path)
 
+    faster = dataclasses.replace(language.attention, rope_theta=5000.0)
+    turned = dataclasses.replace(seeing, language=dataclasses.replace(language, attention=faster))
+    with jax.set_mesh(mesh):
+        said = params_of_parts(dataclasses.replace(config, model=turned), model, abstract)[1]
+    assert said.endswith("computes otherwise: language.attention.rope_theta was 10000.0, is 5000.0")
+
     wide = dataclasses.replace(vision, image_size=(24, 24))
     for changes, more, why in (
         ({"vision": wide}, parts, r"init_parts\[0\].*does not fit model.vision: positions is "),
