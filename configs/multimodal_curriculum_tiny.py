@@ -2,7 +2,9 @@
 
     python -m deepseek_jax.train --config configs/multimodal_curriculum_tiny.py
 
-Text is the standard library's, images are OpenMoji's with their names and groups.
+Text is the standard library's, images are OpenMoji's with their names and groups. After 400 steps (3
+minutes of two cores) the kind of 37 % of 270 unseen concepts is said rightly, the most frequent for
+23 %; the names of unseen ones are not.
 """
 
 import dataclasses

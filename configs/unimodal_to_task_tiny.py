@@ -5,7 +5,8 @@
 
 The encoder learns alone in the first run, the decoder in the second's first stage, from the standard
 library. Then only the projector learns, from names; then all but the encoder learns the task, to
-say what kind of thing a drawing shows.
+say what kind of thing a drawing shows: with an encoder of 850 steps right for 45 % of 270 unseen
+concepts, the most frequent answer for 23 %.
 """
 
 import dataclasses

@@ -6,7 +6,8 @@
 The encoder comes from the first run. In place of a decoder that can read, a stage before the
 published three reads the standard library. From the full config are: what learns in each stage,
 schedules, the encoder's tenth, the layout of tiles, 70 % with pictures; rates are five times as
-high, and the shape is small.
+high, and the shape is small. After 550 steps (with an encoder of 850) the kind of 31 % of 270 unseen
+concepts is said rightly, the most frequent for 23 %.
 """
 
 import dataclasses
