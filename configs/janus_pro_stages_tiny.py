@@ -6,7 +6,8 @@
 The encoder comes from the first run. In place of a decoder that can read, a stage before the
 published three reads the standard library. From the full config are: what learns in each stage,
 schedules, mixtures, a thousandth of the steps, a quarter of the batches; rates are ten times as
-high, and the shape is small.
+high, and the shape is small. After 520 steps (with an encoder of 850) the kind of 30 % of 270 unseen
+concepts is said rightly, the most frequent for 23 %.
 """
 
 import dataclasses

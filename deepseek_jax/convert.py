@@ -2,28 +2,31 @@
 
 import argparse
 import collections
+import dataclasses
 import json
 import math
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint import families, huggingface
+from deepseek_jax.checkpoint import encoders, families, huggingface
 from deepseek_jax.checkpoint.integrity import MANIFEST, resolve
 from deepseek_jax.checkpoint.manager import read_config
 from deepseek_jax.checkpoint.params import read_params, write_params
 from deepseek_jax.checkpoint.parts import check_new
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
-from deepseek_jax.core.config import from_dict, num_bytes
+from deepseek_jax.core.config import from_dict, num_bytes, to_dict
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.core.progress import byte_progress
 from deepseek_jax.core.storage import Object, located, on_disk
 from deepseek_jax.data.sources import reported
 from deepseek_jax.data.tokenizer import INFO, Characters, load_tokenizer
+from deepseek_jax.data.vision import NORMALIZATIONS, ImageTransform
 from deepseek_jax.evaluation.placement import (
     halves,
     held_out_routes,
@@ -37,12 +40,20 @@ from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.placement import AXES, taken
+from deepseek_jax.models.two_tower import TwoTower, build_towers
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.ops.placement import Devices
-from deepseek_jax.serving.encoder import load_speech
+from deepseek_jax.serving.encoder import load_speech, load_towers
 from deepseek_jax.serving.language import load
+from deepseek_jax.training.recipe import differences
 
-KINDS = (Decoder, VisionLanguage)  # the configs of what is converted
+KINDS = (Decoder, VisionLanguage)  # the configs of what is converted tensor by tensor
+# Where two configs may differ and compute the same.
+AS_IT_RUNS = tuple(
+    f"model/{part}{name}"
+    for part in ("", "image/", "text/", "image/transformer/", "text/transformer/")
+    for name in ("init_scale", "remat", "unroll")
+)
 
 
 def main(argv: list[str]) -> None:
@@ -94,8 +105,8 @@ def main(argv: list[str]) -> None:
         check_new(target)
         if options.command == "from-hf":
             missing = from_hf(source, target, options.dtype, part)
-        elif is_speech(source):
-            missing = speech_to_hf(source, target)
+        elif write := WHOLES.get(read_config(resolve(source))["model"].get("type")):
+            missing = write(source, target)
         else:
             size = num_bytes(options.max_shard_size, "--max-shard-size")
             size = size if options.format == "safetensors" else None
@@ -188,11 +199,6 @@ def to_hf(
     )
 
 
-def is_speech(source: pathlib.Path) -> bool:
-    """Whether a checkpoint of ours holds a wav2vec 2.0."""
-    return read_config(resolve(source))["model"].get("type") == Wav2Vec2.__name__
-
-
 def speech_to_hf(source: pathlib.Path, target: pathlib.Path) -> list[int]:
     """Write a wav2vec 2.0 of ours, with its characters, as a folder that transformers loads.
 
@@ -217,6 +223,47 @@ def speech_to_hf(source: pathlib.Path, target: pathlib.Path) -> list[int]:
     for name, fields in told.items():
         (target / name).write_text(json.dumps(fields, indent=2) + "\n")
     return []
+
+
+def towers_to_hf(source: pathlib.Path, target: pathlib.Path) -> list[int]:
+    """Write two towers of ours as a folder that transformers loads as its CLIP or SigLIP.
+
+    Nothing is missing then. InputError where transformers' would compute something else.
+    """
+    model, recorded = load_towers(source), read_config(resolve(source))
+    config = from_dict(TwoTower, recorded["model"], "model")  # of its own image size
+    kind = "siglip" if config.loss == "sigmoid" else "clip"
+    original = {"model_type": kind} | encoders.FAMILIES[kind].fields(config)
+    told = [{"model": to_dict(one)} for one in (encoders.config_of(original), config)]
+    if different := differences(*told, AS_IT_RUNS):
+        there = "; ".join(different[:5])
+        raise InputError(f"{source}: as transformers' {kind} it would be another model: {there}")
+    huggingface.write_encoder(target, build_towers(config), model.params, original)
+    files = huggingface.tokenizer_files(model.tokenizer)
+    files.pop("generation_config.json", None)
+    if model.data.image.fit != "pad":  # which neither processor knows
+        image = dataclasses.replace(model.data.image, size=config.image.image_size[0])
+        files["preprocessor_config.json"] = json.dumps(processor(image), indent=2).encode()
+    for name, content in files.items():
+        (target / name).write_bytes(content)
+    return []
+
+
+def processor(image: ImageTransform) -> dict[str, Any]:
+    """What tells transformers' CLIPImageProcessor to prepare images so."""
+    side, crop = {"height": image.size, "width": image.size}, image.fit == "crop"
+    mean, deviation = NORMALIZATIONS[image.normalization]
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": image.size} if crop else side,
+        "resample": {"lanczos": 1, "bilinear": 2, "bicubic": 3}[image.method],
+        "do_center_crop": crop, "crop_size": side,
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": mean, "image_std": deviation,
+    }  # fmt: skip
+
+
+WHOLES = {Wav2Vec2.__name__: speech_to_hf, TwoTower.__name__: towers_to_hf}
 
 
 def place(

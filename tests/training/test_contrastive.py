@@ -18,9 +18,9 @@ from encoder_cases import on_disk, randomized
 from PIL import Image
 
 import deepseek_jax
-from deepseek_jax import evaluate
+from deepseek_jax import convert, evaluate
 from deepseek_jax.checkpoint import tables
-from deepseek_jax.checkpoint.encoders import FAMILIES
+from deepseek_jax.checkpoint.encoders import FAMILIES, config_of
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.core.precision import Precision
@@ -299,6 +299,52 @@ def staged(folder, run_dir, *steps):
     stages = Stage(name="small"), Stage(name="large", data=larger)
     stages = (dataclasses.replace(s, steps=n) for s, n in zip(stages, steps, strict=False))
     return dataclasses.replace(config, stages=tuple(stages))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_run_of_published_shape_goes_to_transformers(folder, tmp_path, loss):
+    """What it trained is transformers' CLIP or SigLIP: images as files, tokens, vectors."""
+    kind, own = {
+        "softmax": (transformers.CLIPConfig, {"eos_token_id": 257}),
+        "sigmoid": (transformers.SiglipConfig, {}),
+    }[loss]
+    original = kind(
+        text_config=SHAPE | own | {"vocab_size": 258, "max_position_embeddings": 12},
+        vision_config=SHAPE | {"image_size": 16, "patch_size": 8},
+        **({"projection_dim": 24} if own else {}),
+    )
+    model = config_of(original.to_dict())
+    image = ImageTransform(size=16, fit="crop", normalization="clip", method="bilinear")
+    config = recipe(folder, tmp_path / "run", steps=1)
+    config = dataclasses.replace(
+        config, model=model, data=dataclasses.replace(config.data, image=image)
+    )
+    assert train(config, LENT) == 0
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf")])
+    ours = deepseek_jax.load(tmp_path / "run")
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
+    pixels = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "hf")(
+        picture, return_tensors="pt"
+    )["pixel_values"]
+    tokens = torch.tensor([[256, 10, 20, 257], [256, 30, 40, 257]])
+    with torch.no_grad():
+        vectors = (
+            theirs.get_image_features(pixels).pooler_output,
+            theirs.get_text_features(tokens).pooler_output,
+        )
+    for mine, other in zip(
+        (ours.embed_pictures([picture]), ours.embed_text(tokens.numpy())), vectors, strict=True
+    ):
+        other = torch.nn.functional.normalize(other, dim=-1).numpy()
+        np.testing.assert_allclose(mine, other, atol=2e-4)
+
+
+def test_what_transformers_would_compute_otherwise_is_not_written(folder, tmp_path):
+    assert train(recipe(folder, tmp_path / "run", steps=1), LENT) == 0
+    with pytest.raises(InputError, match=r"as transformers' clip it would be another model.*mean"):
+        convert.towers_to_hf(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_run_learns_resumes_to_the_bit_and_loads(folder, tmp_path, capsys):
