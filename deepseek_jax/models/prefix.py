@@ -5,6 +5,7 @@ as PaliGemma has it (arXiv 2407.07726, section 3.2.1), image and question togeth
 stays causal. `sources` are those of `models.vision_language`; packed rows keep to their segments.
 """
 
+import functools
 from typing import Literal, TypeAlias
 
 import jax
@@ -58,9 +59,16 @@ def asked(
     """
     if segments is None:
         segments = jnp.ones_like(sources)
-    same = segments[:, :, None] == segments[:, None]
-    found = (same & (sources > TEXT)[:, None]).any(-1)
+    last = ends(jnp.ones_like(segments, bool), segments)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    first = jax.lax.cummax(jnp.where(begins, jnp.arange(begins.shape[1])[None], 0), axis=1)
+
+    def before(marks: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+        """How many of a row's stand before each token."""
+        return jnp.cumsum(marks, axis=1) - marks
+
+    at, media = functools.partial(jnp.take_along_axis, axis=1), sources > TEXT
+    found = at(before(media) + media, last) > at(before(media), first)
     if learned is None:
         return found
-    earlier = jnp.tri(sources.shape[1], k=-1, dtype=bool)
-    return found & ~(same & earlier[None] & learned[:, None]).any(-1)
+    return found & (before(learned) == at(before(learned), first))
