@@ -127,6 +127,7 @@ SEEING = [  # all parts learn
 SLOW |= {
     "vl2 small": ("deepseek_vl2_small", [*SEEING, "--mesh.fsdp=64", "--mesh.expert=8"]),
     "vl2 tiny": ("deepseek_vl2_tiny", [*SEEING, "--mesh.data=4", "--mesh.fsdp=128"]),
+    "vl2 base": ("deepseek_vl2_base", [*SEEING, "--mesh.fsdp=128", "--mesh.expert=4"]),
 }
 SLOW = {name: (config, [*flags, "--batch-size=512"]) for name, (config, flags) in SLOW.items()}
 
@@ -219,6 +220,8 @@ OTHERS = {
     "digits": ("audio_visual_digits", MESH),
     "speech": ("speech_quickstart", MESH),
     "three stages": ("vlm_three_stages", MESH),
+    "all senses": ("omni_tiny", MESH),
+    "questions": ("vqa_tiny", MESH),
     "janus": ("janus_pro_1b", [
         *MESH, "--stage=2", "--stages.2.batch-size=512", "--stages.2.accumulation-steps=1",
         "--sequence-length=2048", "--model.language.num-layers=2",
