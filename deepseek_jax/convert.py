@@ -48,6 +48,7 @@ from deepseek_jax.serving.language import load
 from deepseek_jax.training.recipe import differences
 
 KINDS = (Decoder, VisionLanguage)  # the configs of what is converted tensor by tensor
+SHARED = ("dtype", "max_shard_size", "format", "part")  # how these are written
 # Where two configs may differ and compute the same.
 AS_IT_RUNS = tuple(
     f"model/{part}{name}"
@@ -106,6 +107,10 @@ def main(argv: list[str]) -> None:
         if options.command == "from-hf":
             missing = from_hf(source, target, options.dtype, part)
         elif write := WHOLES.get(read_config(resolve(source))["model"].get("type")):
+            named = {name: outward.get_default(name) for name in SHARED}
+            if given := [name for name, usual in named.items() if getattr(options, name) != usual]:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise InputError(f"{source}: an encoder is written whole: leave out {flags}")
             missing = write(source, target)
         else:
             size = num_bytes(options.max_shard_size, "--max-shard-size")

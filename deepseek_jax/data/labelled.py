@@ -10,6 +10,7 @@ A text may be a question about the image, and the classes its answers (VQA): dat
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -114,6 +115,11 @@ class Labelled:
         return tuple(name for name in (*FILES, "text") if getattr(self, name))
 
     @property
+    def tokenizer(self) -> TokenizerConfig | None:
+        """Of its texts."""
+        return self.text.tokenizer if self.text else None
+
+    @property
     def normalization(self) -> Normalization:
         """How the model's pixels are made of these."""
         return next((x.normalization for x in self._transforms()), "half")
@@ -159,10 +165,6 @@ class Labelled:
         return fitted(medium, length)
 
 
-class WrongLabel(InputError):
-    """A label that is no class: not damage, but a mistake in the manifest or the config."""
-
-
 class _Media:
     """Files with labels; what is damaged raises InputError when it is used."""
 
@@ -206,19 +208,9 @@ class LabelledRows:
         return stacked([self._row(int(row)) for row in rows])
 
     def _row(self, row: int) -> Batch:
-        count = len(self.numbers)
-        epoch, place = divmod(row, count)
-        numbers = self.numbers[epoch_order(count, self.seed, epoch)]
-        for step in range(count):
-            # What was skipped before is tried anew: a row must not depend on others before it.
-            number = int(numbers[(place + step) % count])
-            try:
-                return self.view(row, number)
-            except WrongLabel:
-                raise
-            except InputError as error:
-                self.skips.add(number, str(error))
-        raise InputError(f"none of {count} examples can be used")
+        epoch, place = divmod(row, len(self.numbers))
+        numbers = self.numbers[epoch_order(len(self.numbers), self.seed, epoch)]
+        return media.usable(numbers, place, functools.partial(self.view, row), self.skips)
 
     def view(self, row: int | None, number: int) -> Batch:
         """An example as training row `row` shows it; None: as it is evaluated.
@@ -263,7 +255,7 @@ class LabelledRows:
 def labels_of(shown: Shown, config: Labelled) -> np.ndarray:
     """What an example is, int32: its class's number or, of several labels, [classes] of 1, 0, -1.
 
-    InputError without a label; WrongLabel for one that is no class, and several where one is
+    InputError without a label; media.Mistake for one that is no class, and several where one is
     wanted.
     """
     if shown.labels is None:
@@ -278,17 +270,19 @@ def labels_of(shown: Shown, config: Labelled) -> np.ndarray:
     for name, value in told.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise WrongLabel(
+            raise media.Mistake(
                 f"{shown.name}: label {name!r} is none of the {len(known)} data.classes; the "
                 f"nearest is {near!r}"
             )
         if value not in (0, 1, -1, None):
-            raise WrongLabel(f"{shown.name}: label {name!r} is {value!r}, not true, false or null")
+            raise media.Mistake(
+                f"{shown.name}: label {name!r} is {value!r}, not true, false or null"
+            )
         row[known[name]] = -1 if value is None else int(value)
     if config.multi_label:
         return row
     if len(told) != 1:
-        raise WrongLabel(
+        raise media.Mistake(
             f"{shown.name}: has {len(told)} labels {[*told]}, and one is wanted: set "
             "data.multi_label, or keep one"
         )
@@ -329,7 +323,7 @@ class LabelledDataset:
         for number in map(int, self.held.numbers):
             try:
                 rows.append(self.held.view(None, number))
-            except WrongLabel:
+            except media.Mistake:
                 raise
             except InputError as error:
                 self.held.skips.add(number, str(error))

@@ -143,18 +143,24 @@ class Skips:
         print(f"skipped ({count} of {self.total}): {reason}", file=sys.stderr, flush=True)
 
 
+class Mistake(InputError):
+    """No damage, but what nobody can have meant: it stops a run wherever it is read."""
+
+
 def usable(numbers: np.ndarray, row: int, use: Callable[[int], Used], skips: Skips) -> Used:
     """What `use` makes of example numbers[row % n], or of the first after it that it can use.
 
-    `use` raises InputError where it cannot.
+    `use` raises InputError where it cannot. What was skipped before is tried anew: another row may
+    have room for it, and a row must not depend on what was read before.
     """
     for step in range(len(numbers)):
         number = int(numbers[(row + step) % len(numbers)])
-        if number not in skips.reasons:
-            try:
-                return use(number)
-            except InputError as error:
-                skips.add(number, str(error))
+        try:
+            return use(number)
+        except Mistake:
+            raise
+        except InputError as error:
+            skips.add(number, str(error))
     raise InputError(f"none of {len(numbers)} examples can be used")
 
 

@@ -158,13 +158,7 @@ class Conversations:
     def _drawn(self, row: int) -> Batch:
         epoch, place = divmod(row, len(self.numbers))
         numbers = self.numbers[_order(len(self.numbers), self.seed, epoch)]
-        for step in range(len(numbers)):
-            number = int(numbers[(place + step) % len(numbers)])
-            try:  # also what was skipped before: whether there is room depends on the row
-                return self._shown(row, number)
-            except InputError as error:
-                self.skips.add(number, str(error))
-        raise InputError(f"none of {len(numbers)} conversations can be used")
+        return media.usable(numbers, place, functools.partial(self._shown, row), self.skips)
 
     def _shown(self, row: int, number: int) -> Batch:
         draw = generator(self.seed, row, "talk")

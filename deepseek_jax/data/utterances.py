@@ -5,6 +5,7 @@ which stretch of it. What cannot be used is named, counted and replaced, as in d
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -201,14 +202,7 @@ class UtteranceRows:
     def _row(self, row: int) -> Batch:
         epoch, place = divmod(row, len(self.numbers))
         numbers = self.numbers[epoch_order(len(self.numbers), self.seed, epoch)]
-        for number in np.roll(numbers, -place).tolist():
-            # What was skipped before is tried anew: another voice or caption may do, and a row must
-            # not depend on what was read before it.
-            try:
-                return self.view(row, number)
-            except InputError as error:
-                self.skips.add(number, str(error))
-        raise InputError(f"none of {len(numbers)} utterances can be used")
+        return media.usable(numbers, place, functools.partial(self.view, row), self.skips)
 
     def view(self, row: int, number: int, still: bool = False) -> Batch:
         """An example as row `row` hears it; `still`: cropped in its middle, to be evaluated."""

@@ -129,6 +129,7 @@ class _Run:
                 before = self.stages[number - 1] if number else None
                 if self._open_data(before, stage, first, step):
                     position = 0
+                of_row = row_tokens(sized(self.model, stage), stage.sequence_length)
                 size = None
                 while step < end:
                     if changed := size != stage.batch_at(step - first):
@@ -147,8 +148,7 @@ class _Run:
                     if changed:  # others may still compile
                         self.heartbeat.busy()
                     step, position = step + 1, position + size.batch_size
-                    tokens = row_tokens(sized(self.model, stage), stage.sequence_length)
-                    tokens *= size.batch_size
+                    tokens = of_row * size.batch_size
                     asked = stage.gate and (step == end or _due(stage.gate.every, step - first))
                     previous = step, metrics, tokens, stage, asked
                     last, stop = step == self.total, self.peers.stop(caught)

@@ -344,6 +344,9 @@ def test_what_transformers_would_compute_otherwise_is_not_written(folder, tmp_pa
     assert train(recipe(folder, tmp_path / "run", steps=1), LENT) == 0
     with pytest.raises(InputError, match=r"as transformers' clip it would be another model.*mean"):
         convert.towers_to_hf(tmp_path / "run", tmp_path / "hf")
+    for flag in (["--dtype", "bfloat16"], ["--part", "1/2"], ["--format", "torch"]):
+        with pytest.raises(InputError, match=f"written whole: leave out {flag[0]}"):
+            convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf"), *flag])
     assert not (tmp_path / "hf").exists()
 
 

@@ -23,6 +23,7 @@ from deepseek_jax.data.digits import digit_numbers, load_digits
 from deepseek_jax.data.labelled import Text
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.data.vision import ImageTransform
+from deepseek_jax.data.vqa import DigitQuestions
 from deepseek_jax.evaluation.classification import alone_and_together, classification
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.audio import Whisper
@@ -31,7 +32,7 @@ from deepseek_jax.models.raw_inputs import encoder_inputs, inputs_of, misfit
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.video import Video
 from deepseek_jax.training.loop import Lent, train
-from deepseek_jax.training.recipe import TrainConfig
+from deepseek_jax.training.recipe import Stage, TrainConfig
 from deepseek_jax.training.stages import stage_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -42,6 +43,17 @@ WORDS = TextTower(transformer=SMALL, vocab_size=258, max_length=6)
 
 def vqa(**fields):
     return dataclasses.replace(load_config(ROOT / "configs/vqa_tiny.py", TrainConfig), **fields)
+
+
+def test_a_run_of_questions_has_one_bpe():
+    """Also where later stages ask less, and would make another of it."""
+    config = vqa()
+    asks = dataclasses.replace(config.data, source=DigitQuestions(asks=("digit",)))
+    config = dataclasses.replace(config, stages=(Stage(), Stage(data=asks)))
+    first, second = (stage_data(config, stage) for stage in config.filled_stages())
+    later = dataclasses.replace(config, data=asks, stages=(Stage(),))
+    alone = stage_data(later, later.filled_stages()[0])
+    assert first.tokenizer.files() == second.tokenizer.files() != alone.tokenizer.files()
 
 
 def test_frames_are_normalized_as_pixels_are():
