@@ -57,9 +57,8 @@ class Runs:
         source = TextFiles(paths=(str(text / "*.txt"),))
         cache = str(folder / "cache")
         data = Data(source=source, tokenizer=Bytes(), held_out=0.2, cache_dir=cache)
-        self.config = TrainConfig(
-            data=data, batch_size=8, log_every=1, precision=Precision(compute="float32"), **fields
-        )
+        base = {"data": data, "batch_size": 8, "precision": Precision(compute="float32")}
+        self.config = TrainConfig(log_every=1, **(base | fields))
         (folder / "config.py").write_text(CONFIG.format(text=json.dumps(to_dict(self.config))))
         self.count = 0
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from encoder_cases import on_disk, randomized
+from launched import Runs
 from PIL import Image
 
 import deepseek_jax
@@ -299,6 +300,19 @@ def staged(folder, run_dir, *steps):
     stages = Stage(name="small"), Stage(name="large", data=larger)
     stages = (dataclasses.replace(s, steps=n) for s, n in zip(stages, steps, strict=False))
     return dataclasses.replace(config, stages=tuple(stages))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_end_as_one_does(folder, tmp_path):
+    """What captions find, at the end, is computed by the first process alone."""
+    chosen = recipe(folder, "", steps=2, save_every=0)
+    names = "model", "data", "objective", "optimizer", "steps", "batch_size", "sequence_length"
+    runs = Runs(tmp_path, **{name: getattr(chosen, name) for name in names})
+    for name, processes in (("two", 2), ("one", 1)):
+        assert runs.start(name, processes=processes).wait(timeout=300) == 0, runs.output()
+        assert "captions and the images that they find" in runs.output()
+    two, one = ([row["loss"] for row in runs.rows(name)] for name in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
