@@ -351,7 +351,7 @@ def test_a_run_of_published_shape_goes_to_transformers(folder, tmp_path, loss):
         (ours.embed_pictures([picture]), ours.embed_text(tokens.numpy())), vectors, strict=True
     ):
         other = torch.nn.functional.normalize(other, dim=-1).numpy()
-        np.testing.assert_allclose(mine, other, atol=2e-4)
+        np.testing.assert_allclose(mine, other, atol=2e-6)
 
 
 def test_what_transformers_would_compute_otherwise_is_not_written(folder, tmp_path):
