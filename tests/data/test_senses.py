@@ -29,6 +29,7 @@ from deepseek_jax.models.vit import ViT
 from deepseek_jax.serving import media
 
 EAR = Windows(rate=16_000, size=1920, tokens=3, stride=640)
+ROOMY = Sight(size=24, tokens=4)
 FOUR, TILED = Sight(size=8, tokens=4), Sight(size=8, tokens=4, side=2)
 FLEXIBLE = Budget(patch=4, max_patches=6, tokens=6, each=True)
 IMAGE, SOUND = 300, 301  # no bytes
@@ -212,39 +213,61 @@ def test_a_films_frames_vary_alike(folder):
     assert (shown[0] != shown[1]).any() and (shown[1] != shown[2]).any()
 
 
-def test_what_is_made_on_the_spot(tmp_path):
-    parts = (SeeingPart(source=SpokenQuestions(words=("one", "two"), voices=("en-us",))),)
-    parts += (SeeingPart(source=MovingQuestions()),)
+def made(cache_dir, *sources, sight=ROOMY, hearing=EAR):
+    parts = tuple(SeeingPart(source=source) for source in sources)
     config = Seeing(
-        parts=parts, tokenizer=BPE(vocab_size=300), views=3, frames=3, windows=8, eval_rows=3,
-        cache_dir=str(tmp_path),
+        parts=parts, tokenizer=BPE(vocab_size=300), views=3, frames=3, windows=8 if hearing else 0,
+        eval_rows=3, cache_dir=str(cache_dir),
     )  # fmt: skip
-    given = {"sight": Sight(size=24, tokens=4), "image_id": None, "hearing": EAR}
-    given |= {"sequence_length": 60, "seed": 0}
-    dataset = open_seeing(config, **given)
-    names = [dataset.tokenizer.token_id(f"<{kind}>") for kind in ("image", "video", "audio")]
-    assert names == [2, 3, 4]
-    batch, again = (x.train.batch(np.arange(20)) for x in (dataset, open_seeing(config, **given)))
-    for name, values in batch.items():
-        np.testing.assert_array_equal(values, again[name], err_msg=name)
-    heard = batch["sounds"].any((1, 2))
-    assert 0 < heard.sum() < 20 and (heard != batch["images"].any((1, 2, 3, 4))).all()
-    assert ((batch["tokens"] == 4).any(1) == heard).all()
-    held = [*dataset.held_rows()]
-    assert {talk.kind for talk, _ in held} == {"spoken", "digit", "direction"}
-    spoken, moving = dataset.train.rows
-    said, where = spoken.talks.talks(1, None)[0], moving.talks.talks(5, None)
-    assert said.answer == "two" and where[0].answer == "five"
-    film = where[0].media[0].read()
-    assert film.shape == (3, 24, 24, 3) and (film[0] != film[2]).any()
-    # Nobody is on both sides.
+    given = {"sight": sight, "image_id": None, "hearing": hearing}
+    return open_seeing(config, **given, sequence_length=60, seed=0)
+
+
+def nobody_is_on_both_sides(dataset):
     for rows, other in zip(dataset.train.rows, dataset.held, strict=True):
         sides = ({*rows.talks.hashes[x.numbers].tolist()} for x in (rows, other))
         assert not set.intersection(*sides)
-    with pytest.raises(InputError, match="data.windows is 8, and this model has no ear"):
-        open_seeing(config, **(given | {"hearing": None}))
+
+
+def test_digits_that_move(tmp_path):
+    dataset, again = (made(tmp_path, MovingQuestions(), hearing=None) for _ in range(2))
+    batch, second = (x.train.batch(np.arange(12)) for x in (dataset, again))
+    for name, values in batch.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+    assert batch["images"].any((1, 2, 3, 4)).all()
+    assert {talk.kind for talk, _ in dataset.held_rows()} == {"digit", "direction"}
+    where = dataset.train.rows[0].talks.talks(5, None)
+    assert where[0].answer == "five"
+    film = where[0].media[0].read()
+    assert film.shape == (3, 24, 24, 3) and (film[0] != film[2]).any()
+    nobody_is_on_both_sides(dataset)
     with pytest.raises(InputError, match="no room to move in 3 frames of 2"):
-        open_seeing(config, **(given | {"sight": Sight(size=2, tokens=4)}))
+        made(tmp_path, MovingQuestions(), sight=Sight(size=2, tokens=4))
+
+
+def test_words_that_are_spoken_beside_digits_that_move(tmp_path):
+    pytest.importorskip("espeakng_loader", reason="the extra `speech` (GPL) is not installed")
+    sources = SpokenQuestions(words=("one", "two"), voices=("en-us",)), MovingQuestions()
+    dataset, again = (made(tmp_path, *sources) for _ in range(2))
+    names = [dataset.tokenizer.token_id(f"<{kind}>") for kind in ("image", "video", "audio")]
+    assert names == [2, 3, 4]
+    batch, second = (x.train.batch(np.arange(20)) for x in (dataset, again))
+    for name, values in batch.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+    heard = batch["sounds"].any((1, 2))
+    assert 0 < heard.sum() < 20 and (heard != batch["images"].any((1, 2, 3, 4))).all()
+    assert ((batch["tokens"] == 4).any(1) == heard).all()
+    assert {talk.kind for talk, _ in dataset.held_rows()} == {"spoken", "digit", "direction"}
+    assert dataset.train.rows[0].talks.talks(1, None)[0].answer == "two"
+    nobody_is_on_both_sides(dataset)
+
+
+def test_no_room_or_no_ear(tmp_path):
+    parts = tuple(SeeingPart(source=source) for source in (SpokenQuestions(), MovingQuestions()))
+    config = Seeing(parts=parts, views=3, frames=3, windows=8, cache_dir=str(tmp_path))
+    with pytest.raises(InputError, match="data.windows is 8, and this model has no ear"):
+        given = {"sight": FOUR, "image_id": None, "hearing": None}
+        open_seeing(config, **given, sequence_length=60, seed=0)
     for fields, why in (
         ({"windows": 0}, "data.windows is 0: there is no room for SpokenQuestions"),
         ({"frames": 0}, "data.frames is 0: there is no room for MovingQuestions"),
