@@ -26,6 +26,10 @@ VISION = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
     "patch_size": 8, "hidden_act": "gelu",
 }  # fmt: skip
+LARGE = {
+    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 24,
+    "patch_size": 4, "window_size": 4, "global_attn_indexes": [1], "output_channels": 6,
+}  # fmt: skip
 VQ = {
     "embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32,
     "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 40,
@@ -34,20 +38,33 @@ VQ = {
 
 
 def converted(kind: str, **more: Any) -> transformers.PreTrainedModel:
-    """A random model of transformers, `deepseek_vl` or `janus`; an image takes 4 tokens."""
+    """A random model of transformers, by its model_type; an image takes 4 tokens."""
     text = transformers.LlamaConfig(**TEXT)
     both = {"text_config": text, "image_token_id": IMAGE, "tie_word_embeddings": False} | more
-    if kind == "deepseek_vl":
+    if kind != "janus":
         vision = VISION | {"intermediate_size": 48, "vision_use_head": False}
         vision = transformers.SiglipVisionConfig(**vision)
-        config = transformers.DeepseekVLConfig(vision_config=vision, **both)
-        model = transformers.DeepseekVLForConditionalGeneration(config)
+        name = "DeepseekVL"
+        if kind == "deepseek_vl_hybrid":
+            name, large = "DeepseekVLHybrid", transformers.SamVisionConfig(**LARGE)
+            both["high_res_vision_config"] = large
+        config = getattr(transformers, f"{name}Config")(vision_config=vision, **both)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     else:
         vision = transformers.JanusVisionConfig(**VISION, projection_dim=40, mlp_ratio=1.5)
         vq = transformers.JanusVQVAEConfig(**VQ)
         config = transformers.JanusConfig(vision_config=vision, vq_config=vq, **both)
         model = transformers.JanusForConditionalGeneration(config)
     return encoder_cases.randomized(model, scale=0.15)
+
+
+def shown(kind: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """`rows`' pixels as transformers' models take them, with larger ones where two encoders see."""
+    given = {"pixel_values": pixels}
+    if kind == "deepseek_vl_hybrid":
+        large = np.random.default_rng(3).normal(size=(len(pixels), 3, 24, 24))
+        given["high_res_pixel_values"] = large.astype(np.float32)
+    return given
 
 
 def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -227,58 +244,122 @@ def torch_logits(decoder: transformers.PreTrainedModel, embedded: np.ndarray) ->
 
 TOWER = "siglip_tiny"  # a name beside those of the released encoders
 SIZES = (8, 32, 2, 4, 48)
+SAM = "sam_tiny"
+SIGLIP = {"image_size": 16, "model_name": TOWER, "select_feature": "same", "select_layer": -1}
 
 
 def original_folder(model: transformers.PreTrainedModel, folder: pathlib.Path) -> None:
     """A Janus of transformers with the names and the config.json that DeepSeek released it with."""
     state = {name: weight.numpy() for name, weight in model.state_dict().items()}
-    tower, found = "vision_model.vision_tower", {}
-    plain = {
-        "patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm",
-        **{
-            f"blocks.{i}.{new}": f"encoder.layers.{i}.{old}"
-            for i in range(2)
-            for new, old in {
-                "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2", "attn.proj": "self_attn.projection_layer",
-            }.items()
-        },
-    }  # fmt: skip
-    plain = {f"{tower}.{new}": f"model.vision_model.{old}" for new, old in plain.items()}
-    plain |= {"aligner.layers.0": "model.aligner.fc1"}
-    plain |= {"aligner.layers.2": "model.aligner.hidden_layers.0"}
+    tower, output = "vision_model.vision_tower", "self_attn.projection_layer"
+    found = _original_siglip(state, "model.vision_model", tower, output) | _original_text(state)
     for leaf in ("weight", "bias"):
-        found |= {f"{new}.{leaf}": state[f"{old}.{leaf}"] for new, old in plain.items()}
-        for i in range(2):
-            before = f"model.vision_model.encoder.layers.{i}.self_attn"
-            parts = [state[f"{before}.{n}_proj.{leaf}"] for n in "qkv"]
-            found[f"{tower}.blocks.{i}.attn.qkv.{leaf}"] = np.concatenate(parts)
-    positions = state["model.vision_model.embeddings.position_embedding.weight"]
-    found[f"{tower}.pos_embed"] = positions[None]
-    for name, array in state.items():
-        if name.startswith("model.language_model."):
-            found["language_model.model." + name.removeprefix("model.language_model.")] = array
-    found["language_model.lm_head.weight"] = state["lm_head.weight"]
+        found[f"aligner.layers.0.{leaf}"] = state[f"model.aligner.fc1.{leaf}"]
+        found[f"aligner.layers.2.{leaf}"] = state[f"model.aligner.hidden_layers.0.{leaf}"]
     found["gen_embed.weight"] = state["model.generation_embeddings.weight"]
     found[f"{tower}.attn_pool.latent"] = np.zeros((1, 1, 32), np.float32)
     config = {
-        "model_type": "multi_modality", "gen_vision_config": {},
-        "language_config": {"model_type": "llama"} | TEXT,
-        "vision_config": {
-            "cls": "CLIPVisionTower", "model_type": "vision", "params": {
-                "image_size": 16, "model_name": TOWER, "select_feature": "same", "select_layer": -1,
-            },
+        "gen_vision_config": {}, "vision_config": {
+            "cls": "CLIPVisionTower", "model_type": "vision", "params": SIGLIP,
         },
+    }  # fmt: skip
+    _original(found, config, "mlp_gelu", folder)
+
+
+def original_hybrid(model: transformers.PreTrainedModel, folder: pathlib.Path) -> None:
+    """DeepSeek-VL 7B likewise: of a tiny one of transformers."""
+    state = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    low, high = (f"vision_model.vision_tower_{part}.vision_tower" for part in ("low", "high"))
+    found = _original_siglip(state, "model.vision_model", low, "self_attn.out_proj")
+    found |= _original_text(state)
+    for old, new in (
+        (r"model.high_res_vision_model.vision_encoder.layers", f"{high}.blocks"),
+        (r"model.high_res_vision_model.vision_encoder.", f"{high}."),
+        (r"model.high_res_vision_neck.", f"{high}.neck_hd."),
+        (r"model.high_res_vision_proj.", f"{high}.downsamples."),
+        (r"model.high_res_vision_alpha", f"{high}.hd_alpha_downsamples"),
+    ):
+        for name in [name for name in state if name.startswith(old)]:
+            there = new + name.removeprefix(old)
+            for theirs, here in (
+                ("patch_embed.projection", "patch_embed.proj"), (".layer_norm1.", ".norm1."),
+                (".layer_norm2.", ".norm2."), ("neck.conv1", "neck.0"), ("neck.norm1", "neck.1"),
+                ("neck.conv2", "neck.2"), ("neck.norm2", "neck.3"), ("hd.conv1", "hd.0"),
+                ("hd.norm1", "hd.1"), ("hd.conv2", "hd.2"), ("hd.norm2", "hd.3"),
+                ("samples.conv1", "samples.0"), ("samples.conv2", "samples.1"),
+            ):  # fmt: skip
+                there = there.replace(theirs, here)
+            found[there] = state.pop(name)
+    for leaf in ("weight", "bias"):
+        for new, old in (
+            ("low_up_proj", "vision_proj"), ("high_up_proj", "high_res_vision_proj"),
+            ("layers.1", "proj"),
+        ):  # fmt: skip
+            found[f"aligner.{new}.{leaf}"] = state[f"model.aligner.{old}.{leaf}"]
+        for part in ("high", "low"):  # which nothing passes
+            found[f"vision_model.{part}_layer_norm.{leaf}"] = np.ones(24, np.float32)
+    clip = {"pixel_mean": [0.48145466, 0.4578275, 0.40821073]}
+    clip["pixel_std"] = [0.26862954, 0.26130258, 0.27577711]
+    half = {"pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3}
+    large = SIGLIP | {"model_name": SAM, "image_size": 24, "output_dim": 24}
+    params = {
+        "concat_type": "tuple", "freeze_high": True, "freeze_low": True, "width": 1024,
+        "high_res_cfg": large | clip, "low_res_cfg": SIGLIP | half,
+    }  # fmt: skip
+    config = {"cls": "HybridVisionTower", "model_type": "vision", "params": params}
+    split = "low_high_hybrid_split_mlp_gelu"
+    _original(found, {"vision_config": config}, split, folder)
+
+
+def _original(
+    tensors: dict[str, np.ndarray], config: dict, projector: str, folder: pathlib.Path
+) -> None:
+    config = config | {
+        "model_type": "multi_modality", "language_config": {"model_type": "llama"} | TEXT,
         "aligner_config": {
             "cls": "MlpProjector", "model_type": "aligner", "params": {
-                "depth": 2, "input_dim": 32, "n_embed": 40, "projector_type": "mlp_gelu",
+                "depth": 2, "input_dim": 32, "n_embed": 40, "projector_type": projector,
             },
         },
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
-    entries = [Entry(n, x.shape, x.dtype, lambda x=x: x) for n, x in found.items()]
+    entries = [Entry(n, x.shape, x.dtype, lambda x=x: x) for n, x in tensors.items()]
     write_shard(folder / "model.safetensors", entries)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _original_text(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    before = "model.language_model."
+    found = {"language_model.lm_head.weight": state["lm_head.weight"]}
+    return found | {
+        f"language_model.model.{name.removeprefix(before)}": array
+        for name, array in state.items()
+        if name.startswith(before)
+    }
+
+
+def _original_siglip(
+    state: dict[str, np.ndarray], old: str, tower: str, output: str
+) -> dict[str, np.ndarray]:
+    """An encoder's tensors under timm's names; `output` is attention's last product's name."""
+    plain = {
+        "patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm",
+        **{
+            f"blocks.{i}.{new}": f"encoder.layers.{i}.{theirs}"
+            for i in range(2)
+            for new, theirs in {
+                "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2", "attn.proj": output,
+            }.items()
+        },
+    }  # fmt: skip
+    found = {f"{tower}.pos_embed": state[f"{old}.embeddings.position_embedding.weight"][None]}
+    for leaf in ("weight", "bias"):
+        found |= {f"{tower}.{n}.{leaf}": state[f"{old}.{o}.{leaf}"] for n, o in plain.items()}
+        for i in range(2):
+            parts = [state[f"{old}.encoder.layers.{i}.self_attn.{n}_proj.{leaf}"] for n in "qkv"]
+            found[f"{tower}.blocks.{i}.attn.qkv.{leaf}"] = np.concatenate(parts)
+    return found
 
 
 def torch_vl2(

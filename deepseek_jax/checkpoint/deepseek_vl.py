@@ -1,4 +1,4 @@
-"""DeepSeek-VL and Janus's understanding, as transformers' folders have them.
+"""DeepSeek-VL (1.3B, and the 7B with its SAM) and Janus's understanding, as transformers has them.
 
 An output head counts as one of its own where the folder has it: config.json calls it tied by
 default, and the released weights' is not.
@@ -7,18 +7,23 @@ default, and the released weights' is not.
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checkpoint import families, image_encoders, tables
+from deepseek_jax.checkpoint import families, image_encoders, sam_encoders, tables
 from deepseek_jax.checkpoint.joined import (
     MOST,
     Joined,
     check_said,
+    hybrid_leaves,
+    hybrid_modules,
     leaves_of,
     modules_of,
+    one_encoder,
     text_fields,
 )
-from deepseek_jax.checkpoint.tables import Family, only
+from deepseek_jax.checkpoint.tables import Family, Named, only, under
+from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.decoder import Decoder
-from deepseek_jax.models.projectors import MLPProjector
+from deepseek_jax.models.hybrid import Hybrid
+from deepseek_jax.models.projectors import MLPProjector, SplitProjector
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
 
@@ -52,7 +57,7 @@ def deepseek_vl(hf: Mapping[str, Any]) -> VisionLanguage:
 
 def deepseek_vl_fields(config: VisionLanguage) -> dict[str, Any]:
     """The fields of DeepSeek-VL's config.json."""
-    vision = image_encoders.FAMILIES["siglip_vision_model"].fields(config.vision)
+    vision = image_encoders.FAMILIES["siglip_vision_model"].fields(one_encoder(config))
     vision = vision | {"model_type": "siglip_vision_model"}
     del vision["architectures"]
     fields = _with_text(config) | {
@@ -60,6 +65,35 @@ def deepseek_vl_fields(config: VisionLanguage) -> dict[str, Any]:
         "architectures": ["DeepseekVLForConditionalGeneration"],
     }
     check_said(deepseek_vl(fields | {"has_head": False}), config, "DeepSeek-VL")
+    return fields
+
+
+def deepseek_vl_hybrid(hf: Mapping[str, Any]) -> VisionLanguage:
+    """DeepSeek-VL 7B."""
+    return VisionLanguage(
+        language=text_decoder(hf),
+        vision=Hybrid(
+            low=image_encoders.siglip_vision(hf.get("vision_config") or {}),
+            high=sam_encoders.sam_vision(hf.get("high_res_vision_config") or {}),
+        ),
+        projector=SplitProjector(),
+        image_id=hf.get("image_token_id", 100015),
+    )
+
+
+def deepseek_vl_hybrid_fields(config: VisionLanguage) -> dict[str, Any]:
+    """The fields of DeepSeek-VL 7B's config.json."""
+    if not isinstance(config.vision, Hybrid):
+        raise InputError("DeepSeek-VL 7B's vision is a Hybrid")
+    parts = {
+        "vision_config": ("siglip_vision_model", image_encoders.FAMILIES, config.vision.low),
+        "high_res_vision_config": ("sam_vision_model", sam_encoders.FAMILIES, config.vision.high),
+    }
+    fields = _with_text(config) | {"architectures": ["DeepseekVLHybridForConditionalGeneration"]}
+    for name, (kind, families_of, part) in parts.items():
+        fields[name] = families_of[kind].fields(part) | {"model_type": kind}
+        del fields[name]["architectures"]
+    check_said(deepseek_vl_hybrid(fields | {"has_head": False}), config, "DeepSeek-VL 7B")
     return fields
 
 
@@ -99,8 +133,8 @@ def janus(hf: Mapping[str, Any]) -> VisionLanguage:
 
 def janus_fields(config: VisionLanguage) -> dict[str, Any]:
     """The fields of Janus's config.json that say how it reads images."""
-    t, projector = config.vision.transformer, config.projector
-    vision = image_encoders.vit_fields(config.vision)
+    t, projector = one_encoder(config).transformer, config.projector
+    vision = image_encoders.vit_fields(one_encoder(config))
     del vision["intermediate_size"]
     vision |= {
         "mlp_ratio": t.mlp_dim / t.embed_dim,
@@ -123,6 +157,7 @@ SIGLIP = image_encoders.siglip_modules(None)
 DRAWS = r"model\.(vqmodel|generation_(embeddings|aligner|head))\..*"
 CONVERTED = {"model.": "model.language_model.", "lm_head.": "lm_head."}
 TOWER = "model.vision_model."
+LARGE, NECK = "model.high_res_vision_model", "model.high_res_vision_neck"
 FAMILIES: dict[str, Joined] = {
     "deepseek_vl": Joined(
         Family(
@@ -132,6 +167,31 @@ FAMILIES: dict[str, Joined] = {
             leaves_of(TOWER, image_encoders.SIGLIP_LEAVES),
             optional={"lm_head.weight": "has_head"},
             # A model that was loaded from older names is saved under them.
+            renamed={r"^model\.vision_model\.vision_model\.": TOWER},
+        ),
+        CONVERTED,
+    ),
+    "deepseek_vl_hybrid": Joined(
+        Family(
+            deepseek_vl_hybrid,
+            deepseek_vl_hybrid_fields,
+            hybrid_modules(
+                (SIGLIP, TOWER),
+                (sam_encoders.SAM_MODULES, f"{LARGE}.vision_encoder."),
+                under(sam_encoders.NECK, "vision/neck/", f"{NECK}.")
+                | {f"vision/down_{n}/conv": f"model.high_res_vision_proj.conv{n}" for n in (1, 2)}
+                | {
+                    "projector/low": "model.aligner.vision_proj",
+                    "projector/high": "model.aligner.high_res_vision_proj",
+                    "projector/linear_2": "model.aligner.proj",
+                },
+            ),
+            hybrid_leaves(
+                (image_encoders.SIGLIP_LEAVES, TOWER),
+                (sam_encoders.LEAVES, f"{LARGE}.vision_encoder."),
+                {"vision/alpha": Named("model.high_res_vision_alpha")},
+            ),
+            optional={"lm_head.weight": "has_head"},
             renamed={r"^model\.vision_model\.vision_model\.": TOWER},
         ),
         CONVERTED,

@@ -10,6 +10,7 @@ from deepseek_jax.checkpoint.joined import (
     check_said,
     leaves_of,
     modules_of,
+    one_encoder,
     text_fields,
 )
 from deepseek_jax.checkpoint.tables import Family, Named, only
@@ -94,7 +95,7 @@ def vl2_decoder(hf: Mapping[str, Any]) -> Decoder:
 
 def vl2_fields(config: VisionLanguage) -> dict[str, Any]:
     """The fields of VL2's config.json."""
-    t, projector, language = config.vision.transformer, config.projector, config.language
+    t, projector, language = one_encoder(config).transformer, config.projector, config.language
     if not isinstance(projector, DownsampleProjector):
         raise InputError("VL2 has a DownsampleProjector")
     latent = isinstance(language.attention, MLA)

@@ -8,6 +8,7 @@ from deepseek_jax.checkpoint import (
     image_encoders,
     naflex_encoders,
     pair_encoders,
+    sam_encoders,
     swin_encoders,
     video_encoders,
 )
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     **naflex_encoders.FAMILIES,
     **audio_encoders.FAMILIES,
     **pair_encoders.FAMILIES,
+    **sam_encoders.FAMILIES,
     **swin_encoders.FAMILIES,
     **video_encoders.FAMILIES,
 }

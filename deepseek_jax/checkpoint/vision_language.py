@@ -19,6 +19,7 @@ from deepseek_jax.checkpoint.names import Leaf
 from deepseek_jax.checkpoint.safetensors import WHOLE, Entry, Source, Tensor, write_shard
 from deepseek_jax.core import tree
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.projectors import Resampler
 from deepseek_jax.models.vision_language import VisionLanguage, VisionLanguageModel
 from deepseek_jax.models.vit import ViT
@@ -43,7 +44,7 @@ def kind_of(original: Mapping[str, Any], config: VisionLanguage) -> str:
     """
     if (
         config.audio
-        or not isinstance(config.vision, ViT)
+        or not isinstance(config.vision, ViT | Hybrid)
         or isinstance(config.projector, Resampler)
     ):
         raise InputError("no folder of Hugging Face has an ear, a NaFlex or a Resampler as here")

@@ -150,6 +150,8 @@ class Sight(NamedTuple):
     """Of one view, newlines left out."""
     side: int | None = None
     """Tokens along a view's side where an image is its whole and tiles; None: it is one view."""
+    small: int | None = None
+    """Pixels along the side of the same picture again, smaller (`canvas`); None: not so."""
 
     def layout(self, grid: Grid = (1, 1)) -> np.ndarray:
         """Where each token of one image comes from, its views numbered from 0: `token_layout`.
@@ -167,7 +169,8 @@ class Sight(NamedTuple):
     @property
     def shapes(self) -> dict[str, Shape]:
         """Of one view's arrays."""
-        return {"images": ((self.size, self.size, 3), np.dtype(np.uint8))}
+        height = self.size + (self.small or 0)
+        return {"images": ((height, self.size, 3), np.dtype(np.uint8))}
 
 
 class Budget(NamedTuple):
@@ -281,11 +284,13 @@ def views_of(
     max_tiles: int = MAX_TILES,
     num_images: int | None = None,
     frames: bool = False,
+    method: Method | None = None,
 ) -> tuple[np.ndarray, list[Grid]]:
     """Pictures uint8 [H, W, 3] as views [N, ...], one's after another's, and each one's grid.
 
     Views are uint8 squares, or patches, float32 and normalized. `num_images` are in the prompt, if
-    there are more than these; a film's `frames` are not cut into tiles.
+    there are more than these; a film's `frames` are not cut into tiles. `method` is how pictures,
+    or the small ones of canvases, are resized; None: as published, cubically, small ones linearly.
     """
     if isinstance(sight, Budget):
         patch, most = sight.patch, sight.max_patches
@@ -293,8 +298,12 @@ def views_of(
         return made.pixels, [(wide, high) for high, wide in made.shapes.tolist()]
     size, grids = sight.size, [(1, 1)] * len(pictures)
     if sight.side is None:
-        fit = ImageTransform(size=size, fit="pad", normalization=way)
+        first = "bicubic" if sight.small else method or "bicubic"
+        fit = ImageTransform(size=size, fit="pad", normalization=way, method=first)
         views = [FITS["pad"](checked(picture), fit)[None] for picture in pictures]
+        if (small := sight.small) is not None:
+            again = method or "bilinear"
+            views = [canvas(x, resized(x[0], small, small, again)[None]) for x in views]
     elif frames:
         color, grids = mean_color(way), [(0, 0)] * len(pictures)
         views = [letterbox(checked(picture), size, size, color)[None] for picture in pictures]
@@ -305,4 +314,13 @@ def views_of(
             for x in pictures
         ]
         views, grids = [one.views for one in cut], [one.grid for one in cut]
-    return np.concatenate([np.empty((0, size, size, 3), np.uint8), *views]), grids
+    return np.concatenate([np.empty((0, *sight.shapes["images"][0]), np.uint8), *views]), grids
+
+
+def canvas(large: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """Squares [N, H, H, C] and smaller ones [N, S, S, C] as one array [N, H + S, H, C].
+
+    The small one lies below, at the left; beside it are zeros.
+    """
+    beside = ((0, 0), (0, 0), (0, large.shape[2] - small.shape[2]), (0, 0))
+    return np.concatenate([large, np.pad(small, beside)], axis=1)

@@ -26,7 +26,7 @@ from deepseek_jax.data.sources import one_line, reported
 
 Color: TypeAlias = tuple[int, int, int]
 Method: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
-Normalization: TypeAlias = Literal["clip", "half", "imagenet"]
+Normalization: TypeAlias = Literal["clip", "half", "imagenet", "clip+half"]
 
 # What is read. EPS is not: Pillow would start Ghostscript on it.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -36,7 +36,7 @@ HEADERS = {  # of files that may say that they are 0 wide or high: where the two
     b"BM": (struct.Struct("<ii"), 18),
 }
 WHITE: Color = (255, 255, 255)
-NORMALIZATIONS: dict[Normalization, tuple] = {  # mean and deviation of each channel in 0..1
+NORMALIZATIONS: dict[str, tuple] = {  # mean and deviation of each channel in 0..1
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -263,18 +263,28 @@ def _placed(
 
 
 def normalized(pixels: np.ndarray, preset: Normalization) -> np.ndarray:
-    """(pixels / 255 - mean) / deviation for uint8 [..., 3], float32."""
-    if preset not in NORMALIZATIONS:
+    """(pixels / 255 - mean) / deviation for uint8 [..., 3], float32.
+
+    Two presets with a plus are a canvas's [..., H + S, H, 3] (`tiles.canvas`): the large square's,
+    and the small one's below it.
+    """
+    names = preset.split("+")
+    if not {*names} <= {*NORMALIZATIONS} or len(names) > 2:
         raise InputError(f"no normalization {preset!r}; choose from {', '.join(NORMALIZATIONS)}")
-    mean, deviation = np.array(NORMALIZATIONS[preset], np.float32)
-    lines = (1,) * (pixels.ndim - 1) + (3,)
+    mean, deviation = np.array([NORMALIZATIONS[name] for name in names], np.float32).swapaxes(0, 1)
+    lines = [1] * (pixels.ndim - 1) + [3]
+    if len(names) > 1:  # each row of pixels has its own
+        height, width = pixels.shape[-3:-1]
+        lines[-3], below = height, (np.arange(height) >= width).astype(int)
+        mean, deviation = mean[below], deviation[below]
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     return (scaled - mean.reshape(lines)) / deviation.reshape(lines)
 
 
 def mean_color(preset: Normalization) -> Color:
     """The color that a normalization takes to about 0; DeepSeek's models pad with it."""
-    red, green, blue = (int(value * 255) for value in NORMALIZATIONS[preset][0])
+    own = NORMALIZATIONS[preset.split("+")[0]][0]
+    red, green, blue = (int(value * 255) for value in own)
     return red, green, blue
 
 

@@ -1,5 +1,6 @@
-"""Convolutions over time: strided ones that make frames, and one that says where a frame stands."""
+"""Convolutions: over time those that make frames and that say where a frame stands; of planes."""
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.layers.encoder import ACTIVATIONS, Activation
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Normal, Projection, weight
-from deepseek_jax.ops.convolution import grouped, windows
+from deepseek_jax.ops.convolution import grouped, squares, windows
 
 CONV_EPS = 1e-5  # torch's own, which no config names
 
@@ -59,6 +60,28 @@ class Convolution(nn.Module):
         elif self.norm == "layer":
             y = LayerNorm(self.dtypes, eps=CONV_EPS, name="norm")(y)
         return ACTIVATIONS[self.activation](y)
+
+
+class PlaneConvolution(nn.Module):
+    """x * kernel without a bias, a place every `stride` ones, zeros around the plane.
+
+    [B, H, W, C] -> [B, floor((H - 1) / stride) + 1, floor((W - 1) / stride) + 1, width], `size`
+    being odd.
+    """
+
+    width: int
+    size: int
+    stride: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B R S D"]:
+        x = squares(x, self.size, self.stride)
+        batch, rows, columns, *taken = x.shape
+        shape, axes = (*taken, self.width), ("patch", "patch", "embed", "embed")
+        start = Normal((2 / math.prod(taken)) ** 0.5)
+        conv = Projection("btijc,ijcd->btd", shape, axes, self.dtypes, False, start, name="conv")
+        return conv(x.reshape(batch, rows * columns, *taken)).reshape(batch, rows, columns, -1)
 
 
 class PositionalConvolution(nn.Module):

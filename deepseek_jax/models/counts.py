@@ -14,6 +14,7 @@ from deepseek_jax.layers.sparse_attention import GatedGQA
 from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.build import Model, Network
 from deepseek_jax.models.fusion import FusedNetwork, Weighted, token_counts
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
 from deepseek_jax.models.vision_language import VisionLanguageModel
@@ -71,9 +72,24 @@ def train_flops_per_token(
 def _view_flops(model: VisionLanguageModel) -> float:
     """Of one image, whose joined features alone pass the projector."""
     c, vision = model.config, model.config.vision
+    if isinstance(vision, Hybrid):
+        return _hybrid_flops(model, vision)
     patches = math.prod(c.grid or (c.max_patches,)) + getattr(vision, "leading", 0)
     tokens = {"vision/": patches, "projector/": c.view_tokens}
     return _encoder_flops(model, vision.transformer, tokens, patches)
+
+
+def _hybrid_flops(model: VisionLanguageModel, vision: Hybrid) -> float:
+    """Of one canvas: of the large view's blocks a few see it all, the others windows."""
+    high, tokens = vision.high, math.prod(vision.grid)
+    large, window = high.side**2, high.window**2
+    filled = (-(-high.side // high.window) * high.window) ** 2
+    seen = {"vision/high/": large, "vision/neck/": large, "vision/down_1/": 2 * 4 * tokens}
+    seen |= {"vision/down_2/": 2 * tokens, "vision/low/": tokens, "projector/": tokens}
+    work = _encoder_flops(model, vision.low.transformer, seen, tokens)
+    whole = len(high.whole_layers)
+    pairs = whole * large**2 + (high.transformer.num_layers - whole) * filled * window
+    return work + 6.0 * 2 * high.transformer.embed_dim * pairs
 
 
 def _window_flops(model: VisionLanguageModel) -> float:

@@ -13,6 +13,7 @@ from deepseek_jax.models import (
     any_modality,
     audio,
     naflex,
+    sam,
     stream,
     swin,
     text_tower,
@@ -37,6 +38,7 @@ KINDS: dict[type, Kind] = {
     audio.Whisper: Kind(audio.WhisperEncoder, audio.whisper_example),
     audio.Wav2Vec2: Kind(audio.WaveEncoder, audio.wave_example),
     stream.Stream: Kind(stream.StreamEncoder, stream.stream_example),
+    sam.SAM: Kind(sam.SAMTransformer, sam.example),
     swin.Swin: Kind(swin.SwinTransformer, swin.example),
     video.Video: Kind(video.VideoTransformer, video.example),
     any_modality.AnyModality: Kind(any_modality.AnyTransformer, any_modality.example),
@@ -48,6 +50,7 @@ EncoderConfig: TypeAlias = (
     | audio.Whisper
     | audio.Wav2Vec2
     | stream.Stream
+    | sam.SAM
     | swin.Swin
     | video.Video
     | any_modality.AnyModality

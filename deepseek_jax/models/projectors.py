@@ -1,8 +1,8 @@
 """What an encoder's features pass to become tokens of a decoder.
 
-An MLP (DeepSeek-VL, Janus), squares of features joined (DeepSeek-VL2), or learned queries that
-attend to the features: as many tokens of any input (Perceiver, arXiv 2103.03206; Flamingo,
-2204.14198; Qwen-VL's, 2308.12966, is one such block).
+An MLP (DeepSeek-VL, Janus), one that takes two encoders' features apart (DeepSeek-VL 7B), squares
+of features joined (DeepSeek-VL2), or learned queries that attend to the features: as many tokens of
+any input (Perceiver, arXiv 2103.03206; Flamingo, 2204.14198; Qwen-VL's, 2308.12966, is one block).
 """
 
 import dataclasses
@@ -74,7 +74,20 @@ class Resampler:
             )
 
 
-Projector: TypeAlias = MLPProjector | DownsampleProjector | Resampler
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitProjector:
+    """Of two encoders' features (models/hybrid) each to half of the decoder's width, then layers
+    with an activation before each: DeepSeek-VL 7B."""
+
+    depth: int = 2
+    activation: Activation = "gelu"
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"projector.depth is {self.depth}; it must be at least 1.")
+
+
+Projector: TypeAlias = MLPProjector | DownsampleProjector | Resampler | SplitProjector
 
 
 class ResamplerBlock(nn.Module):
@@ -128,6 +141,8 @@ class Aligner(nn.Module):
     """Rows and columns of the features, where a DownsampleProjector needs them."""
     embed_dim: int
     dtypes: Dtypes
+    first: int | None = None
+    """How much of a feature is the first encoder's, where a SplitProjector needs it."""
 
     @nn.compact
     def __call__(
@@ -136,6 +151,8 @@ class Aligner(nn.Module):
         c, inner = self.config, self.embed_dim
         if isinstance(c, Resampler):
             return self._resampled(c, x, mask)
+        if isinstance(c, SplitProjector):
+            return self._split(c, x)
         if isinstance(c, DownsampleProjector):
             assert self.grid is not None  # who made the config has looked
             x, inner = joined(x, self.grid, c.factor), self.embed_dim * c.ratio
@@ -146,6 +163,18 @@ class Aligner(nn.Module):
             name = f"linear_{number}"
             x = Projection("btd,de->bte", shape, axes, self.dtypes, bias=True, name=name)(x)
             x = x if last else ACTIVATIONS[c.activation](x)
+        return x
+
+    def _split(self, c: SplitProjector, x: Array) -> Array:
+        def linear(x: Array, width: int, name: str) -> Array:
+            shape, axes = (x.shape[-1], width), ("embed", "mlp")
+            return Projection("btd,de->bte", shape, axes, self.dtypes, bias=True, name=name)(x)
+
+        parts = {"high": x[..., : self.first], "low": x[..., self.first :]}
+        made = [linear(part, self.embed_dim // 2, name) for name, part in parts.items()]
+        x = jnp.concatenate(made, axis=-1)
+        for number in range(2, c.depth + 1):
+            x = linear(ACTIVATIONS[c.activation](x), self.embed_dim, f"linear_{number}")
         return x
 
     def _resampled(self, c: Resampler, x: Array, mask: Array | None) -> Array:

@@ -1,11 +1,12 @@
 """Vision-language decoders: what encoders see and hear stands among the tokens of a row.
 
 An encoder's features pass a projector and replace the embeddings of the tokens that stand for an
-image or a sound; the decoder is as it is for text. DeepSeek-VL (arXiv 2403.05525) and Janus's
-understanding (2410.13848) take a plain MLP; DeepSeek-VL2 (2412.10302) joins 2 x 2 features and lays
-tiles out as lines with newlines. Images are Float[Array, "B M H W C"]: M views a row, of which a
-row need not use all; a NaFlex's are patches, "B M T X". A video is its frames, a view each. Sounds
-are waves, "B A S". Left out: multi-token prediction, whose layers would have to see images too.
+image or a sound; the decoder is as it is for text. DeepSeek-VL (arXiv 2403.05525; of the 7B two
+encoders see, models/hybrid) and Janus's understanding (2410.13848) take a plain MLP; DeepSeek-VL2
+(2412.10302) joins 2 x 2 features and lays tiles out as lines with newlines. Images are
+Float[Array, "B M H W C"]: M views a row, of which a row need not use all; a NaFlex's are patches,
+"B M T X". A video is its frames, a view each. Sounds are waves, "B A S". Left out: multi-token
+prediction, whose layers would have to see images too.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.audio import Windows
 from deepseek_jax.data.tiles import TEXT, Budget, Sight, laid_out, tile_side
 from deepseek_jax.layers.block import Remat
-from deepseek_jax.layers.encoder import learned
+from deepseek_jax.layers.encoder import Transformer, learned
 from deepseek_jax.layers.linear import Dtypes
 from deepseek_jax.layers.moe import MoE
 from deepseek_jax.models.build import (
@@ -36,6 +37,7 @@ from deepseek_jax.models.build import (
 )
 from deepseek_jax.models.decoder import Decoder, LanguageDecoder, Output, sees_all
 from deepseek_jax.models.ear import Ear, Hearing
+from deepseek_jax.models.hybrid import Hybrid, HybridTransformer
 from deepseek_jax.models.naflex import NaFlex, NaFlexTransformer
 from deepseek_jax.models.prefix import Prefix, reach_of
 from deepseek_jax.models.projectors import (
@@ -44,6 +46,7 @@ from deepseek_jax.models.projectors import (
     MLPProjector,
     Projector,
     Resampler,
+    SplitProjector,
 )
 from deepseek_jax.models.vit import VisionTransformer, ViT
 
@@ -53,7 +56,7 @@ class VisionLanguage:
     """A decoder that sees images and, with `audio`, hears."""
 
     language: Decoder
-    vision: ViT | NaFlex
+    vision: ViT | NaFlex | Hybrid
     projector: Projector = MLPProjector()
     audio: Ear | None = None
     max_patches: int = 256
@@ -81,10 +84,13 @@ class VisionLanguage:
         if self.prefix != "causal" and narrow:
             why = "needs a language.attention that leaves out nothing."
             raise ValueError(f"prefix {self.prefix!r} {why}")
+        takes_two = isinstance(self.vision, Hybrid) and self.language.embed_dim % 2 == 0
+        if isinstance(self.projector, SplitProjector) and not takes_two:
+            raise ValueError("a SplitProjector needs a Hybrid, and an even language.embed_dim.")
         if isinstance(self.projector, DownsampleProjector):
-            grid = self.grid
+            grid = None if isinstance(self.vision, Hybrid) else self.grid
             if grid is None or grid[0] != grid[1]:
-                shape = "NaFlex's, of any shape" if grid is None else grid
+                shape = "none or a Hybrid's" if grid is None else grid
                 raise ValueError(
                     f"vision's grid is {shape}; a DownsampleProjector takes square views."
                 )
@@ -102,7 +108,7 @@ class VisionLanguage:
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of a view's features; None: each image has its own."""
-        return self.vision.grid if isinstance(self.vision, ViT) else None
+        return None if isinstance(self.vision, NaFlex) else self.vision.grid
 
     @property
     def view_tokens(self) -> int:
@@ -118,6 +124,8 @@ class VisionLanguage:
         """Of one view in `images`: height, width, channels, or a NaFlex's patches, their values."""
         if isinstance(self.vision, NaFlex):
             return self.max_patches, self.vision.patch_dim
+        if isinstance(self.vision, Hybrid):
+            return self.vision.view_shape
         return *self.vision.image_size, self.vision.num_channels
 
     @property
@@ -132,6 +140,9 @@ class VisionLanguage:
         if isinstance(self.vision, NaFlex):
             each = isinstance(self.projector, MLPProjector)
             return Budget(self.vision.patch_size, self.max_patches, self.view_tokens, each)
+        if isinstance(self.vision, Hybrid):
+            high, low = self.vision.high.image_size, self.vision.low.image_size[0]
+            return Sight(high, self.view_tokens, small=low)
         side = self.side if isinstance(self.projector, DownsampleProjector) else None
         return Sight(self.vision.image_size[0], self.view_tokens, side)
 
@@ -160,7 +171,14 @@ class VisionLanguage:
     def num_layers(self) -> int:
         """Of all parts."""
         heard = self.audio.encoder.transformer.num_layers if self.audio else 0
-        return self.vision.transformer.num_layers + heard + self.language.num_layers
+        seen = sum(t.num_layers for t in self.transformers)
+        return seen + heard + self.language.num_layers
+
+    @property
+    def transformers(self) -> tuple[Transformer, ...]:
+        """Those that see."""
+        own = self.vision
+        return own.transformers if isinstance(own, Hybrid) else (own.transformer,)
 
     @property
     def moe(self) -> MoE | None:
@@ -182,9 +200,12 @@ class VisionLanguage:
         if size is None or (size, size) == self.view_shape[:2]:
             return self
         if not isinstance(self.vision, ViT) or isinstance(self.projector, DownsampleProjector):
-            why = "a NaFlex has none" if self.grid is None else "its tiles are laid out for one"
+            why = "a NaFlex has none" if self.grid is None else "its views are laid out for one"
             raise ValueError(f"views of size {size}: the model has no other size, as {why}")
         return dataclasses.replace(self, vision=self.vision.at_size(size))
+
+
+ENCODERS = {ViT: VisionTransformer, NaFlex: NaFlexTransformer, Hybrid: HybridTransformer}
 
 
 class VisionLanguageDecoder(nn.Module):
@@ -196,9 +217,9 @@ class VisionLanguageDecoder(nn.Module):
     def setup(self):
         c, width = self.config, self.config.language.embed_dim
         self.language = LanguageDecoder(c.language, self.dtypes)
-        kind = NaFlexTransformer if isinstance(c.vision, NaFlex) else VisionTransformer
-        self.vision = kind(c.vision, self.dtypes)
-        self.projector = Aligner(c.projector, c.grid, width, self.dtypes)
+        self.vision = ENCODERS[type(c.vision)](c.vision, self.dtypes)
+        first = c.vision.widths[0] if isinstance(c.vision, Hybrid) else None
+        self.projector = Aligner(c.projector, c.grid, width, self.dtypes, first)
         if c.audio:
             self.audio = Hearing(c.audio, width, self.dtypes)
         if isinstance(c.projector, DownsampleProjector):
@@ -237,7 +258,8 @@ class VisionLanguageDecoder(nn.Module):
             raise ValueError("a NaFlex's images, and no others, come with shapes")
         images, mask = images.reshape(-1, *images.shape[2:]), None
         if shapes is None:
-            seen = self.vision(images).hidden[:, c.vision.leading :]
+            seen = self.vision(images).hidden
+            seen = seen[:, c.vision.leading :] if isinstance(c.vision, ViT) else seen
         else:
             shapes = jnp.maximum(shapes.reshape(-1, 2), 1)  # views that no row uses may have none
             mask = jnp.arange(c.max_patches)[None] < shapes.prod(1)[:, None]

@@ -19,6 +19,7 @@ from deepseek_jax.ops.matmul import dot, laid
 Implementation = Literal["reference", "blocks", "cudnn", "splash"]
 KERNELS = {"splash"}  # written by hand, in Pallas: XLA cannot partition them
 QUERIES = 384  # whose scores exist at a time, where rows are long and caches small
+MORE_QUERIES = 1024  # elsewhere: 4096 tokens of 12 heads have 800 MB of scores
 MASKED = -1e30  # finite: a row with nothing to attend gives a uniform softmax, never NaN
 
 
@@ -58,12 +59,12 @@ def masked_attention(
 def full_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
+    v: Float[Array, "B S N Hv"],
     mask: Bool[Array, "B S"] | Bool[Array, "_ T S"] | None,
     *,
     scale: float,
     causal: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Attention of every token to all tokens that `mask` calls real, or the earlier of them.
 
     A mask [_, T, S] says it of each pair. A row without a real token attends to all alike. On GPU
@@ -73,9 +74,8 @@ def full_attention(
     seen = mask[:, None, :] if mask is not None and mask.ndim == 2 else mask
     if preferred(q) == "cudnn":
         seen = None if seen is None else seen[:, None]
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=seen, scale=scale, is_causal=causal, implementation="cudnn"
-        )
+        given = {"mask": seen, "scale": scale, "is_causal": causal, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(q, k, _as_wide(v, q), **given)[..., : v.shape[-1]]
     if causal:
         earlier = causal_mask(None, q.shape[1], None)
         seen = earlier if seen is None else seen & earlier
@@ -99,7 +99,8 @@ def _whole_heads(q, k, v, scale):
 
 def _whole_spans(length: int) -> list[slice]:
     """The queries whose scores exist at a time: on CPU what its caches hold."""
-    size = QUERIES if target.platform() == "cpu" and length > 2 * QUERIES else length
+    most = QUERIES if target.platform() == "cpu" else MORE_QUERIES
+    size = most if length > 2 * most else length
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -273,10 +274,13 @@ def _blocks_backward(scale, window, residuals, slope):
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
+def _as_wide(v, q):
+    """Values as wide as queries: MLA's and SAM's are narrower, and cuDNN wants one width."""
+    return jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, max(0, q.shape[-1] - v.shape[-1]))))
+
+
 def _cudnn(q, k, v, segments, scale, window):
-    width = v.shape[-1]
-    if width < q.shape[-1]:  # MLA's values are narrower than its keys; cuDNN wants one width
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - width)))
+    width, v = v.shape[-1], _as_wide(v, q)
     same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     local = None if window is None else (window - 1, 0)
     out = jax.nn.dot_product_attention(

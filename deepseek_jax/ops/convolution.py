@@ -28,6 +28,21 @@ def windows(x: Float[Array, "B T C"], size: int, stride: int = 1) -> Float[Array
     return jnp.stack(taps, axis=2)
 
 
+def squares(x: Float[Array, "B H W C"], size: int, stride: int) -> Float[Array, "B R S I J C"]:
+    """The size x size places around every stride-th one of a plane, zeros beyond it; odd sizes."""
+    around = size // 2
+    x = jnp.pad(x, ((0, 0), (around, around), (around, around), (0, 0)))
+    batch, high, wide, channels = x.shape
+    rows, columns = (num_windows(n, size, stride) for n in (high, wide))
+    ends = [(n - 1) * stride + 1 for n in (rows, columns)]
+    taps = [
+        x[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.stack(taps, axis=3).reshape(batch, rows, columns, size, size, channels)
+
+
 def grouped(x: Float[Array, "B T D"], kernel: Float[Array, "K C D"]) -> Float[Array, "B T D"]:
     """y[t] = sum over k of x[t + k - K // 2] kernel[k], zeros around x: as long as x.
 

@@ -56,15 +56,16 @@ def shift_mask(grid: tuple[int, int], size: int, shift: int) -> Bool[np.ndarray,
 def window_attention(
     q: Float[Array, "B M S N H"],
     k: Float[Array, "B M S N H"],
-    v: Float[Array, "B M S N H"],
-    bias: Float[Array, "S S N"],
+    v: Float[Array, "B M S N Hv"],
+    bias: Float[Array, "S S N"] | None,
     mask: Bool[np.ndarray, "M S S"] | None,
     *,
     scale: float,
-) -> Float[Array, "B M S N H"]:
+) -> Float[Array, "B M S N Hv"]:
     """softmax(q k^T scale + bias) v in every window, among the pairs of `mask`; None: all."""
     scores = dot("bmtnh,bmsnh->bmnts", q, k) * scale
-    scores = scores + bias.astype(jnp.float32).transpose(2, 0, 1)[None, None]
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32).transpose(2, 0, 1)[None, None]
     if mask is not None:
         scores = jnp.where(mask[None, :, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -10,6 +10,7 @@ from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.any_modality import AnyModality, Boxes, Spectrum, Words
 from deepseek_jax.models.audio import Wav2Vec2, Whisper
 from deepseek_jax.models.naflex import NaFlex
+from deepseek_jax.models.sam import SAM
 from deepseek_jax.models.swin import Swin
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.video import Video
@@ -124,6 +125,15 @@ def wave_of(config: Wav2Vec2, wave: Any, attention_mask: Any = None) -> dict[str
         )
     counts = None if counts is None else counts.astype(np.int32)
     return {"wave": wave.astype(np.float32), "counts": counts}
+
+
+def sam_images_of(config: SAM, pixels: Any) -> dict[str, np.ndarray]:
+    """Pixels [B, C, H, W] as a SAM's inputs; InputError for another size than the config's."""
+    pixels = np.asarray(pixels, np.float32)
+    wanted = (config.num_channels, config.image_size, config.image_size)
+    if pixels.ndim != 4 or pixels.shape[1:] != wanted or not pixels.shape[0]:
+        raise InputError(f"pixels have shape {pixels.shape}; this encoder takes [B, {wanted}]")
+    return {"images": pixels.transpose(0, 2, 3, 1)}
 
 
 def swin_images_of(
@@ -254,6 +264,7 @@ INPUTS: dict[type, Callable[..., dict[str, Any]]] = {
     TextTower: texts_of,
     Whisper: mel_of,
     Wav2Vec2: wave_of,
+    SAM: sam_images_of,
     Swin: swin_images_of,
     Video: clips_of,
     AnyModality: mixed_of,

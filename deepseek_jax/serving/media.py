@@ -7,19 +7,20 @@ in order; else the media come before the prompt.
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from deepseek_jax.checkpoint import huggingface
+from deepseek_jax.checkpoint import huggingface, multi_modality
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.audio import read_wave, wave_of_samples
 from deepseek_jax.data.conversations import MARKS, NOUNS
-from deepseek_jax.data.tiles import TEXT, Grid, views_of
+from deepseek_jax.data.tiles import TEXT, Grid, canvas, views_of
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.video import read_frames
 from deepseek_jax.data.vision import (
     NORMALIZATIONS,
+    Method,
     Normalization,
     channels_first,
     checked,
@@ -27,10 +28,11 @@ from deepseek_jax.data.vision import (
     read_image,
 )
 from deepseek_jax.models.ear import RATE, Ear
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.projectors import DownsampleProjector
 from deepseek_jax.models.vision_language import VisionLanguage
-from deepseek_jax.serving.inputs import images_of
+from deepseek_jax.serving.inputs import images_of, sam_images_of
 
 AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
 FRAMES = 8  # of a film that is a file
@@ -93,23 +95,54 @@ def _many(own: Any) -> bool:
     return isinstance(own, tuple) and not pair
 
 
-def normalization_of(path: pathlib.Path) -> Normalization:
-    """How a folder's processor normalizes pictures, 0.5 and 0.5 where it does not say.
+class Look(NamedTuple):
+    """How pictures become views."""
 
-    Raises InputError for a way that has no name here.
+    normalization: Normalization
+    """A key of data.vision.NORMALIZATIONS, or of a canvas two: the large view's and the small."""
+    method: Method | None = None
+    """How they are resized, of a canvas the small view; None: as published (`tiles.views_of`)."""
+
+
+RESAMPLED: dict[Any, Method | None] = {None: None, 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def look_of(path: pathlib.Path, *, two: bool = False) -> Look:
+    """How a folder's processor prepares pictures, `two` views of each or one.
+
+    Where it does not say, of mean and deviation 0.5, the large one of two as CLIP's. Raises
+    InputError for a way that has no name here.
     """
     found = huggingface.read_optional(path, "preprocessor_config.json", "processor_config.json")
     found |= found.get("image_processor") or {}
-    mean, deviation = (found.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
-    for name, (known, other) in NORMALIZATIONS.items():
-        if np.allclose(mean, known, atol=1e-6) and np.allclose(deviation, other, atol=1e-6):
-            return name
-    raise InputError(f"{path}: pictures of mean {mean} and deviation {deviation} are unknown here")
+    found |= multi_modality.pixels(huggingface.read_optional(path, "config.json"))
+
+    def normalization(before: str, missing: str) -> str:
+        given = (found.get(f"{before}image_{name}") for name in ("mean", "std"))
+        usual = NORMALIZATIONS[missing]
+        mean, deviation = (one or other for one, other in zip(given, usual, strict=True))
+        for name, (known, other) in NORMALIZATIONS.items():
+            if np.allclose(mean, known, atol=1e-6) and np.allclose(deviation, other, atol=1e-6):
+                return name
+        raise InputError(
+            f"{path}: pictures of mean {mean} and deviation {deviation} are unknown here"
+        )
+
+    resample = found.get("resample")
+    if resample not in RESAMPLED or found.get("high_res_resample", 3) != 3:
+        raise InputError(f"{path}: resample is {resample}; understood are 1, 2, 3, and large: 3")
+    name = normalization("", "half")
+    if two and (large := normalization("high_res_", "clip")) != name:
+        name = f"{large}+{name}"
+    known: dict[str, Normalization] = {one: one for one in get_args(Normalization)}
+    if name not in known:
+        raise InputError(f"{path}: pictures of normalizations {name} are unknown here")
+    return Look(known[name], RESAMPLED[resample])
 
 
 def views_of_pictures(
     config: VisionLanguage,
-    way: Normalization,
+    look: Look,
     pictures: Sequence[np.ndarray],
     *,
     frames: bool = False,
@@ -118,17 +151,18 @@ def views_of_pictures(
 
     Films' `frames` are pictures of which none is cut into tiles.
     """
-    views, grids = views_of(pictures, config.sight, way, frames=frames)
+    way, method = look
+    views, grids = views_of(pictures, config.sight, way, frames=frames, method=method)
     flexible = isinstance(config.vision, NaFlex)
     return views if flexible else channels_first(normalized(views, way)), grids
 
 
 def views_of_films(
-    config: VisionLanguage, way: Normalization, films: Sequence[np.ndarray]
+    config: VisionLanguage, look: Look, films: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, list[Grid]]:
     """Films' frames, one film after another, as views, and their grids."""
     frames = [frame for film in films for frame in film]
-    return views_of_pictures(config, way, frames, frames=True)
+    return views_of_pictures(config, look, frames, frames=True)
 
 
 def apart(
@@ -203,6 +237,8 @@ def seen(
         raise InputError("this model's images come as tiles or patches: give each one's grid, too")
     if isinstance(vision, NaFlex):
         views = _patches(config, images)
+    elif isinstance(vision, Hybrid):
+        views = _canvases(vision, images)
     else:
         views = images_of(vision, images)["images"]
     grids = [(int(wide), int(high)) for wide, high in grids or [(1, 1)] * len(views)]
@@ -237,6 +273,27 @@ def _patches(config: VisionLanguage, images: Any) -> np.ndarray:
         wanted = ", ".join(map(str, ("N", *config.view_shape)))
         raise InputError(f"images have shape {patches.shape}; this model takes [{wanted}]")
     return patches
+
+
+def _canvases(vision: Hybrid, images: Any) -> np.ndarray:
+    """Of views as the processor makes them, or of canvases [N, C, H + S, H]."""
+    if isinstance(images, Mapping):
+        names = {"pixel_values", "high_res_pixel_values"}
+        if {*images} != names:
+            raise InputError(f"images has {', '.join(images)}; give {', '.join(sorted(names))}")
+        small = images_of(vision.low, images["pixel_values"])["images"]
+        large = sam_images_of(vision.high, images["high_res_pixel_values"])["images"]
+        if len(small) != len(large):
+            raise InputError(f"there are {len(large)} large views and {len(small)} small ones")
+        return canvas(large, small)
+    views = np.asarray(images, np.float32)
+    height, width, channels = vision.view_shape
+    if views.ndim != 4 or views.shape[1:] != (channels, height, width):
+        raise InputError(
+            f"images have shape {views.shape}; this model takes [N, {channels}, {height}, {width}] "
+            "as `prepared` makes them, or a dict of pixel_values and high_res_pixel_values"
+        )
+    return views.transpose(0, 2, 3, 1)
 
 
 def heard(ear: Ear, marked: np.ndarray, audio: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,8 +23,8 @@ from deepseek_jax.core.target import leave_absent_tpus
 from deepseek_jax.data.conversations import MARKS, NOUNS
 from deepseek_jax.data.tiles import TEXT, Grid
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
-from deepseek_jax.data.vision import Normalization
 from deepseek_jax.models.ear import Ear
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.vision_language import (
     VisionLanguage,
     VisionLanguageModel,
@@ -50,8 +50,8 @@ class SeeingModel(LanguageModel):
     config: VisionLanguage
     kind: str = ""
     """The folder's model_type; of an original Janus "janus"."""
-    normalization: Normalization = "half"
-    """Of pictures: a key of data.vision.NORMALIZATIONS."""
+    look: media.Look = media.Look("half")
+    """How pictures are prepared."""
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of the rows that are being completed: `features`, and `sources` by row."""
 
@@ -99,7 +99,8 @@ class SeeingModel(LanguageModel):
 
         `images` are views [N, C, H, W] as Hugging Face's processors make them. DeepSeek-VL2's are
         each image's whole and its tiles, and `grids` each image's (tiles_w, tiles_h); a NaFlex's
-        are patches [N, T, X], and `grids` (patches_w, patches_h). Instead `video` may be films,
+        are patches [N, T, X], and `grids` (patches_w, patches_h). Of a Hybrid's processor it is a
+        dict of pixel_values and high_res_pixel_values. Instead `video` may be films,
         their frames being images; `audio` are sounds (see `media.opened`). `asked`: how many of
         each row's tokens are its question (config.prefix); None: all. Raises InputError where a
         row's tokens are not as many as its media take.
@@ -110,7 +111,7 @@ class SeeingModel(LanguageModel):
             if images is not None:
                 raise InputError("logits takes images or video: give frames as images, with grids")
             films = [media.opened("video", film) for film in video]
-            images, grids = media.views_of_films(self.config, self.normalization, films)
+            images, grids = media.views_of_films(self.config, self.look, films)
         tokens = self._checked(tokens)
         given = self.inputs(tokens, images, grids, audio)
         if mask is not None:
@@ -143,7 +144,7 @@ class SeeingModel(LanguageModel):
 
     def prepared(self, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Grid]]:
         """Pictures uint8 [H, W, 3] of one prompt as views [N, ...], normalized, and grids."""
-        return media.views_of_pictures(self.config, self.normalization, pictures)
+        return media.views_of_pictures(self.config, self.look, pictures)
 
     def generate(
         self,
@@ -290,8 +291,8 @@ class SeeingModel(LanguageModel):
         there = {k: [media.opened(k, x, num_frames) for x in given] for k, given in own.items()}
         seen = self.prepared(there["image"]) if there["image"] else (np.empty(0), [])
         pictures = media.apart(self.config, *seen)
-        way, sounds = self.normalization, iter(there["audio"])
-        filmed = (media.views_of_films(self.config, way, [film]) for film in there["video"])
+        look, sounds = self.look, iter(there["audio"])
+        filmed = (media.views_of_films(self.config, look, [film]) for film in there["video"])
         films = (media.apart(self.config, *views) for views in filmed)
         first, last = media.around(self.kind, self.tokenizer)
         found, views, grids = [], [], []
@@ -386,7 +387,8 @@ def _opened(
 ) -> SeeingModel:
     """The model with what `beside`, a folder of Hugging Face's or what was kept of one, says."""
     original = huggingface.read_optional(beside, "config.json")
-    trained = manager.last_stage(recorded).get("data", {})
+    own = manager.last_stage(recorded).get("data", {}).get("normalization")
+    two = isinstance(model.config.vision, Hybrid)
     return SeeingModel(
         model,
         params,
@@ -396,5 +398,5 @@ def _opened(
         huggingface.end_ids(beside, tokenizer),
         chat.renderer(beside, media.marks_of(tokenizer)),
         "janus" if "gen_vision_config" in original else original.get("model_type", ""),
-        trained.get("normalization") or media.normalization_of(beside),
+        media.Look(own) if own else media.look_of(beside, two=two),
     )

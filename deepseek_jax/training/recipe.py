@@ -22,6 +22,7 @@ from deepseek_jax.data.utterances import Utterances
 from deepseek_jax.models.audio import Wav2Vec2
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.fusion import Fused
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.networks import ModelConfig
 from deepseek_jax.models.raw_inputs import misfit
 from deepseek_jax.models.two_tower import TwoTower
@@ -95,11 +96,12 @@ class Gate:
 class InitPart:
     """Where a part of a decoder that sees comes from."""
 
-    part: Literal["vision", "audio", "language"]
+    part: Literal["vision", "vision_low", "vision_high", "audio", "language"]
     source: str
     """A run, checkpoint or Hugging Face folder: for vision of a ViT or NaFlex, of two towers (the
-    images') or of a decoder that sees; for audio, which is the ear's encoder, of a Whisper or of a
-    decoder that hears; for language of a decoder, which may see."""
+    images') or of a decoder that sees; for a Hybrid's encoders of a ViT (low) or a SAM (high); for
+    audio, which is the ear's encoder, of a Whisper or of a decoder that hears; for language of a
+    decoder, which may see."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +233,9 @@ class TrainConfig:
         sees = isinstance(self.model, VisionLanguage)
         if named and (not sees or len(named) > len(set(named))):
             raise ValueError(f"init_parts {named} are of a decoder that sees, each part once.")
+        twofold = sees and isinstance(self.model.vision, Hybrid)
+        if not twofold and {"vision_low", "vision_high"} & {*named}:
+            raise ValueError(f"init_parts {named}: model.vision must be a Hybrid for its encoders.")
         if "audio" in named and self.model.audio is None:
             raise ValueError("init_parts has audio, and this model has no ear: set model.audio.")
         if not (self.stages and 0 <= self.seed < 2**32):

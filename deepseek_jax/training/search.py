@@ -25,6 +25,7 @@ from deepseek_jax.layers.block import RECOMPUTED
 from deepseek_jax.models.build import Network
 from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.networks import build_network
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.parallel.chips import Place, described
@@ -206,8 +207,8 @@ def meshes(config: TrainConfig, count: int) -> list[dict[str, int]]:
     model = decoder(config)
     heads = math.gcd(model.attention.num_heads, model.mlp_dim)
     if isinstance(config.model, VisionLanguage):
-        seen = config.model.vision.transformer
-        heads = math.gcd(heads, seen.num_heads, seen.mlp_dim)
+        for seen in config.model.transformers:
+            heads = math.gcd(heads, seen.num_heads, seen.mlp_dim)
     found = []
     for tensor in (1, 2, 4, 8):
         for expert in [2**n for n in range(10)]:
@@ -231,10 +232,18 @@ def image_bytes(config: TrainConfig, learns: Container[str]) -> tuple[float, flo
     """Of one row's views: what an encoder that learns keeps at the least, and one layer's work."""
     if not isinstance(config.model, VisionLanguage):
         return 0.0, 0.0
-    views, part = config.filled_stages()[0].views, config.model.vision.transformer
-    patches = views * math.prod(config.model.vision.grid)
-    kept = 2.0 * patches * part.embed_dim * part.num_layers * ("vision/patch/weight" in learns)
-    return kept, WORK * 2.0 * patches * (part.mlp_dim + 4 * part.embed_dim)
+    views, vision = config.filled_stages()[0].views, config.model.vision
+    parts = [("vision", vision.grid, config.model.transformers[-1])]
+    if isinstance(vision, Hybrid):
+        high = vision.high
+        parts = [("vision/high", (high.side, high.side), high.transformer)]
+        parts += [("vision/low", vision.grid, vision.low.transformer)]
+    kept = worked = 0.0
+    for path, grid, part in parts:
+        patches, learned = views * math.prod(grid), f"{path}/patch/weight" in learns
+        kept += 2.0 * patches * part.embed_dim * part.num_layers * learned
+        worked = max(worked, WORK * 2.0 * patches * (part.mlp_dim + 4 * part.embed_dim))
+    return kept, worked
 
 
 def given_bytes(config: TrainConfig, model: Network, mesh: dict[str, int]) -> int:

@@ -21,6 +21,7 @@ from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.encoder import build_encoder
 from deepseek_jax.models.naflex import NaFlex
 from deepseek_jax.models.networks import ModelConfig, build_network
+from deepseek_jax.models.sam import SAM
 from deepseek_jax.models.two_tower import TwoTower
 from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.models.vit import ViT
@@ -87,12 +88,21 @@ def _opened(given: str) -> tuple[huggingface.Folder | None, Any, Any]:
 
 
 # Where a part stands in a decoder that sees, and where in a source of some kind.
-OWN = {"vision": "vision", "audio": "audio/encoder", "language": "language"}
+OWN = {
+    "vision": "vision",
+    "vision_low": "vision/low",
+    "vision_high": "vision/high",
+    "audio": "audio/encoder",
+    "language": "language",
+}
 PLACES: dict[tuple[str, type], str] = {
     ("vision", ViT): "",
     ("vision", NaFlex): "",
     ("vision", TwoTower): "image",
     ("vision", VisionLanguage): "vision",
+    ("vision_low", ViT): "",
+    ("vision_low", TwoTower): "image",
+    ("vision_high", SAM): "",
     ("audio", Whisper): "",
     ("audio", VisionLanguage): "audio/encoder",
     ("language", Decoder): "",
@@ -160,7 +170,7 @@ def _part(part: InitPart, ours: dict[str, Any], precision: Precision) -> tuple[d
     before = f"{inside}/" if inside else ""
     whole = tree.flatten(network.shapes)
     own = {p.removeprefix(before): x.shape for p, x in whole.items() if p.startswith(before)}
-    headless = part.part == "vision" and not any(path.startswith("head/") for path in ours)
+    headless = part.part.startswith("vision") and not any(path.startswith("head/") for path in ours)
     own = {path: shape for path, shape in own.items() if not (headless and path[:5] == "head/")}
     if wrong := tree.difference({path: x.shape for path, x in ours.items()}, own):
         raise InputError(f"{part.source} does not fit model.{part.part}: {wrong}")

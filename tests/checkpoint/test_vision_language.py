@@ -7,10 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+import transformers
 import vision_language_cases as seeing
 
 import deepseek_jax
-from deepseek_jax.checkpoint import multi_modality, vision_language
+from deepseek_jax.checkpoint import multi_modality, sam_encoders, vision_language
 from deepseek_jax.checkpoint.safetensors import open_tensors
 from deepseek_jax.core.config import load_config
 from deepseek_jax.core.errors import InputError
@@ -106,31 +107,88 @@ def test_released_vl2s_have_their_published_sizes(size):
     assert vision_language.config_of(fields, ()) == config
 
 
-def test_a_folder_as_deepseek_released_it(tmp_path, monkeypatch):
+UNREAD = {  # of the released folders
+    "janus": {"gen_embed.weight", "vision_model.vision_tower.attn_pool.latent"},
+    "deepseek_vl_hybrid": {
+        f"vision_model.{part}_layer_norm.{leaf}"
+        for part in ("high", "low")
+        for leaf in ("weight", "bias")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_a_folder_as_deepseek_released_it(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(multi_modality.TOWERS, seeing.TOWER, seeing.SIZES)
-    model = seeing.converted("janus")
-    seeing.original_folder(model, tmp_path)
+    monkeypatch.setattr(multi_modality, "SAMS", {seeing.SAM: sam_encoders.sam_vision(seeing.LARGE)})
+    model = seeing.converted(kind)
+    (seeing.original_folder if kind == "janus" else seeing.original_hybrid)(model, tmp_path)
     ours = deepseek_jax.load(tmp_path)
     ours = dataclasses.replace(
         ours, config=dataclasses.replace(ours.config, image_id=seeing.IMAGE)
     )  # which its tokenizer would say
     tokens, _, pixels = seeing.rows()
-    theirs = model(input_ids=torch.from_numpy(tokens), pixel_values=torch.from_numpy(pixels))
-    theirs = theirs.logits.detach().numpy()
-    mine = ours.logits(tokens, images=pixels)
+    shown = seeing.shown(kind, pixels)
+    views = {name: torch.from_numpy(array) for name, array in shown.items()}
+    theirs = model(input_ids=torch.from_numpy(tokens), **views).logits.detach().numpy()
+    mine = ours.logits(tokens, images=shown if len(shown) > 1 else pixels)
     np.testing.assert_allclose(mine, theirs, atol=1e-4 * abs(theirs).max(), rtol=0)
     original = json.loads((tmp_path / "config.json").read_text())
     vision_language.write(tmp_path / "again", ours.model, ours.params, original)
     before, after = (open_tensors(folder) for folder in (tmp_path, tmp_path / "again"))
-    assert before.keys() - after.keys() == {
-        "gen_embed.weight", "vision_model.vision_tower.attn_pool.latent",
-    }  # fmt: skip
+    assert before.keys() - after.keys() == UNREAD[kind]
     for name, tensor in after.items():
         np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
-    original["aligner_config"]["params"]["projector_type"] = "low_high_hybrid_split_mlp_gelu"
-    (tmp_path / "config.json").write_text(json.dumps(original))  # DeepSeek-VL 7B's
-    with pytest.raises(InputError, match="low_high_hybrid_split_mlp_gelu"):
+    assert deepseek_jax.load(tmp_path / "again").model.config == ours.model.config
+    assert ours.look.normalization == {"janus": "half"}.get(kind, "clip+half")
+    original["aligner_config"]["params"]["projector_type"] = "identity"
+    (tmp_path / "config.json").write_text(json.dumps(original))
+    with pytest.raises(InputError, match="projector_type is 'identity'"):
         deepseek_jax.load(tmp_path)
+
+
+def test_deepseek_vl_7bs_published_size():
+    """As transformers converts it, and as it was released; written back as either."""
+    text = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+        "num_hidden_layers": 30, "vocab_size": 102400,
+    }  # fmt: skip
+    tower = {
+        "hidden_size": 1024, "intermediate_size": 4096, "image_size": 384, "patch_size": 16,
+        "hidden_act": "gelu", "vision_use_head": False, "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+    }  # fmt: skip
+    converted = {
+        "model_type": "deepseek_vl_hybrid", "text_config": text, "vision_config": tower,
+        "high_res_vision_config": {}, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = vision_language.config_of(converted, {"lm_head.weight"})
+    with torch.device("meta"):
+        parts = {name: converted[f"{name}_config"] for name in ("text", "vision")}
+        made = transformers.DeepseekVLHybridConfig(
+            text_config=transformers.LlamaConfig(**parts["text"]),
+            vision_config=transformers.SiglipVisionConfig(**parts["vision"]),
+            tie_word_embeddings=False,
+        )
+        theirs = transformers.DeepseekVLHybridForConditionalGeneration(made)
+    total, _ = num_params(build_vision_language(config))
+    assert total == sum(x.numel() for x in theirs.parameters())
+    assert config.view_shape == (1408, 1024, 3) and config.view_tokens == 576
+    assert vision_language.kind_of({}, config) == "deepseek_vl_hybrid"
+    for kind in ("deepseek_vl_hybrid", "multi_modality"):
+        fields = vision_language.hf_config(
+            vision_language.FAMILIES[kind],
+            dataclasses.replace(config, image_id=None),
+            {"model_type": kind},
+        )
+        again = vision_language.config_of(fields | {"image_token_id": 100015}, {"lm_head.weight"})
+        assert again.vision == config.vision and again.projector == config.projector
+        assert again.language == config.language
+    for kind in ("deepseek_vl", "janus", "deepseek_vl_v2"):
+        with pytest.raises(
+            InputError, match="Hybrid sees, where the folder has a ViT|has a Downsample"
+        ):
+            vision_language.FAMILIES[kind].family.fields(config)
 
 
 def test_models_that_no_folder_can_say_are_refused(tmp_path):

@@ -139,8 +139,8 @@ def test_rows_are_those_that_serving_makes(folder, kind):
     row = row_of(opened(folder, record, GOOD, windows=2 if ear else 0, **given))
 
     picture, frames = FILM[0], FILM[[1, 3]]
-    views, grids = media.views_of_pictures(config, "half", [picture])
-    films, more = media.views_of_films(config, "half", [frames])
+    views, grids = media.views_of_pictures(config, media.Look("half"), [picture])
+    films, more = media.views_of_films(config, media.Look("half"), [frames])
     marked = row["tokens"][None] == IMAGE
     if vision is VIEW:
         views, films = (np.moveaxis(x, 1, -1) for x in (views, films))
@@ -275,6 +275,23 @@ def test_no_room_or_no_ear(tmp_path):
     ):
         with pytest.raises(ValueError, match=why):
             dataclasses.replace(config, **fields)
+
+
+def test_a_picture_in_two_sizes_is_one_view(folder):
+    """The large one as alone, below it the same resized; each normalized in its own way."""
+    sight = Sight(size=16, tokens=4, small=6)
+    record = {"image": "a.png", "messages": turns("<image>")}
+    row = row_of(opened(folder, record, GOOD, sight=sight, views=2, normalization="clip+half"))
+    alone = row_of(opened(folder, record, GOOD, sight=Sight(16, 4), views=2, normalization="clip"))
+    view, large = row["images"][0], alone["images"][0]
+    assert row["images"].shape == (2, 22, 16, 3)
+    np.testing.assert_array_equal(view[:16], large)
+    again = Image.fromarray(large).resize((6, 6), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(view[16:, :6], np.asarray(again))
+    assert not view[16:, 6:].any()
+    made = normalized(view[None], "clip+half")[0]
+    np.testing.assert_array_equal(made[:16], normalized(view[:16], "clip"))
+    np.testing.assert_array_equal(made[16:], normalized(view[16:], "half"))
 
 
 def test_patches_keep_an_images_shape(folder):

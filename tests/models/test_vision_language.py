@@ -20,28 +20,37 @@ from deepseek_jax.checkpoint.safetensors import Source, open_tensors
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.prefix import asked, ends
-from deepseek_jax.models.projectors import DownsampleProjector, MLPProjector, joined
+from deepseek_jax.models.projectors import (
+    DownsampleProjector,
+    MLPProjector,
+    SplitProjector,
+    joined,
+)
+from deepseek_jax.models.sam import SAM
 from deepseek_jax.models.vision_language import TEXT, VisionLanguage, build_vision_language
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import place_batch, tree_shardings
 
 
-@pytest.mark.parametrize("kind", ["deepseek_vl", "janus"])
+@pytest.mark.parametrize("kind", ["deepseek_vl", "deepseek_vl_hybrid", "janus"])
 def test_converted(tmp_path, kind):
     model = seeing.converted(kind)
     model.save_pretrained(tmp_path)
     ours = deepseek_jax.load(tmp_path)
     tokens, mask, pixels = seeing.rows()
+    shown = seeing.shown(kind, pixels)
     theirs = model(
         input_ids=torch.from_numpy(tokens),
         attention_mask=torch.from_numpy(mask),
-        pixel_values=torch.from_numpy(pixels),
+        **{name: torch.from_numpy(views) for name, views in shown.items()},
     ).logits
     slopes = np.random.default_rng(1).normal(size=theirs.shape).astype(np.float32)
     slopes *= mask[..., None]
-    given = jax.tree.map(jnp.asarray, ours.inputs(tokens, pixels))
+    images = shown if len(shown) > 1 else pixels
+    given = jax.tree.map(jnp.asarray, ours.inputs(tokens, images))
 
     def total(params):
         out = ours.model.apply(params, jnp.asarray(tokens), **given, segments=jnp.asarray(mask))
@@ -146,10 +155,19 @@ VIEW = ViT(
 )  # fmt: skip
 
 
-def tiny(attention, projector, **fields):
+TWO = Hybrid(
+    low=VIEW,
+    high=SAM(
+        transformer=Transformer(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24),
+        image_size=24, patch_size=4, window=4, whole_layers=(1,), output_dim=8,
+    ),
+)  # fmt: skip
+
+
+def tiny(attention, projector, vision=VIEW, **fields):
     """A model, its weights, and rows: two images, one image and an unused view, none."""
     decoder = cases.decoder(attention, None)
-    config = VisionLanguage(language=decoder, vision=VIEW, projector=projector, **fields)
+    config = VisionLanguage(language=decoder, vision=vision, projector=projector, **fields)
     model = build_vision_language(config, Precision(compute="float32"))
     params = jax.tree.map(jnp.asarray, cases.random_params(model.shapes, 3))
     rng = np.random.default_rng(5)
@@ -162,7 +180,7 @@ def tiny(attention, projector, **fields):
     sources[3, 3 : 3 + len(layout)] = layout
     batch = {
         "tokens": rng.integers(1, 61, sources.shape).astype(np.int32),
-        "images": rng.normal(size=(4, 2 * views, 12, 12, 3)).astype(np.float32),
+        "images": rng.normal(size=(4, 2 * views, *config.view_shape)).astype(np.float32),
         "sources": sources,
     }
     return model, params, batch
@@ -323,15 +341,16 @@ def test_unused_views_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "attention, projector, prefix, axes",
+    "attention, projector, vision, prefix, axes",
     [
-        ("mla", DownsampleProjector(), "question", {"data": 2, "fsdp": 2, "tensor": 2}),
-        ("gqa", MLPProjector(), "causal", {"fsdp": 2, "context": 2, "expert": 2}),
+        ("mla", DownsampleProjector(), VIEW, "question", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("gqa", MLPProjector(), VIEW, "causal", {"fsdp": 2, "context": 2, "expert": 2}),
+        ("gqa", SplitProjector(), TWO, "causal", {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
-    ids=["tensor", "context"],
+    ids=["tensor", "context", "two-encoders"],
 )
-def test_on_a_mesh(attention, projector, prefix, axes):
-    model, params, batch = tiny(attention, projector, prefix=prefix)
+def test_on_a_mesh(attention, projector, vision, prefix, axes):
+    model, params, batch = tiny(attention, projector, vision, prefix=prefix)
     spare = -batch["tokens"].shape[1] % 4  # rows in two chunks for each device of the context axis
     batch["tokens"] = np.pad(batch["tokens"], ((0, 0), (0, spare)))
     batch["sources"] = np.pad(batch["sources"], ((0, 0), (0, spare)), constant_values=TEXT)
@@ -378,7 +397,16 @@ def test_what_cannot_be_is_refused():
         ({"image_id": 61}, "image_id is 61"),
         ({"language": cases.decoder("gqa_window", None), "prefix": "images"}, "leaves out"),
         ({"vision": dataclasses.replace(VIEW, image_size=(12, 8))}, "square views"),
+        ({"vision": TWO}, "none or a Hybrid's; a DownsampleProjector takes square views"),
+        ({"projector": SplitProjector()}, "needs a Hybrid"),
     ):
         given = {"language": decoder, "vision": VIEW, "projector": DownsampleProjector()}
         with pytest.raises(ValueError, match=why):
             VisionLanguage(**(given | changed))
+    for changed, why in (
+        ({"low": dataclasses.replace(VIEW, class_token=True)}, "no tokens but patches"),
+        ({"low": dataclasses.replace(VIEW, image_size=(32, 32))}, "no larger than vision.high's"),
+        ({"high": dataclasses.replace(TWO.high, whole_layers=())}, "must have whole_layers"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            dataclasses.replace(TWO, **changed)

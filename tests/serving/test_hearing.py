@@ -254,7 +254,7 @@ def test_who_does_not_hear_says_so(tmp_path):
         generate.main(["--checkpoint", str(where), "--prompt", "w3", "--audio", sound])
     # Frames of a film are lines with a separator, none of them cut into tiles.
     row = [3, *[50] * 9, 4]
-    given = deaf.inputs(np.array([row]), *media.views_of_films(config, "half", [FILM]))
+    given = deaf.inputs(np.array([row]), *media.views_of_films(config, media.Look("half"), [FILM]))
     assert given["sources"][0].tolist() == [TEXT, 0, -1, -2, 1, -1, -2, 2, -1, -2, TEXT]
     assert given["images"].shape == (1, 3, 8, 8, 3)
     assert deaf.logits(row, video=[FILM]).shape == (1, 11, 53)

@@ -46,12 +46,20 @@ def tokenizer_file(folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["deepseek_vl", "janus"])
+@pytest.mark.parametrize("kind", ["deepseek_vl", "deepseek_vl_hybrid", "janus"])
 def test_completions_are_those_of_transformers(kind, tmp_path):
     model = seeing.converted(kind)
+    model.lm_head.weight.data[[*SPECIAL.values()]] = 0.0  # no marks among the words
     model.save_pretrained(tmp_path)
-    name = {"deepseek_vl": "DeepseekVL", "janus": "Janus"}[kind]
+    names = {
+        "deepseek_vl": "DeepseekVL",
+        "deepseek_vl_hybrid": "DeepseekVLHybrid",
+        "janus": "Janus",
+    }
+    name = names[kind]
     made = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if kind == "deepseek_vl_hybrid":
+        made |= {"high_res_size": {"height": 24, "width": 24}, "resample": 2}
     images = getattr(transformers, f"{name}ImageProcessorPil")(**made)
     processor = getattr(transformers, f"{name}Processor")(
         images, tokenizer_file(tmp_path), num_image_tokens=4
@@ -62,7 +70,8 @@ def test_completions_are_those_of_transformers(kind, tmp_path):
         text=PROMPTS, images=[Image.fromarray(p) for p in shown], padding=True,
         return_tensors="pt",
     )  # fmt: skip
-    given = {k: given[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    views = {k: x.numpy() for k, x in given.items() if k.endswith("pixel_values")}
+    given = {k: given[k] for k in ("input_ids", "attention_mask", *views)}
     done = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)
     new = done[:, given["input_ids"].shape[1] :].tolist()
     ours = deepseek_jax.load(tmp_path)
@@ -70,10 +79,16 @@ def test_completions_are_those_of_transformers(kind, tmp_path):
         ids[mask > 0].tolist()
         for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
     ]
-    pixels = given["pixel_values"].numpy()
+    pixels = views if len(views) > 1 else views["pixel_values"]
     found = ours.generate_tokens(rows, images=pixels, max_new_tokens=8)
     for mine, theirs in zip(found, new, strict=True):
         assert mine == theirs[: len(mine)] and (len(mine) == 8 or mine[-1] == 1)
+    prepared, side = ours.prepared(shown)[0], views["pixel_values"].shape[-1]
+    np.testing.assert_allclose(prepared[:, :, -side:, :side], views["pixel_values"], atol=1e-6)
+    if len(views) > 1:
+        np.testing.assert_allclose(
+            prepared[:, :, :-side], views["high_res_pixel_values"], atol=2e-6
+        )
     texts = ours.generate(PROMPTS, images=[shown[:2], shown[2]], max_new_tokens=8)
     ended = [row[:-1] if row[-1] == 1 else row for row in found]
     assert [text.split() for text in texts] == [[f"w{t}" for t in row] for row in ended]

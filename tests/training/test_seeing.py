@@ -30,9 +30,11 @@ from deepseek_jax.models.counts import train_flops_per_token
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.ear import Ear
 from deepseek_jax.models.encoder import build_encoder
+from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.naflex import NaFlex
+from deepseek_jax.models.projectors import DownsampleProjector, SplitProjector
+from deepseek_jax.models.sam import SAM
 from deepseek_jax.models.vision_language import (
-    DownsampleProjector,
     VisionLanguage,
     build_vision_language,
 )
@@ -61,6 +63,15 @@ EAR = Ear(
         num_mels=8, num_positions=6,
     ),
     join=3,
+)  # fmt: skip
+
+
+TWO = Hybrid(
+    low=dataclasses.replace(VIEW, transformer=dataclasses.replace(VIEW.transformer, num_layers=1)),
+    high=SAM(
+        transformer=Transformer(num_layers=2, embed_dim=24, num_heads=3, mlp_dim=48),
+        image_size=24, patch_size=4, window=3, whole_layers=(1,), output_dim=8,
+    ),
 )  # fmt: skip
 
 
@@ -121,6 +132,15 @@ def recipe(folder, run_dir, **fields):
     base |= {"precision": Precision(compute="float32"), "model": model_config(), "data": data}
     base |= {"optimizer": AdamW(learning_rate=1e-2, schedule=Constant())}
     return TrainConfig(run_dir=str(run_dir), **(base | fields))
+
+
+def of_two(folder, run_dir, **fields):
+    """A run whose model sees each picture in two sizes."""
+    model = dataclasses.replace(model_config(), vision=TWO, projector=SplitProjector())
+    config = recipe(folder, run_dir, model=model, **fields)
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, normalization="clip+half")
+    )
 
 
 LENT = Lent(answers, samples)
@@ -302,6 +322,37 @@ def test_parts_start_from_others(folder, tmp_path, given):
             params_of_parts(bad, model, stage_state(bad, model, mesh).params)
 
 
+def test_each_of_two_encoders_starts_from_its_own(folder, tmp_path):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "image_size": 16}
+    low = transformers.SiglipVisionConfig(
+        **sizes, intermediate_size=48, patch_size=8, hidden_act="gelu"
+    )
+    high = transformers.SamVisionConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=24, patch_size=4,
+        window_size=3, global_attn_indexes=[1], output_channels=8, mlp_dim=48,
+    )  # fmt: skip
+    models = {"vision_low": transformers.SiglipVisionModel(low)}
+    models["vision_high"] = transformers.SamVisionModel(high)
+    for name, model in models.items():
+        randomized(model).save_pretrained(tmp_path / name)
+    parts = tuple(InitPart(part=name, source=str(tmp_path / name)) for name in models)
+    config = of_two(folder, tmp_path, init_parts=parts)
+    model, mesh = build_vision_language(config.model, config.precision), make_mesh(MeshShape())
+    with jax.set_mesh(mesh):
+        found, said = params_of_parts(config, model, stage_state(config, model, mesh).params)
+    assert "otherwise" not in said
+    ours = on_disk(found, model.layers)
+    for name in models:
+        own, inside = load_encoder(tmp_path / name), f"vision/{name.removeprefix('vision_')}/"
+        there = on_disk(own.params, own.encoder.layers)
+        compared = {p.removeprefix(inside): x for p, x in ours.items() if p.startswith(inside)}
+        assert {p for p in there.keys() - compared.keys() if not p.startswith("head/")} == set()
+        for path, leaf in compared.items():
+            np.testing.assert_array_equal(leaf, there[path], err_msg=path)
+    with pytest.raises(ValueError, match="model.vision must be a Hybrid for its encoders"):
+        recipe(folder, tmp_path, init_parts=parts[:1])
+
+
 def test_flops_are_those_of_the_encoder_and_the_decoder():
     """Against XLA's count of the encoders' forward passes, three times."""
     one = dataclasses.replace(VIEW.transformer, num_layers=1)  # of a loop XLA counts one round
@@ -325,11 +376,25 @@ def test_flops_are_those_of_the_encoder_and_the_decoder():
     heard += 2 * 2 * 20 * sum(x.size for path, x in layers.items() if path.endswith("/weight"))
     ours = 32 * (train_flops_per_token(model, 32, 0, 2) - train_flops_per_token(model, 32))
     assert ours == pytest.approx(3 * heard, rel=0.15)
+    high = dataclasses.replace(TWO.high.transformer, embed_dim=96, num_heads=4, mlp_dim=384)
+    two = Hybrid(
+        low=dataclasses.replace(TWO.low, transformer=large),
+        high=dataclasses.replace(
+            TWO.high, transformer=high, relative_positions=False, output_dim=64
+        ),
+    )
+    config = dataclasses.replace(model_config(), vision=two, projector=SplitProjector())
+    model = build_vision_language(config, Precision(compute="float32"))
+    views = jax.ShapeDtypeStruct((1, 2, *config.view_shape), "float32")
+    counted = jax.jit(model.features).lower(model.shapes, views).cost_analysis()["flops"]
+    ours = 32 * (train_flops_per_token(model, 32, 2) - train_flops_per_token(model, 32))
+    assert ours == pytest.approx(3 * counted, rel=0.15)
 
 
 def test_a_plans_batch_is_a_runs(senses, folder, tmp_path):
     mesh = make_mesh(MeshShape(fsdp=2), jax.devices()[:2])
-    for config in (hearing(senses, tmp_path), recipe(folder, tmp_path)):
+    configs = hearing(senses, tmp_path), recipe(folder, tmp_path), of_two(folder, tmp_path)
+    for config in configs:
         batch = stage_data(config, config.filled_stages()[0]).train.batch(np.arange(4))
         planned = abstract_batch(mesh, 4, config.sequence_length, config)
         found, wanted = ({n: (x.shape, x.dtype) for n, x in b.items()} for b in (planned, batch))
