@@ -1,7 +1,7 @@
-"""DeepSeek-VL 7B's two encoders (arXiv 2403.05525, section 3.1): a large view through a SAM, a
-small one of the same picture through a ViT, their features side by side.
+"""DeepSeek-VL 7B's two encoders (arXiv 2403.05525, section 3.1), their features side by side.
 
-A view is one array, the large square and below it, at its left, the small one: `data.tiles.canvas`.
+A large view of a picture passes a SAM, a small one of the same a ViT. Both are one array, the large
+square and below it, at its left, the small one: `data.tiles.canvas`.
 """
 
 import dataclasses
@@ -53,6 +53,11 @@ class Hybrid:
         return 4 * self.high.output_dim, self.low.transformer.embed_dim
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Pixels along the large view's side and the small one's."""
+        return self.high.image_size, self.low.image_size[0]
+
+    @property
     def transformers(self) -> tuple[Transformer, ...]:
         """Of both."""
         return self.high.transformer, self.low.transformer
@@ -60,8 +65,8 @@ class Hybrid:
     @property
     def view_shape(self) -> tuple[int, int, int]:
         """Of a canvas: height, width, channels."""
-        large = self.high.image_size
-        return large + self.low.image_size[0], large, self.low.num_channels
+        large, small = self.sizes
+        return large + small, large, self.low.num_channels
 
 
 class HybridTransformer(nn.Module):
@@ -75,7 +80,7 @@ class HybridTransformer(nn.Module):
         c, kept, side = self.config, self.dtypes, self.config.grid[0]
         if images.shape[1:] != c.view_shape:
             raise ValueError(f"a view is {images.shape[1:]}, and this model's {c.view_shape}")
-        large, small = c.high.image_size, c.low.image_size[0]
+        large, small = c.sizes
         seen = SAMTransformer(c.high, kept, name="high")(images[:, :large])
         early = Neck(c.high.side, c.high.output_dim, kept, name="neck")(seen.features)
         down = [

@@ -11,18 +11,16 @@ prediction, whose layers would have to see images too.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.audio import Windows
-from deepseek_jax.data.tiles import TEXT, Budget, Sight, laid_out, tile_side
+from deepseek_jax.data.tiles import TEXT, Budget, Sight, tile_side
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import Transformer, learned
 from deepseek_jax.layers.linear import Dtypes
@@ -87,13 +85,9 @@ class VisionLanguage:
         takes_two = isinstance(self.vision, Hybrid) and self.language.embed_dim % 2 == 0
         if isinstance(self.projector, SplitProjector) and not takes_two:
             raise ValueError("a SplitProjector needs a Hybrid, and an even language.embed_dim.")
-        if isinstance(self.projector, DownsampleProjector):
-            grid = None if isinstance(self.vision, Hybrid) else self.grid
-            if grid is None or grid[0] != grid[1]:
-                shape = "none or a Hybrid's" if grid is None else grid
-                raise ValueError(
-                    f"vision's grid is {shape}; a DownsampleProjector takes square views."
-                )
+        square = isinstance(self.vision, ViT) and len({*self.vision.grid}) == 1
+        if isinstance(self.projector, DownsampleProjector) and not square:
+            raise ValueError("a DownsampleProjector takes a ViT's square views.")
         if self.max_patches < 1:
             raise ValueError(f"max_patches is {self.max_patches}; it must be at least 1.")
         widths = [(self.projector, self.language.embed_dim)]
@@ -136,12 +130,12 @@ class VisionLanguage:
 
     @property
     def sight(self) -> Sight | Budget:
-        """How images are taken in."""
+        """How images are taken in, and laid out as tokens."""
         if isinstance(self.vision, NaFlex):
             each = isinstance(self.projector, MLPProjector)
             return Budget(self.vision.patch_size, self.max_patches, self.view_tokens, each)
         if isinstance(self.vision, Hybrid):
-            high, low = self.vision.high.image_size, self.vision.low.image_size[0]
+            high, low = self.vision.sizes
             return Sight(high, self.view_tokens, small=low)
         side = self.side if isinstance(self.projector, DownsampleProjector) else None
         return Sight(self.vision.image_size[0], self.view_tokens, side)
@@ -150,22 +144,6 @@ class VisionLanguage:
     def hearing(self) -> Windows | None:
         """How sounds are taken in; None: not at all."""
         return self.audio.windows if self.audio else None
-
-    def layout(self, grid: tuple[int, int] = (1, 1)) -> np.ndarray:
-        """`sources` of one image's tokens, its views numbered from 0.
-
-        With a DownsampleProjector an image is the whole and `grid` (wide, high) tiles; else a view,
-        of a NaFlex with `grid` patches. A video's frame is an image; of tiles it has (0, 0).
-        """
-        return self.sight.layout(grid)
-
-    def laid_out(self, grids: Sequence[tuple[int, int]]) -> np.ndarray:
-        """`sources` of the tokens of images one after another: also of a video's frames."""
-        return laid_out(self.sight, grids)
-
-    def num_views(self, grid: tuple[int, int] = (1, 1)) -> int:
-        """Views of one image."""
-        return self.sight.num_views(grid)
 
     @property
     def num_layers(self) -> int:

@@ -107,10 +107,10 @@ class Look(NamedTuple):
 RESAMPLED: dict[Any, Method | None] = {None: None, 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def look_of(path: pathlib.Path, *, two: bool = False) -> Look:
-    """How a folder's processor prepares pictures, `two` views of each or one.
+def look_of(path: pathlib.Path, config: VisionLanguage) -> Look:
+    """How a folder's processor prepares pictures for a model.
 
-    Where it does not say, of mean and deviation 0.5, the large one of two as CLIP's. Raises
+    Where it does not say, with mean and deviation 0.5, a Hybrid's large views with CLIP's. Raises
     InputError for a way that has no name here.
     """
     found = huggingface.read_optional(path, "preprocessor_config.json", "processor_config.json")
@@ -132,7 +132,7 @@ def look_of(path: pathlib.Path, *, two: bool = False) -> Look:
     if resample not in RESAMPLED or found.get("high_res_resample", 3) != 3:
         raise InputError(f"{path}: resample is {resample}; understood are 1, 2, 3, and large: 3")
     name = normalization("", "half")
-    if two and (large := normalization("high_res_", "clip")) != name:
+    if isinstance(config.vision, Hybrid) and (large := normalization("high_res_", "clip")) != name:
         name = f"{large}+{name}"
     known: dict[str, Normalization] = {one: one for one in get_args(Normalization)}
     if name not in known:
@@ -171,7 +171,7 @@ def apart(
     """Each image's views and its grid."""
     start = 0
     for grid in grids:
-        end = start + config.num_views(grid)
+        end = start + config.sight.num_views(grid)
         yield views[start:end], grid
         start = end
 
@@ -242,12 +242,12 @@ def seen(
     else:
         views = images_of(vision, images)["images"]
     grids = [(int(wide), int(high)) for wide, high in grids or [(1, 1)] * len(views)]
-    if sum(map(config.num_views, grids)) != len(views):
+    if sum(map(config.sight.num_views, grids)) != len(views):
         raise InputError(f"the grids {grids} are not those of {len(views)} views")
     most = config.max_patches
     if flexible and not all(min(grid) >= 1 and math.prod(grid) <= most for grid in grids):
         raise InputError(f"the grids {grids} must have from 1 to {most} patches each")
-    items = [Item(config.layout(grid), config.num_views(grid)) for grid in grids]
+    items = [Item(config.sight.layout(grid), config.sight.num_views(grid)) for grid in grids]
     sources, by_row = placed(marked, items, config.view_tokens, "image")
     given = {"images": gathered(views, by_row), "sources": sources}
     if flexible:

@@ -24,7 +24,6 @@ from deepseek_jax.data.conversations import MARKS, NOUNS
 from deepseek_jax.data.tiles import TEXT, Grid
 from deepseek_jax.data.tokenizer import INFO, Tokenizer, load_tokenizer
 from deepseek_jax.models.ear import Ear
-from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.vision_language import (
     VisionLanguage,
     VisionLanguageModel,
@@ -307,7 +306,7 @@ class SeeingModel(LanguageModel):
             for own_views, grid in shown:
                 views.append(own_views)
                 grids.append(grid)
-                found += [*first, *[self.image_id] * len(self.config.layout(grid)), *last]
+                found += [*first, *[self.image_id] * len(self.config.sight.layout(grid)), *last]
         return found, views, grids, there["audio"]
 
     @property
@@ -388,7 +387,6 @@ def _opened(
     """The model with what `beside`, a folder of Hugging Face's or what was kept of one, says."""
     original = huggingface.read_optional(beside, "config.json")
     own = manager.last_stage(recorded).get("data", {}).get("normalization")
-    two = isinstance(model.config.vision, Hybrid)
     return SeeingModel(
         model,
         params,
@@ -398,5 +396,5 @@ def _opened(
         huggingface.end_ids(beside, tokenizer),
         chat.renderer(beside, media.marks_of(tokenizer)),
         "janus" if "gen_vision_config" in original else original.get("model_type", ""),
-        media.Look(own) if own else media.look_of(beside, two=two),
+        media.Look(own) if own else media.look_of(beside, model.config),
     )

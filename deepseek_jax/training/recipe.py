@@ -300,10 +300,8 @@ def _check_stage(stage: Stage, model: ModelConfig, where: str) -> None:
                 f"{where}data.windows is {stage.data.windows}, and this model has no ear: set "
                 "model.audio, or leave sounds out."
             )
-        if stage.data.views < model.num_views():
-            raise ValueError(
-                f"{where}data.views is {stage.data.views}; one image takes {model.num_views()}."
-            )
+        if stage.data.views < (taken := model.sight.num_views()):
+            raise ValueError(f"{where}data.views is {stage.data.views}; one image takes {taken}.")
         if isinstance(model.vision, ViT) and len(set(model.vision.image_size)) > 1:
             raise ValueError(f"{where}model.vision.image_size {model.vision.image_size}: squares.")
         if stage.objective.indexer_warmup:

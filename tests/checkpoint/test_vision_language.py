@@ -102,7 +102,7 @@ def test_released_vl2s_have_their_published_sizes(size):
     pool = 1152 * (1 + 4 * 1152 + 2 * 4304)  # SigLIP's, which counts there and is left out here
     assert float(f"{(total + pool) / 1e9:.3g}") == billions
     assert config.view_tokens == 196
-    assert len(config.layout((3, 2))) == 210 + 1 + 28 * 43
+    assert len(config.sight.layout((3, 2))) == 210 + 1 + 28 * 43
     fields = vision_language.hf_config(vision_language.FAMILIES[kind], config, original)
     assert vision_language.config_of(fields, ()) == config
 

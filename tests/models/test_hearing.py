@@ -22,6 +22,7 @@ import deepseek_jax
 from deepseek_jax.core import tree
 from deepseek_jax.core.config import from_dict, to_dict
 from deepseek_jax.core.precision import Precision
+from deepseek_jax.data.tiles import laid_out
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.models.audio import Whisper
 from deepseek_jax.models.build import dtypes_of
@@ -200,7 +201,7 @@ def test_images_of_any_shape_are_transformers_siglip2(tmp_path):
     layer = params["projector"]["linear_1"]
     wanted = hidden.detach().numpy() @ layer["weight"] + layer["bias"]
     found = jax.jit(model.features)(params, patches[None], shapes=grids[None].astype(np.int32))
-    sources = config.laid_out([(wide, high) for high, wide in grids.tolist()])
+    sources = laid_out(config.sight, [(wide, high) for high, wide in grids.tolist()])
     there = mask.ravel() > 0
     assert sources.tolist() == np.flatnonzero(there).tolist()
     np.testing.assert_allclose(
@@ -236,7 +237,7 @@ def tiny(kind, attention="mla", router="sigmoid", **fields):
     model = build_vision_language(config, FLOAT32)
     params = jax.tree.map(jnp.asarray, cases.random_params(model.shapes, 3))
     grid = {"flexible": (2, 3), "resampled": (1, 1), "lines": (0, 0)}[kind]
-    image, video = config.laid_out([grid]), config.laid_out([grid] * 3)
+    image, video = laid_out(config.sight, [grid]), laid_out(config.sight, [grid] * 3)
     sound, long = ear.layout(700), ear.layout(ear.window + 700)
     sources = np.full((4, len(video) + len(long) + 6), TEXT, np.int32)
     first = 3 * config.view_tokens
@@ -350,8 +351,8 @@ def test_layouts_and_configs_that_are_written():
         assert {*model.layers} == {
             f"{part}/segment_0/block" for part in ("language", "vision", "audio/encoder")
         }
-    assert config.layout((0, 0)).tolist() == [0, -1, -2]  # a frame: a line, then a separator
-    assert config.laid_out([(0, 0), (2, 1)]).tolist() == [0, -1, -2, 1, -1, -2, 2, 3, -1]
+    assert config.sight.layout((0, 0)).tolist() == [0, -1, -2]  # a frame: a line, then a separator
+    assert laid_out(config.sight, [(0, 0), (2, 1)]).tolist() == [0, -1, -2, 1, -1, -2, 2, 3, -1]
     ear = config.audio
     assert ear.layout(2 * HOP).tolist() == [0] and ear.layout(2 * HOP + 1).tolist() == [0, 1]
     old = to_dict(config)
@@ -379,7 +380,7 @@ def test_what_cannot_be_is_refused():
             jax.eval_shape(one.apply, params, **inputs)
     decoder = cases.decoder("gqa", None)
     for fields, why in (
-        ({"projector": DownsampleProjector(), "vision": FLEXIBLE}, "takes square views"),
+        ({"projector": DownsampleProjector(), "vision": FLEXIBLE}, "takes a ViT's square views"),
         ({"projector": Resampler(num_heads=5)}, "multiple of the Resampler's num_heads"),
         ({"audio": Ear(encoder=WHISPER, audio_id=61)}, "audio.audio_id is 61"),
         ({"audio": Ear(encoder=WHISPER, audio_id=7), "image_id": 7}, "are both 7"),

@@ -171,7 +171,7 @@ def tiny(attention, projector, vision=VIEW, **fields):
     model = build_vision_language(config, Precision(compute="float32"))
     params = jax.tree.map(jnp.asarray, cases.random_params(model.shapes, 3))
     rng = np.random.default_rng(5)
-    layout, views, own = config.layout(), config.num_views(), config.view_tokens
+    layout, views, own = config.sight.layout(), config.sight.num_views(), config.view_tokens
     after = np.where(layout >= 0, layout + views * own, layout)
     sources = np.full((4, 2 * len(layout) + 7), TEXT, np.int32)
     sources[0, 2 : 2 + len(layout)] = layout
@@ -397,7 +397,7 @@ def test_what_cannot_be_is_refused():
         ({"image_id": 61}, "image_id is 61"),
         ({"language": cases.decoder("gqa_window", None), "prefix": "images"}, "leaves out"),
         ({"vision": dataclasses.replace(VIEW, image_size=(12, 8))}, "square views"),
-        ({"vision": TWO}, "none or a Hybrid's; a DownsampleProjector takes square views"),
+        ({"vision": TWO}, "takes a ViT's square views"),
         ({"projector": SplitProjector()}, "needs a Hybrid"),
     ):
         given = {"language": decoder, "vision": VIEW, "projector": DownsampleProjector()}

@@ -135,7 +135,7 @@ def test_vl2_completes_what_it_would_score_highest(tmp_path):
     text = ours.generate(prompt, images=[picture], max_new_tokens=3)[0].split()
     views, grids = ours.prepared([picture])
     assert views.shape == (1 + grids[0][0] * grids[0][1], 3, 43, 43)
-    row = [3, *[seeing.IMAGE] * len(ours.config.layout(grids[0])), 5, 6]
+    row = [3, *[seeing.IMAGE] * len(ours.config.sight.layout(grids[0])), 5, 6]
     new = ours.generate_tokens([row], images=views, grids=grids, max_new_tokens=3)[0]
     logits = np.asarray(ours.logits([*row, *new], images=views, grids=grids))[0]
     assert new == logits[len(row) - 1 : -1].argmax(-1).tolist()

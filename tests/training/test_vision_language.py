@@ -44,7 +44,7 @@ def model():
 def batch(model):
     """Four rows alike but for the picture, each with an answer of its own: tokens 11 to 14."""
     rng = np.random.default_rng(0)
-    layout = model.config.layout()
+    layout = model.config.sight.layout()
     length = len(layout) + 4
     tokens = np.tile(np.array([1, *[60] * len(layout), 2, 3, 4]), (4, 1)).astype(np.int32)
     tokens[:, -1] = 11 + np.arange(4)
@@ -53,7 +53,7 @@ def batch(model):
     targets = np.roll(tokens, -1, axis=1)[..., None]
     weights = np.zeros((4, length, 1), np.float32)
     weights[:, -2] = 1  # of what comes before the answer
-    images = np.tile(rng.normal(size=(4, 1, 8, 8, 3)), (1, model.config.num_views(), 1, 1, 1))
+    images = np.tile(rng.normal(size=(4, 1, 8, 8, 3)), (1, model.config.sight.num_views(), 1, 1, 1))
     return {
         "tokens": tokens, "sources": sources, "images": images.astype(np.float32),
         "targets": targets, "weights": weights, "segments": np.ones_like(tokens),
