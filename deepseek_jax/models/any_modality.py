@@ -21,6 +21,7 @@ from deepseek_jax.ops.signal import frame_counts, hann, power_spectrum, valid
 from deepseek_jax.parallel.sharding import constrain
 
 MODALITIES = ("image", "video", "text", "audio")
+TAKEN = {"image": "image", "video": "video", "text": "text", "sound": "audio"}  # of the data's
 FAINT = 1e-20  # the least power whose root is taken: at 0 a root has no slope
 
 
@@ -97,6 +98,11 @@ class AnyModality:
             raise ValueError(f"the encoder needs at least one of {', '.join(MODALITIES)}.")
         if self.image and self.image.num_frames != 1:
             raise ValueError(f"image.num_frames is {self.image.num_frames}; an image has 1.")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows of texts; 0 where it takes none."""
+        return self.text.vocab_size if self.text else 0
 
     @property
     def taken(self) -> tuple[str, ...]:

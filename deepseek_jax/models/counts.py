@@ -4,16 +4,22 @@ Active parameters: everything but the routed experts that a token does not visit
 embedding and head included. FLOPs: two a multiply-add; matmuls and the causal half of attention.
 """
 
+import functools
 import math
 
+import jax
+
 from deepseek_jax.core import tree
+from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.attention import GQA
 from deepseek_jax.layers.block import Attention
 from deepseek_jax.layers.encoder import Transformer
 from deepseek_jax.layers.sparse_attention import GatedGQA
+from deepseek_jax.models.any_modality import TAKEN
 from deepseek_jax.models.audio import Wav2Vec2
-from deepseek_jax.models.build import Model, Network
-from deepseek_jax.models.fusion import FusedNetwork, Weighted, token_counts
+from deepseek_jax.models.build import Model, Network, dtypes_of
+from deepseek_jax.models.encoder import KINDS
+from deepseek_jax.models.fusion import Fused, FusedNetwork, Weighted, example, trunks
 from deepseek_jax.models.hybrid import Hybrid
 from deepseek_jax.models.networks import ModelConfig, build_network
 from deepseek_jax.models.two_tower import Towers
@@ -134,6 +140,18 @@ def _pair_flops(model: Towers, length: int) -> float:
     return 6.0 * work
 
 
+@functools.lru_cache(16)
+def token_counts(config: Fused, length: int) -> dict[str, int]:
+    """How many tokens each encoder makes of a row, whose wave (if it takes one) is so long."""
+    dtypes, found = dtypes_of(Precision(compute="float32")), {}
+    for modality in config.modalities:
+        module = KINDS[type(modality.encoder)].module(modality.encoder, dtypes)
+        init = functools.partial(module.init_with_output, jax.random.key(0))
+        encoded, _ = jax.eval_shape(init, **example(modality, length))
+        found[modality.name] = math.prod(encoded.hidden.shape[:-1])
+    return found
+
+
 def _fused_flops(model: FusedNetwork, length: int) -> float:
     """Of one row: every weight's products with the tokens behind it, and attention's.
 
@@ -143,8 +161,14 @@ def _fused_flops(model: FusedNetwork, length: int) -> float:
     counts = dict(token_counts(model.config, length))
     counts["fusion"] = 1 if late else sum(counts.values())
     specs = tree.flatten(model.specs, is_leaf=lambda node: hasattr(node, "reduced"))
+    for name, trunk in trunks(model.config).items():
+        those = {
+            TAKEN[m.name]: counts[m.name] for m in model.config.modalities if m.encoder == trunk
+        }
+        counts |= {name: sum(those.values())} | {f"{name}/{one}": n for one, n in those.items()}
     for path, leaf in tree.flatten(model.shapes).items():
         part, child, *_ = path.split("/")
+        part = f"{part}/{child}" if f"{part}/{child}" in counts else part
         own = child.removesuffix("_inward")
         tokens = 1 if child == "head" else counts[part if late or own not in counts else own]
         if specs[path].reduced and not path.endswith("embedding/weight"):

@@ -3,14 +3,13 @@
 Every modality has an encoder and a head of its own, so that each can answer alone. A fusion makes
 one answer of those present, and says how much each weighs: late, by weighing the heads' logits, or
 by attention between the modalities' tokens (MBT, arXiv 2107.00135). What stands in an absent
-modality, NaN included, changes neither answers nor gradients.
+modality, NaN included, changes neither answers nor gradients. Modalities may share an encoder that
+takes any (models/any_modality).
 
 Answers to questions about an image (VQA) are classes of two modalities, one of them a text.
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,6 +22,7 @@ from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.block import Remat
 from deepseek_jax.layers.encoder import Stack, Transformer, Whole, learned
 from deepseek_jax.layers.linear import Dtypes, LayerNorm, Projection, weight
+from deepseek_jax.models.any_modality import TAKEN, AnyModality, AnyTransformer
 from deepseek_jax.models.build import Network, declarations, dtypes_of
 from deepseek_jax.models.encoder import KINDS, EncoderConfig
 from deepseek_jax.ops.fusion import (
@@ -47,6 +47,7 @@ class Modality:
     name: str
     """As the data call it."""
     encoder: EncoderConfig
+    """Modalities of the same AnyModality share one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,9 @@ class Fused:
                 f"modalities {names} must be two or more different names, each an identifier and "
                 "none of them fusion."
             )
+        for name, encoder in ((one.name, one.encoder) for one in self.modalities):
+            if isinstance(encoder, AnyModality) and TAKEN.get(name) not in encoder.taken:
+                raise ValueError(f"the AnyModality of {name} takes {', '.join(encoder.taken)}.")
         if self.num_classes < (1 if self.multi_label else 2):
             raise ValueError(f"num_classes ({self.num_classes}) leaves nothing to tell apart.")
         if not 0 <= self.modality_dropout < 1:
@@ -180,16 +184,21 @@ class Branch(nn.Module):
     config: Modality
     num_classes: int
     dtypes: Dtypes
+    shared: nn.Module | None = None
+    """The encoder, where other modalities have it too."""
 
     @nn.compact
     def __call__(self, inputs: Mapping[str, Array], present: Bool[Array, " B"]) -> Alone:
-        encoder = KINDS[type(self.config.encoder)].module
+        encoder = self.shared
+        if encoder is None:
+            kind = KINDS[type(self.config.encoder)].module
+            encoder = kind(self.config.encoder, self.dtypes, name="encoder")
         # Not after the encoder alone: a NaN in its input would come back through its slopes.
         kept = {
             name: _only(x, present) if jnp.issubdtype(x.dtype, jnp.floating) else x
             for name, x in inputs.items()
         }
-        found = encoder(self.config.encoder, self.dtypes, name="encoder")(**kept)
+        found = encoder(**kept)
         hidden = _only(found.hidden, present)
         real = jnp.broadcast_to(present[:, None], hidden.shape[:2])
         real = real if found.mask is None else real & found.mask
@@ -299,6 +308,13 @@ class Fusing(nn.Module):
         return head(one)[:, 0].astype(jnp.float32), weights, vectors
 
 
+def trunks(config: Fused) -> dict[str, AnyModality]:
+    """The encoders that modalities share, by the names of their weights."""
+    encoders = dict.fromkeys(m.encoder for m in config.modalities)
+    shared = [encoder for encoder in encoders if isinstance(encoder, AnyModality)]
+    return {f"trunk_{number}": encoder for number, encoder in enumerate(shared)}
+
+
 class FusedClassifier(nn.Module):
     """A classifier of several modalities as a module."""
 
@@ -313,12 +329,17 @@ class FusedClassifier(nn.Module):
         key: Key[Array, ""] | None = None,
     ) -> Answer:
         c = self.config
+        shared = {
+            config: AnyTransformer(config, self.dtypes, name=name)
+            for name, config in trunks(c).items()
+        }
         branches = tuple(
-            Branch(modality, c.num_classes, self.dtypes, name=modality.name)(
-                inputs[modality.name], present[:, i]
-            )
+            Branch(
+                modality, c.num_classes, self.dtypes, shared.get(modality.encoder),
+                name=modality.name,
+            )(inputs[modality.name], present[:, i])
             for i, modality in enumerate(c.modalities)
-        )
+        )  # fmt: skip
         if key is not None and c.modality_dropout:
             present = modality_dropout(key, present, c.modality_dropout)
         logits, weights, vectors = Fusing(c, self.dtypes, name="fusion")(branches, present)
@@ -355,23 +376,13 @@ class FusedNetwork(Network):
         return self.module.apply({"params": params}, inputs, present, key)
 
 
-@functools.lru_cache(16)
-def token_counts(config: Fused, length: int) -> dict[str, int]:
-    """How many tokens each encoder makes of a row, whose wave (if it takes one) is so long."""
-    dtypes, found = dtypes_of(Precision(compute="float32")), {}
-    for modality in config.modalities:
-        module = KINDS[type(modality.encoder)].module(modality.encoder, dtypes)
-        init = functools.partial(module.init_with_output, jax.random.key(0))
-        encoded, _ = jax.eval_shape(init, **example(modality, length))
-        found[modality.name] = math.prod(encoded.hidden.shape[:-1])
-    return found
-
-
 def example(modality: Modality, length: int = 0) -> dict[str, Array]:
     """A modality's inputs of one row, zeros; a wave of `length` samples, if that is more."""
     found = KINDS[type(modality.encoder)].example(modality.encoder)
-    if "wave" in found and length > found["wave"].shape[1]:
-        found["wave"] = jnp.zeros((1, length))
+    if isinstance(modality.encoder, AnyModality):
+        found = {name: x for name, x in found.items() if name == TAKEN[modality.name]}
+    for name in {"wave", "audio"} & {*found}:
+        found[name] = jnp.zeros((1, max(length, found[name].shape[1])))
     return found
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.data.vision import Normalization, normalized
+from deepseek_jax.models.any_modality import TAKEN, AnyModality, Boxes, Spectrum, Words
 from deepseek_jax.models.audio import Wav2Vec2, Whisper
 from deepseek_jax.models.ear import HOP, RATE, SPECTRUM
 from deepseek_jax.models.encoder import EncoderConfig
@@ -20,10 +21,10 @@ from deepseek_jax.models.vit import ViT
 from deepseek_jax.ops import signal
 
 TAKERS: dict[str, tuple[type, ...]] = {  # by the data's name of a modality
-    "image": (ViT, Swin),
-    "sound": (Whisper, Wav2Vec2, Stream),
-    "video": (Video,),
-    "text": (TextTower,),
+    "image": (ViT, Swin, AnyModality),
+    "sound": (Whisper, Wav2Vec2, Stream, AnyModality),
+    "video": (Video, AnyModality),
+    "text": (TextTower, AnyModality),
 }
 
 
@@ -43,11 +44,22 @@ def misfit(config: Fused, inputs: dict[str, tuple[tuple[int, ...], Any]]) -> str
                 wanted = [2 * encoder.num_positions * HOP]
             case TextTower():
                 wanted = [min(shape[0], encoder.max_length)]
+            case AnyModality():
+                wanted = _wanted(getattr(encoder, TAKEN[name]), shape)
             case _:
                 wanted = shape
         if shape != wanted:
             return f"a {name} of the data is {shape}, and its encoder, a {found}, takes {wanted}"
     return ""
+
+
+def _wanted(stem: Boxes | Words | Spectrum, shape: list[int]) -> list[int]:
+    """What a stem takes that is as near to `shape` as it can be."""
+    if isinstance(stem, Boxes):
+        size = stem.size if len(shape) > 3 else stem.image_size
+        return [*size, stem.num_channels]
+    most = stem.max_length if isinstance(stem, Words) else stem.max_length * stem.hop - 1
+    return [min(shape[0], most)]
 
 
 def texts_of(tokens: jax.Array | np.ndarray) -> dict[str, Any]:
@@ -56,10 +68,10 @@ def texts_of(tokens: jax.Array | np.ndarray) -> dict[str, Any]:
 
 
 def encoder_inputs(
-    encoder: EncoderConfig, raw: jax.Array, preset: Normalization
+    encoder: EncoderConfig, raw: jax.Array, preset: Normalization, name: str = ""
 ) -> dict[str, jax.Array]:
     """What an encoder takes of raw data: uint8 pixels [B, H, W, 3] or frames [B, T, H, W, 3], waves
-    of 16 kHz [B, T], tokens [B, T] (-1 behind the end).
+    of 16 kHz [B, T], tokens [B, T] (-1 behind the end). `name` is the data's of the modality.
 
     Raises InputError for an encoder that takes none of these, and for a wave not of its length.
     """
@@ -84,6 +96,11 @@ def encoder_inputs(
             return {"wave": raw}
         case TextTower():
             return texts_of(raw)
+        case AnyModality() if name == "text":
+            lengths = jnp.maximum((raw >= 0).sum(1), 1)
+            return {"text": jnp.maximum(raw, 0), "text_lengths": lengths}
+        case AnyModality() if name in TAKEN:
+            return {TAKEN[name]: raw if name == "sound" else normalized(raw, preset)}
     raise InputError(f"no raw data are known for an encoder of kind {type(encoder).__name__}")
 
 
@@ -91,7 +108,7 @@ def inputs_of(config: Fused, batch: dict[str, Any], preset: Normalization) -> di
     """What a classifier takes of a batch (data/audiovisual, data/labelled): its `inputs` and
     `present`."""
     inputs = {
-        m.name: encoder_inputs(m.encoder, batch["inputs"][m.name], preset)
+        m.name: encoder_inputs(m.encoder, batch["inputs"][m.name], preset, m.name)
         for m in config.modalities
     }
     return {"inputs": inputs, "present": presence(config, batch)}

@@ -17,8 +17,11 @@ import torch
 from deepseek_jax.core import tree
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.layers.encoder import Transformer, Whole, WholeAttention
+from deepseek_jax.models.any_modality import AnyModality, Boxes, Spectrum, Words
 from deepseek_jax.models.audio import Wav2Vec2, Whisper
 from deepseek_jax.models.build import dtypes_of
+from deepseek_jax.models.counts import token_counts, train_flops_per_token
+from deepseek_jax.models.encoder import build_encoder
 from deepseek_jax.models.fusion import (
     Bottleneck,
     CrossModal,
@@ -27,8 +30,8 @@ from deepseek_jax.models.fusion import (
     Progressive,
     Weighted,
     build_fused,
-    token_counts,
 )
+from deepseek_jax.models.raw_inputs import inputs_of
 from deepseek_jax.models.text_tower import TextTower
 from deepseek_jax.models.vit import ViT
 from deepseek_jax.ops.fusion import bottleneck_mask, progressive_mask, token_streams
@@ -257,6 +260,62 @@ def test_a_mesh_changes_nothing(fusion):
     for path, slope in tree.flatten(slopes).items():
         atol = max(1e-5 * float(abs(slope).max()), noise)
         np.testing.assert_allclose(tree.flatten(others)[path], slope, atol=atol, err_msg=path)
+
+
+ANY = AnyModality(
+    transformer=SMALL,
+    image=Boxes(image_size=(8, 8), box=(1, 4, 4)),
+    text=Words(vocab_size=20, max_length=5),
+    audio=Spectrum(window=20, hop=10, max_length=9),
+)
+
+
+def test_modalities_share_a_trunk():
+    """What each makes alone is the encoder's own of its input; on a mesh too."""
+    named = [Modality(name=name, encoder=ANY) for name in ("sound", "image", "text")]
+    config = Fused(modalities=tuple(named), num_classes=3, fusion=FUSIONS["gate"])
+    model = build_fused(config, Precision(compute="float32"))
+    encoder = build_encoder(ANY, Precision(compute="float32"))
+    params = jax.tree.map(jnp.asarray, cases.random_params(model.shapes, 2))
+    rng = np.random.default_rng(3)
+    same = jax.tree.map(lambda x: x.shape, params["trunk_0"])
+    assert same == jax.tree.map(lambda x: x.shape, encoder.shapes)
+    batch = {
+        "inputs": {
+            "sound": rng.normal(size=(4, 60)).astype(np.float32),
+            "image": rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8),
+            "text": np.where(np.arange(5) < 3, rng.integers(0, 20, (4, 5)), -1).astype(np.int32),
+        },
+        "present": {name: np.array([1, 1, 0, 1], bool) for name in ("sound", "image", "text")},
+    }
+    given = inputs_of(config, jax.tree.map(jnp.asarray, batch), "half")
+    (_, found), slopes = ran(model)(params, *given.values())
+    for i, name in enumerate(("sound", "image", "text")):
+        pooled = encoder.apply(params["trunk_0"], **given["inputs"][name]).pooled
+        head = params[name]["head"]
+        alone = np.asarray(pooled) @ np.asarray(head["weight"]) + np.asarray(head["bias"])
+        alone[2] = 0
+        np.testing.assert_allclose(found.alone[:, i], alone, atol=1e-5)
+    assert all(np.any(slope) for slope in jax.tree.leaves(slopes))
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(mesh, model.specs, model.shapes))
+        (_, split), others = ran(model)(placed, *place_batch(mesh, given).values())
+    np.testing.assert_allclose(split.alone, found.alone, atol=1e-5)
+    for path, slope in tree.flatten(slopes).items():
+        atol = 1e-5 * float(abs(slope).max()) + 1e-6
+        np.testing.assert_allclose(tree.flatten(others)[path], slope, atol=atol, err_msg=path)
+    tokens = token_counts(config, 60)
+    assert tokens == {"sound": 7, "image": 4, "text": 1}
+    apart = [dataclasses.replace(ANY, init_scale=0.02 + i / 100) for i in range(3)]
+    apart = [Modality(name=m.name, encoder=e) for m, e in zip(named, apart, strict=True)]
+    apart = build_fused(
+        dataclasses.replace(config, modalities=tuple(apart)), Precision(compute="float32")
+    )
+    assert train_flops_per_token(model, 60) == train_flops_per_token(apart, 60)
+    silent = dataclasses.replace(ANY, audio=None)
+    with pytest.raises(ValueError, match="the AnyModality of sound takes image, text"):
+        dataclasses.replace(config, modalities=(Modality(name="sound", encoder=silent), named[1]))
 
 
 def test_tokens_of_a_row_are_counted():

@@ -26,6 +26,7 @@ from deepseek_jax.data.vision import ImageTransform
 from deepseek_jax.data.vqa import DigitQuestions
 from deepseek_jax.evaluation.classification import alone_and_together, classification
 from deepseek_jax.layers.encoder import Transformer
+from deepseek_jax.models.any_modality import AnyModality, Boxes, Words
 from deepseek_jax.models.audio import Whisper
 from deepseek_jax.models.fusion import Fused, Modality, Weighted, build_fused
 from deepseek_jax.models.raw_inputs import encoder_inputs, inputs_of, misfit
@@ -116,6 +117,18 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     film = dataclasses.replace(
         config.model, modalities=(Modality(name="video", encoder=FILM), config.model.modalities[1])
     )
+    both = AnyModality(
+        transformer=SMALL, image=Boxes(image_size=(8, 8), box=(1, 4, 4)),
+        text=Words(vocab_size=512, max_length=12),
+    )  # fmt: skip
+    shared = [dataclasses.replace(one, encoder=both) for one in (image, text)]
+    assert stage_data(given(*shared), given(*shared).filled_stages()[0])
+    small = dataclasses.replace(both, image=Boxes(image_size=(4, 4), box=(1, 4, 4)))
+    with pytest.raises(ValueError, match=r"is \[8, 8, 3\], and its encoder, a AnyMo.* \[4, 4, 3\]"):
+        given(dataclasses.replace(image, encoder=small))
+    short = dataclasses.replace(both, text=Words(vocab_size=512, max_length=9))
+    with pytest.raises(ValueError, match=r"text of the data is \[12\], .* takes \[9\]"):
+        given(second=dataclasses.replace(text, encoder=short))
     shapes = {"video": ((1, 3, 4, 4, 3), np.uint8), "text": ((1, 12), np.int32)}
     assert "video of the data is [3, 4, 4, 3]" in misfit(film, shapes)
     assert not misfit(film, shapes | {"video": ((1, 2, 4, 4, 3), np.uint8)})
