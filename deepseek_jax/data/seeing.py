@@ -88,7 +88,8 @@ class Seeing:
     """Of every row, used or not: one an image, or each image's whole and its tiles, and one a frame
     of a film."""
     size: int | None = None
-    """Pixels along a view's side, where positions are to be resized; None: the model's own."""
+    """Pixels along a view's side, where positions are to be resized, or of a NaFlex along that of
+    the largest square, which is its budget of patches; None: the model's own."""
     frames: int = 0
     """That are taken of a film; 0: there are no films."""
     windows: int = 0

@@ -90,9 +90,8 @@ class VisionLanguage:
             raise ValueError("a DownsampleProjector takes a ViT's square views.")
         if self.max_patches < 1:
             raise ValueError(f"max_patches is {self.max_patches}; it must be at least 1.")
-        widths = [(self.projector, self.language.embed_dim)]
-        widths += [(self.audio.projector, self.language.embed_dim)] if self.audio else []
-        for projector, width in widths:
+        width = self.language.embed_dim
+        for projector in (self.projector, self.audio and self.audio.projector):
             if isinstance(projector, Resampler) and width % projector.num_heads:
                 raise ValueError(
                     f"language.embed_dim ({width}) must be a multiple of the Resampler's num_heads "
@@ -174,12 +173,15 @@ class VisionLanguage:
         return self.language.vocab_size
 
     def at_size(self, size: int | None) -> "VisionLanguage":
-        """The same weights, views of this side; None: the model's own. Or a ValueError."""
+        """The same weights, views (a NaFlex's largest squares) of this side. Or a ValueError."""
         if size is None or (size, size) == self.view_shape[:2]:
             return self
-        if not isinstance(self.vision, ViT) or isinstance(self.projector, DownsampleProjector):
-            why = "a NaFlex has none" if self.grid is None else "its views are laid out for one"
-            raise ValueError(f"views of size {size}: the model has no other size, as {why}")
+        if isinstance(self.vision, NaFlex):
+            if size < 1 or size % (patch := self.vision.patch_size):
+                raise ValueError(f"views of size {size}: a NaFlex takes whole patches of {patch}")
+            return dataclasses.replace(self, max_patches=(size // patch) ** 2)
+        if isinstance(self.vision, Hybrid) or isinstance(self.projector, DownsampleProjector):
+            raise ValueError(f"views of size {size}: this model's are laid out for one size")
         return dataclasses.replace(self, vision=self.vision.at_size(size))
 
 
@@ -216,10 +218,9 @@ class VisionLanguageDecoder(nn.Module):
         these from the end.
         """
         parts = [] if images is None else [self._seen(images, shapes)]
-        if sounds is not None:
-            if self.config.audio is None:
-                raise ValueError("this model takes no audio: its config has none")
-            parts.append(self.audio(sounds))
+        if sounds is not None and self.config.audio is None:
+            raise ValueError("this model takes no audio: its config has none")
+        parts += [] if sounds is None else [self.audio(sounds)]
         rows, dtype = len(parts[0]), parts[0].dtype
         parts = [part.reshape(rows, -1, part.shape[-1]) for part in parts]
         if isinstance(self.config.projector, DownsampleProjector):
@@ -230,7 +231,7 @@ class VisionLanguageDecoder(nn.Module):
     def _seen(self, images: Array, shapes: Array | None) -> Float[Array, "B M U D"]:
         """Each view's tokens."""
         c, lead = self.config, images.shape[:2]
-        if c.grid is None and images.shape[2:] != c.view_shape:
+        if c.grid is None and images.shape[3:] != c.view_shape[1:]:
             raise ValueError(f"a view is {images.shape[2:]}, and this model's {c.view_shape}")
         if (shapes is None) == isinstance(c.vision, NaFlex):
             raise ValueError("a NaFlex's images, and no others, come with shapes")
@@ -240,7 +241,7 @@ class VisionLanguageDecoder(nn.Module):
             seen = seen[:, c.vision.leading :] if isinstance(c.vision, ViT) else seen
         else:
             shapes = jnp.maximum(shapes.reshape(-1, 2), 1)  # views that no row uses may have none
-            mask = jnp.arange(c.max_patches)[None] < shapes.prod(1)[:, None]
+            mask = jnp.arange(images.shape[1])[None] < shapes.prod(1)[:, None]
             seen = self.vision(images, mask, shapes).hidden
         found = self.projector(seen, mask)
         return found.reshape(*lead, *found.shape[1:])

@@ -420,6 +420,24 @@ def test_a_stage_of_larger_views_is_planned_as_it_runs(folder, tmp_path):
     wide, own = (train_flops_per_token(m, 32, 1) for m in (sized(model, stage), model))
     assert wide > own
     assert "parameters: " in dry_run(config)
+    config = hearing(folder, tmp_path)
+    data = dataclasses.replace(config.data, size=24, frames=0, windows=0)
+    config = dataclasses.replace(config, data=data)
+    (stage,) = config.filled_stages()
+    batch = stage_data(config, stage).train.batch(np.arange(8))
+    planned = abstract_batch(mesh, 8, 32, config)
+    assert batch["images"].shape == planned["images"].shape == (8, 2, 9, 192)
+    assert (batch["shapes"][:, 0].prod(1) == 9).all()  # a budget of 3 x 3 patches, of 2 x 2 before
+    assert ((batch["sources"] >= 0).sum(1) == 9).all()
+    model = build_vision_language(config.model, config.precision)
+    params = jax.tree.map(jax.numpy.asarray, cases.random_params(model.shapes, 3))
+    images = batch["images"].astype(np.float32)
+    found = jax.jit(model.features)(params, images, shapes=batch["shapes"])
+    at_size = build_vision_language(stage.sized(config.model), config.precision)
+    wanted = jax.jit(at_size.features)(params, images, shapes=batch["shapes"])
+    np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(ValueError, match="views of size 20: a NaFlex takes whole patches of 8"):
+        dataclasses.replace(config, data=dataclasses.replace(data, size=20))
 
 
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):
@@ -434,7 +452,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         ({"objective": Language(indexer_warmup=True)}, "a decoder that sees has none"),
         ({"model": tiles}, "data.views is 1; one image takes 2"),
         ({"model": tiles, "data": dataclasses.replace(config.data, views=2, size=24)},
-         "views of size 24: .* tiles are laid out for one"),
+         "views of size 24: this model's are laid out for one size"),
         ({"stages": (ALIGN, dataclasses.replace(ALL, data=odd))},
          r"stages\[1\]: data: images of size 20: it must be a multiple of patch_size \(8\)"),
         ({"init_parts": parts * 2}, "each part once"),
