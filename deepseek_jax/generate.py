@@ -5,11 +5,12 @@ import itertools
 
 import tyro
 
+from deepseek_jax.checkpoint.huggingface import is_seeing
 from deepseek_jax.core.errors import InputError, run_command
 from deepseek_jax.serving.language import LanguageModel, Settings, check_texts
 from deepseek_jax.serving.language import load as load_language
 from deepseek_jax.serving.media import FRAMES
-from deepseek_jax.serving.vision_language import SeeingModel, is_seeing, load_seeing
+from deepseek_jax.serving.vision_language import SeeingModel, load_seeing
 
 MEDIA = {"image": "images", "audio": "audio", "video": "video"}  # flags, and arguments of generate
 

@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from deepseek_jax.checkpoint import encoders, families, names, tables, vision_language
 from deepseek_jax.checkpoint.entries import entries as language_entries
 from deepseek_jax.checkpoint.integrity import sync
-from deepseek_jax.checkpoint.manager import disk_names
+from deepseek_jax.checkpoint.manager import disk_names, read_config, resolve
 from deepseek_jax.checkpoint.parts import in_parts, turn
 from deepseek_jax.checkpoint.safetensors import (
     BLOCK,
@@ -27,6 +27,7 @@ from deepseek_jax.checkpoint.safetensors import (
     Entry,
     Source,
     Tensor,
+    is_folder_of_tensors,
     mapped,
     open_scales,
     open_tensors,
@@ -112,6 +113,14 @@ def open_any(directory: str | pathlib.Path) -> Folder:
     if not any(name.startswith(past) for name in tensors):
         original |= {"num_nextn_predict_layers": 0}
     return Folder(directory, families.decoder(original), original, tensors)
+
+
+def is_seeing(path: str | pathlib.Path) -> bool:
+    """Whether a path holds a vision-language model: a folder of Hugging Face's, or one of ours."""
+    if not is_folder_of_tensors(path):
+        recorded = read_config(resolve(path))
+        return recorded["model"].get("type") == VisionLanguage.__name__
+    return vision_language.joined_of(read_optional(pathlib.Path(path), "config.json")) is not None
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -134,8 +134,7 @@ class VisionLanguage:
             each = isinstance(self.projector, MLPProjector)
             return Budget(self.vision.patch_size, self.max_patches, self.view_tokens, each)
         if isinstance(self.vision, Hybrid):
-            high, low = self.vision.sizes
-            return Sight(high, self.view_tokens, small=low)
+            return Sight(self.vision.sizes[0], self.view_tokens, small=self.vision.sizes[1])
         side = self.side if isinstance(self.projector, DownsampleProjector) else None
         return Sight(self.vision.image_size[0], self.view_tokens, side)
 
@@ -147,9 +146,8 @@ class VisionLanguage:
     @property
     def num_layers(self) -> int:
         """Of all parts."""
-        heard = self.audio.encoder.transformer.num_layers if self.audio else 0
-        seen = sum(t.num_layers for t in self.transformers)
-        return seen + heard + self.language.num_layers
+        heard = (self.audio.encoder.transformer,) if self.audio else ()
+        return sum(t.num_layers for t in (*self.transformers, *heard)) + self.language.num_layers
 
     @property
     def transformers(self) -> tuple[Transformer, ...]:
@@ -288,10 +286,11 @@ class VisionLanguageDecoder(nn.Module):
         positions: Int[Array, "B T"],
         features: Float[Array, "B F D"] | None = None,
         sources: Int[Array, "B T"] | None = None,
+        learned: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple]:
         """As `LanguageDecoder.decode`; what sees itself both ways must come in one call."""
         x = self._mixed(tokens, features, sources)
-        reach = reach_of(self.config.prefix, sources, (positions >= 0).astype(jnp.int32))
+        reach = reach_of(self.config.prefix, sources, jnp.int32(positions >= 0), learned)
         if reach is not None:
             reach = jnp.take_along_axis(positions, reach, axis=1)
         return self.language.decode(tokens, caches, positions, x, reach)
@@ -376,11 +375,11 @@ class VisionLanguageModel(Network):
         *,
         features: Float[Array, "B F D"] | None = None,
         sources: Int[Array, "B T"] | None = None,
+        learned: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], tuple]:
-        """As `Model.decode`; what sees itself both ways (`prefix`) comes in one call."""
-        hidden, cache = self._dropless.apply(
-            {"params": params}, tokens, cache, positions, features, sources, method="decode"
-        )
+        """As `Model.decode`; what sees itself both ways comes in one call."""
+        given = tokens, cache, positions, features, sources, learned
+        hidden, cache = self._dropless.apply({"params": params}, *given, method="decode")
         return self.logits(params, hidden), cache
 
 

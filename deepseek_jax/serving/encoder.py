@@ -256,7 +256,7 @@ def load(path: str | pathlib.Path) -> EncoderModel | TwoTowerModel | language.La
     """
     if is_folder_of_tensors(path):
         folder = huggingface.fetched(path)
-        if vision_language.is_seeing(folder):
+        if huggingface.is_seeing(folder):
             return vision_language.load_seeing(folder)
         known = encoders.family_of(huggingface.read_optional(folder, "config.json"))
         return load_encoder(folder) if known else language.load(folder)

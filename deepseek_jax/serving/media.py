@@ -35,6 +35,7 @@ from deepseek_jax.models.vision_language import VisionLanguage
 from deepseek_jax.serving.inputs import images_of, sam_images_of
 
 AROUND = {"janus": ("<begin_of_image>", "<end_of_image>")}  # what a family puts around an image
+ANSWER = "answer"  # in a chat's row: its first answer begins
 FRAMES = 8  # of a film that is a file
 
 
@@ -253,6 +254,22 @@ def seen(
     if flexible:
         given["shapes"] = gathered(np.array(grids, np.int32)[:, ::-1], by_row)
     return given
+
+
+def first_question(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The messages before the first answer; none where there is no answer yet."""
+    told = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    return messages[: told[0]] if told else ()
+
+
+def with_answer(row: list[int | str], question: list[int | str]) -> list[int | str]:
+    """A chat's row with ANSWER behind its question, which it begins with; else InputError."""
+    if row[: len(question)] != question:
+        raise InputError(
+            "this chat template writes a question otherwise where answers follow it, so nothing "
+            "says which tokens the model's prefix 'question' has"
+        )
+    return [*question, ANSWER, *row[len(question) :]]
 
 
 def answered(asked: Sequence[int], shape: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from deepseek_jax.checkpoint import huggingface, manager, vision_language
+from deepseek_jax.checkpoint import huggingface, manager
 from deepseek_jax.checkpoint.safetensors import is_folder_of_tensors
 from deepseek_jax.core.config import from_dict
 from deepseek_jax.core.errors import InputError
@@ -206,6 +206,8 @@ class SeeingModel(LanguageModel):
         stop = [stop] if isinstance(stop, str) else list(stop)
         how = {name: more.pop(name) for name in ("tools", "thinking", "variables") if name in more}
         row = self._marked(self.chat_tokens(messages, **how))
+        if self.config.prefix == "question" and (first := media.first_question(messages)):
+            row = media.with_answer(row, self._marked(self.chat_tokens(first, **how)))
         shown = {kind: list(x or ()) for kind, x in given.items()}
         show = (lambda _, new: stream(new)) if stream else None
         return self._told([row], [shown], num_frames, stop, show, more)[0]
@@ -230,17 +232,17 @@ class SeeingModel(LanguageModel):
     ) -> list[str]:
         """Completions of rows with one mark a medium."""
         assert self.tokenizer is not None  # the callers have looked
-        found, views, grids, waves = [], [], [], []
+        found, views, grids, waves, asked = [], [], [], [], []
         for row, own in zip(rows, shown, strict=True):
-            full, seen, laid, heard = self._expanded(row, own, num_frames)
+            full, question, seen, laid, heard = self._expanded(row, own, num_frames)
             found.append(full)
+            asked.append(question)
             views += seen
             grids += laid
             waves += heard
         images = np.concatenate(views) if views else None
-        looking = self
-        if views or waves:
-            looking = self.looking(found, images, grids or None, waves or None)
+        given = found, images, grids or None, waves or None, asked
+        looking = self.looking(*given) if views or waves else self
         return looking._completed(self.tokenizer, found, stop, stream, settings)
 
     def generate_tokens(
@@ -264,8 +266,9 @@ class SeeingModel(LanguageModel):
         images: Any = None,
         grids: Sequence[Grid] | None = None,
         audio: Sequence[Any] | None = None,
+        asked: Sequence[int] | None = None,
     ) -> "SeeingModel":
-        """The model while it completes these rows: their media encoded."""
+        """The model while it completes these rows: their media encoded; see `logits`."""
         tokens = np.full((len(rows), max(map(len, rows))), -1, np.int32)
         for number, row in enumerate(rows):
             tokens[number, : len(row)] = row
@@ -274,12 +277,15 @@ class SeeingModel(LanguageModel):
         if any(sources[number, len(row) - 1] != TEXT for number, row in enumerate(rows)):
             raise InputError("a prompt ends with an image or a sound; let text follow it")
         features = _features(self.model, self.params, given)
-        return dataclasses.replace(self, seen={"features": features, "sources": sources})
+        asked = [*map(len, rows)] if asked is None else asked
+        learned = media.answered(asked, tokens.shape, tokens >= 0)
+        seen = {"features": features, "sources": sources, "learned": learned}
+        return dataclasses.replace(self, seen=seen)
 
     def _expanded(
         self, row: list[int | str], own: Mapping[str, list[Any]], num_frames: int
-    ) -> tuple[list[int], list[np.ndarray], list[Grid], list[np.ndarray]]:
-        """A prompt with each medium's tokens in the place of its mark; its views, grids, waves."""
+    ) -> tuple[list[int], int, list[np.ndarray], list[Grid], list[np.ndarray]]:
+        """A prompt with all its media's tokens, where its answer begins; views, grids, waves."""
         audio_id = self.audio_id if own["audio"] else -1  # who has no ear refuses first
         for kind, given in own.items():
             if (count := row.count(kind)) != len(given):
@@ -294,20 +300,21 @@ class SeeingModel(LanguageModel):
         filmed = (media.views_of_films(self.config, look, [film]) for film in there["video"])
         films = (media.apart(self.config, *views) for views in filmed)
         first, last = media.around(self.kind, self.tokenizer)
-        found, views, grids = [], [], []
+        found, views, grids, answer = [], [], [], None
         for token in row:
             if not isinstance(token, str):
                 found.append(token)
-                continue
-            if token == "audio":
+            elif token == media.ANSWER:
+                answer = len(found)
+            elif token == "audio":
                 found += [audio_id] * len(self.ear.layout(len(next(sounds))))
-                continue
-            shown = iter([next(pictures)]) if token == "image" else next(films)
-            for own_views, grid in shown:
-                views.append(own_views)
-                grids.append(grid)
-                found += [*first, *[self.image_id] * len(self.config.sight.layout(grid)), *last]
-        return found, views, grids, there["audio"]
+            else:
+                for some, grid in iter([next(pictures)]) if token == "image" else next(films):
+                    views.append(some)
+                    grids.append(grid)
+                    layout = self.config.sight.layout(grid)
+                    found += [*first, *[self.image_id] * len(layout), *last]
+        return found, len(found) if answer is None else answer, views, grids, there["audio"]
 
     @property
     def _reading(self) -> tuple[int, int]:
@@ -317,10 +324,12 @@ class SeeingModel(LanguageModel):
     def _beside(self, part: slice) -> dict[str, Any]:
         if not self.seen:
             return {}
-        sources = self.seen["sources"][:, part]
-        missing = part.stop - part.start - sources.shape[1]
-        sources = np.pad(sources, ((0, 0), (0, missing)), constant_values=TEXT)
-        return {"features": self.seen["features"], "sources": sources}
+        given = {"features": self.seen["features"]}
+        for name, fill in (("sources", TEXT), ("learned", True)):
+            own = self.seen[name][:, part]
+            missing = ((0, 0), (0, part.stop - part.start - own.shape[1]))
+            given[name] = np.pad(own, missing, constant_values=fill)
+        return given
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -332,15 +341,6 @@ def _logits(model: VisionLanguageModel, params: Any, tokens: Any, given: dict[st
 @functools.partial(jax.jit, static_argnums=0)
 def _features(model: VisionLanguageModel, params: Any, given: dict[str, Any]) -> Array:
     return model.features(params, **given)
-
-
-def is_seeing(path: str | pathlib.Path) -> bool:
-    """Whether a path holds a vision-language model: a folder of Hugging Face's, or one of ours."""
-    if not is_folder_of_tensors(path):
-        recorded = manager.read_config(manager.resolve(path))
-        return recorded["model"].get("type") == VisionLanguage.__name__
-    original = huggingface.read_optional(pathlib.Path(path), "config.json")
-    return vision_language.joined_of(original) is not None
 
 
 def load_seeing(path: str | pathlib.Path) -> SeeingModel:

@@ -126,6 +126,39 @@ def test_a_whole_prompt_is_the_question_of_what_is_completed(tmp_path):
         ours.logits(tokens, mask, images=pixels, asked=[40, 3, 4])
 
 
+def test_earlier_answers_of_a_chat_are_no_question(tmp_path):
+    """As in training: the question ends where the first answer begins."""
+    seeing.converted("deepseek_vl").save_pretrained(tmp_path)
+    tokenizer_file(tmp_path).save_pretrained(tmp_path)
+    ours = deepseek_jax.load(tmp_path)
+    config = dataclasses.replace(ours.config, prefix="question")
+    model = build_vision_language(config, Precision(compute="float32"))
+
+    def rendered(messages, *_):
+        roles = {"user": "w3", "assistant": "w4"}
+        return " ".join(f"{roles[m['role']]} {m['content']}" for m in messages) + " w4"
+
+    ours = dataclasses.replace(ours, model=model, config=config, renderer=rendered)
+    (picture,) = pictures()[:1]
+    messages = [
+        {"role": "user", "content": f"{MARK} w5 w6"}, {"role": "assistant", "content": "w7 w8"},
+        {"role": "user", "content": "w9"},
+    ]  # fmt: skip
+    found = ours.chat(messages, images=[picture], max_new_tokens=4)
+    row = [3, *[seeing.IMAGE] * 4, 5, 6, 4, 7, 8, 3, 9, 4]
+    asked, views = [row.index(4) + 1], ours.prepared([picture])[0]
+    for _ in range(4):
+        logits = np.asarray(ours.logits([row], images=views, asked=asked))[0, -1]
+        row.append(int(logits.argmax()))
+    assert found.split() == ours.tokenizer.decode(row[13:]).split()
+    whole = np.asarray(ours.logits([row], images=views))[0]
+    parted = np.asarray(ours.logits([row], images=views, asked=asked))[0]
+    assert abs(whole - parted)[-1].max() > 1e-3, "it matters what the question is"
+    other = dataclasses.replace(ours, renderer=lambda ms, *_: f"w{len(ms)} " + rendered(ms))
+    with pytest.raises(InputError, match="writes a question otherwise where answers follow it"):
+        other.chat(messages, images=[picture])
+
+
 def test_vl2_completes_what_it_would_score_highest(tmp_path):
     seeing.vl2_folder("small", tmp_path)
     tokenizer_file(tmp_path).save_pretrained(tmp_path)
