@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -36,6 +41,7 @@ if not pathlib.Path("deepseek_jax").is_dir():
 TINY = os.environ.get("DEEPSEEK_JAX_STEPS", "")
 CONFIG = "configs/quickstart.py" if TINY else "configs/deepseek_v2_lite.py"
 TOPOLOGY, GPUS = ("v5e:2x2", "h100:8") if TINY else ("v5p:2x4x4", "h100:32")
+FEW = ["--model.num-layers=2"] if TINY else []
 MESH = ["--mesh.data=1", f"--mesh.fsdp={4 if TINY else 32}"]
 SIZE = ["--batch-size=16"] if TINY else ["--batch-size=128", "--model.remat=full"]
 OUT = pathlib.Path(os.environ.get("DEEPSEEK_JAX_RUN", "runs/plans"))
@@ -45,7 +51,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 def plan(*flags, topology=TOPOLOGY):
     """The command's answer; what does not fit is an answer too."""
     command = [sys.executable, "-m", "deepseek_jax.plan", "--config", CONFIG]
-    command += ["--topology", topology, "--quick", "--json", *flags]
+    command += ["--topology", topology, "--quick", "--json", *FEW, *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     assert done.returncode in (0, 1), "its message stands above"
     return json.loads(done.stdout)
@@ -88,9 +94,7 @@ for name, flags in LIGHTER.items():
 # `--search` weighs meshes, remat policies and batch sizes by formula and compiles the best few.
 
 # %%
-found = plan(
-    *(["--model.num-layers=2"] if TINY else []), "--search", f"--compiles={2 if TINY else 6}"
-)
+found = plan("--search", f"--compiles={2 if TINY else 6}")
 print(f"{found['candidates']} candidates, {found['compiled']} compiled")
 print(ranking(found["plans"]))
 

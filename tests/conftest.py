@@ -4,16 +4,14 @@ import os
 import pathlib
 import tempfile
 
+import fast
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of a test's time: unoptimized machine code, and fusions written by XLA's older
-# emitters, take a third of it.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
+        fast.FLAGS,
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # core/target.order_collectives
     ]
 )

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+import fast
+
 from deepseek_jax.core.config import to_dict
 from deepseek_jax.core.precision import Precision
 from deepseek_jax.data.loader import Data
@@ -65,7 +67,7 @@ class Runs:
     def start(self, name: str, *flags: str, processes: int = 2, **environment: str):
         self.count += 1
         self.said = self.folder / f"said-{self.count}.txt"
-        own = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+        own = {"XLA_FLAGS": fast.FLAGS, "PYTHONPATH": str(ROOT)}
         own |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
         own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         own |= {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import fast
 import jupytext
 import nbclient
 import pytest
@@ -46,7 +47,7 @@ def test_the_paired_notebook_has_the_same_cells(script):
 def test_it_runs(script, tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPSEEK_JAX_RUN", str(tmp_path / "run"))
     monkeypatch.setenv("DEEPSEEK_JAX_STEPS", "2")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", fast.FLAGS)
     notebook = jupytext.read(script)
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}

@@ -88,6 +88,9 @@ def chip(kind: str) -> Chip:
     raise InputError(f"no figures are known of {kind}; add them to parallel/chips")
 
 
+OTHERS = ("--xla_cpu_", "--xla_gpu_")  # how flags of the compilers for these begin
+
+
 def _virtual(count: int, name: str) -> list[jax.Device]:
     with contextlib.suppress(RuntimeError):  # JAX has made its devices; perhaps they are enough
         jax.config.update("jax_num_cpu_devices", max(count, 1))
@@ -104,6 +107,9 @@ def _tpus(name: str) -> list[jax.Device]:
     require("libtpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched, so several may plan
+    # An unknown flag ends the process, without a word, and libtpu knows few of other compilers'.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(x for x in flags if not x.startswith(OTHERS))
     shape, _, slices = name.partition("@")
     options = {"num_slices": int(slices)} if slices.isdecimal() and int(slices) > 1 else {}
     try:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import cases
+import fast
 import jax
 import numpy as np
 import pytest
@@ -251,7 +252,7 @@ def command(tmp_path):
     def start(config, *flags):
         file = tmp_path / "killed.py"
         file.write_text(CONFIG.format(text=json.dumps(to_dict(config))))
-        own = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        own = {"XLA_FLAGS": fast.FLAGS}
         own |= {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
         own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         own |= {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}

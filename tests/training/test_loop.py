@@ -11,6 +11,7 @@ import sys
 import time
 
 import cases
+import fast
 import hf_cases
 import jax
 import numpy as np
@@ -273,7 +274,7 @@ def test_kill_9_before_during_and_after_a_save_leaves_no_trace(data, tmp_path):
     text = json.dumps(to_dict(config))
     file.write_text(CONFIG.format(text=text))
     environment = os.environ | {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": fast.FLAGS,
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
