@@ -1,11 +1,12 @@
 """Contract at scale: what 512 TPU chips would run of every published model, its depth cut.
 
-The real compiler partitions it (in processes of its own, machine code left out). The program has
+The real compiler partitions it (in a process of its own, machine code left out). The program has
 the collectives that its parallelism explains and no others, and the partitioner nowhere gave up
 ("Involuntary full rematerialization", read from file descriptor 2). A sharding that is wrong on
 purpose turns both red. A mesh with slices is 2 of 256 chips.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -132,19 +133,56 @@ SLOW |= {
 SLOW = {name: (config, [*flags, "--batch-size=512"]) for name, (config, flags) in SLOW.items()}
 
 
+PLANNER = """
+import json, os, sys, traceback
+from deepseek_jax.plan import main
+for line in sys.stdin:
+    if not (child := os.fork()):
+        try:
+            main(json.loads(line))  # which ends the process
+        finally:
+            traceback.print_exc()
+            os._exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def planner():
+    """What plans, a command line each, in a child that has imported everything already."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PLANNER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped():
+    yield
+    if planner.cache_info().currsize:
+        planner().kill()
+
+
 def compiled(config, flags, code=""):
-    """The plan of a config on 512 chips; `code` runs before."""
+    """The plan of a config on 512 chips; where `code` runs before, in a process of its own."""
     topology = SLICES if any(flag.startswith("--mesh.slice") for flag in flags) else TOPOLOGY
     command = ["--config", f"configs/{config}.py", "--topology", topology, "--quick", "--json"]
-    program = f"{code}\nimport sys\nfrom deepseek_jax.plan import main\nmain(sys.argv[1:])"
     # tyro takes the last of two flags
     mesh = [] if any(flag.startswith("--mesh.data") for flag in flags) else ["--mesh.data=1"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command, *mesh, *flags],
-        capture_output=True, text=True, timeout=900, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    asked = json.dumps([*command, *mesh, *flags])
+    if code:
+        done = subprocess.run(
+            [sys.executable, "-c", code + PLANNER],
+            input=asked, capture_output=True, text=True, timeout=900, cwd=ROOT,
+        )  # fmt: skip
+        answers = done.stdout.splitlines()
+    else:
+        planner().stdin.write(asked + "\n")
+        planner().stdin.flush()
+        answers = [planner().stdout.readline()]
+        answers += [planner().stdout.readline()] if answers[0].startswith("{") else []
+    assert len(answers) == 2 and int(answers[1]) == 0, answers
+    return json.loads(answers[0])
 
 
 def complaints(found, exchange="none", more=None):
