@@ -311,7 +311,7 @@ def killed(kind, source, target, more):
     kills, rng = 0, random.Random(kind)
     commands = [[kind, str(source), str(target), *more, "--part", f"{i}/2"] for i in (1, 2)]
     marks = target.with_name(f"{target.name}.parts") / "done"
-    for _ in range(14):
+    for _ in range(7):
         before = len(list(marks.glob("*")))
         processes = [started(code, command) for command in commands]
         while len(list(marks.glob("*"))) == before and processes[0].poll() is None:
@@ -330,16 +330,16 @@ def killed(kind, source, target, more):
 
 
 @pytest.mark.slow
-def test_killed_a_dozen_times_the_result_is_the_same(tmp_path):
-    """SIGKILL to both parts at random moments; byte for byte what an undisturbed run writes."""
+def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
+    """SIGKILL to both parts, five times or more each way; byte for byte what an undisturbed run writes."""
     shape = {"num_hidden_layers": 12, "moe_intermediate_size": 64}
     directory = hf_cases.save(hf_cases.hf_model("v2-lite", **shape), tmp_path / "hf")
     small = ["--max-shard-size", "60KB"]
     convert.main(["from-hf", str(directory), str(tmp_path / "ours")])
     convert.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back"), *small])
-    assert killed("from-hf", directory, tmp_path / "ours2", []) >= 12
+    assert killed("from-hf", directory, tmp_path / "ours2", []) >= 5
     assert contents(tmp_path / "ours2") == contents(tmp_path / "ours")
-    assert killed("to-hf", tmp_path / "ours", tmp_path / "back2", small) >= 12
+    assert killed("to-hf", tmp_path / "ours", tmp_path / "back2", small) >= 5
     assert contents(tmp_path / "back2") == contents(tmp_path / "back")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["back", "back2", "hf", "ours", "ours2"]
