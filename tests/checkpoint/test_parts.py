@@ -331,7 +331,7 @@ def killed(kind, source, target, more):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
-    """SIGKILL to both parts, five times or more each way; byte for byte what an undisturbed run writes."""
+    """SIGKILL to both parts, five times each way; byte for byte what an undisturbed run writes."""
     shape = {"num_hidden_layers": 12, "moe_intermediate_size": 64}
     directory = hf_cases.save(hf_cases.hf_model("v2-lite", **shape), tmp_path / "hf")
     small = ["--max-shard-size", "60KB"]
