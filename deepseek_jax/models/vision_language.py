@@ -229,7 +229,7 @@ class VisionLanguageDecoder(nn.Module):
     def _seen(self, images: Array, shapes: Array | None) -> Float[Array, "B M U D"]:
         """Each view's tokens."""
         c, lead = self.config, images.shape[:2]
-        if c.grid is None and images.shape[3:] != c.view_shape[1:]:
+        if c.grid is None and images.shape[2:] != c.view_shape:
             raise ValueError(f"a view is {images.shape[2:]}, and this model's {c.view_shape}")
         if (shapes is None) == isinstance(c.vision, NaFlex):
             raise ValueError("a NaFlex's images, and no others, come with shapes")
@@ -239,7 +239,7 @@ class VisionLanguageDecoder(nn.Module):
             seen = seen[:, c.vision.leading :] if isinstance(c.vision, ViT) else seen
         else:
             shapes = jnp.maximum(shapes.reshape(-1, 2), 1)  # views that no row uses may have none
-            mask = jnp.arange(images.shape[1])[None] < shapes.prod(1)[:, None]
+            mask = jnp.arange(c.max_patches)[None] < shapes.prod(1)[:, None]
             seen = self.vision(images, mask, shapes).hidden
         found = self.projector(seen, mask)
         return found.reshape(*lead, *found.shape[1:])

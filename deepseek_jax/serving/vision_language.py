@@ -52,7 +52,7 @@ class SeeingModel(LanguageModel):
     look: media.Look = media.Look("half")
     """How pictures are prepared."""
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the rows that are being completed: `features`, and `sources` by row."""
+    """Of the rows that are being completed: `features`, `sources`, perhaps `learned`, by row."""
 
     @property
     def image_id(self) -> int:
@@ -277,9 +277,9 @@ class SeeingModel(LanguageModel):
         if any(sources[number, len(row) - 1] != TEXT for number, row in enumerate(rows)):
             raise InputError("a prompt ends with an image or a sound; let text follow it")
         features = _features(self.model, self.params, given)
-        asked = [*map(len, rows)] if asked is None else asked
-        learned = media.answered(asked, tokens.shape, tokens >= 0)
-        seen = {"features": features, "sources": sources, "learned": learned}
+        seen = {"features": features, "sources": sources}
+        if asked is not None:
+            seen["learned"] = media.answered(asked, tokens.shape, tokens >= 0)
         return dataclasses.replace(self, seen=seen)
 
     def _expanded(
@@ -325,10 +325,10 @@ class SeeingModel(LanguageModel):
         if not self.seen:
             return {}
         given = {"features": self.seen["features"]}
-        for name, fill in (("sources", TEXT), ("learned", True)):
+        for name in self.seen.keys() & {"sources", "learned"}:
             own = self.seen[name][:, part]
             missing = ((0, 0), (0, part.stop - part.start - own.shape[1]))
-            given[name] = np.pad(own, missing, constant_values=fill)
+            given[name] = np.pad(own, missing, constant_values=TEXT if name == "sources" else True)
         return given
 
 

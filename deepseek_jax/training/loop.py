@@ -97,7 +97,7 @@ class _Run:
         self.run_dir = located(config.run_dir)
         self.stages = config.filled_stages()
         self.opened: dict[int, int] = {}  # {number of a stage: the step that opened its gate}
-        self.model = build_network(config.model, config.precision)
+        self.model = self.shown = build_network(config.model, config.precision)
         self.layers = self.model.layers
         self.manager = Manager(self.run_dir / "checkpoints", config.checkpoint, self.layers)
         self.local: LocalCheckpoints | None = None
@@ -129,7 +129,7 @@ class _Run:
                 before = self.stages[number - 1] if number else None
                 if self._open_data(before, stage, first, step):
                     position = 0
-                of_row = row_tokens(sized(self.model, stage), stage.sequence_length)
+                of_row = row_tokens(self.shown, stage.sequence_length)
                 size = None
                 while step < end:
                     if changed := size != stage.batch_at(step - first):
@@ -280,7 +280,7 @@ class _Run:
         old = before and (before.data, before.sequence_length)
         changed = old != (stage.data, stage.sequence_length)
         if self.dataset is None or changed:
-            self.dataset = stage_data(self.config, stage)
+            self.dataset, self.shown = stage_data(self.config, stage), sized(self.model, stage)
             self.progress.say(self.dataset.describe())
         new = changed and step == first
         known, self.fingerprint = self.fingerprint, None
@@ -327,8 +327,8 @@ class _Run:
         self.since, self.steps = now, self.steps + 1
         if asked or step in (1, self.total) or _due(self.config.log_every, step):
             rate = self.tokens / self.seconds
-            seen = sized(self.model, stage)
-            flops = train_flops_per_token(seen, stage.sequence_length, stage.views, stage.windows)
+            given = sized(self.model, stage), stage.sequence_length, stage.views, stage.windows
+            flops = train_flops_per_token(*given)  # of a stage that may have ended
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= {"tokens_per_second": rate, "mfu": rate * flops / self.peak}
             pace, self.tokens, self.seconds, self.steps = self.seconds / self.steps, 0, 0.0, 0
@@ -351,7 +351,7 @@ class _Run:
 
     def _evaluate(self, state: TrainState, step: int, size: BatchStep) -> dict[str, float]:
         rows = size.batch_size // size.accumulation_steps
-        found = self.lent.held_out(self.model, state.params, self.dataset, rows)
+        found = self.lent.held_out(self.shown, state.params, self.dataset, rows)
         self.log.evaluation(step, found)
         self.progress.evaluation(found)
         return found
@@ -392,7 +392,7 @@ class _Run:
             params = jax.tree.map(lambda x: x.addressable_data(0), params)
             mesh = make_mesh(MeshShape(), jax.local_devices()[:1])
         with jax.set_mesh(mesh):
-            print(self.lent.closing(self.model, params, self.dataset, self.config))
+            print(self.lent.closing(self.shown, params, self.dataset, self.config))
         print(f"report: {write_report(self.run_dir)}")
 
 

@@ -159,8 +159,11 @@ def stage_data(config: TrainConfig, stage: Stage) -> AnyDataset:
 
 
 def sized(model: Network, stage: Stage) -> Network:
-    """The model, its config with images as large as a filled stage's: for who counts its work."""
-    return dataclasses.replace(model, config=stage.sized(model.config))
+    """The model with images as large as a filled stage's; its parameters are the same."""
+    config = stage.sized(model.config)
+    if config == model.config:
+        return model
+    return dataclasses.replace(model, config=config, module=model.module.clone(config=config))
 
 
 def stage_optimizer(
@@ -217,6 +220,7 @@ def stage_step(
 
 def stage_objective(stage: Stage, model: Network, number: int = 0) -> Objective:
     """What a filled stage minimizes, by the parameters that it trains."""
+    model = sized(model, stage)
     if isinstance(stage.objective, Contrastive):
         found = make_contrastive(stage.objective, model, stage.data.image.normalization)
     elif isinstance(stage.objective, Classification):

@@ -371,7 +371,7 @@ def test_what_cannot_be_is_refused():
     for one, inputs, why in (
         (deaf, given, "takes no audio"),
         (model, short, "1919 samples, and a window 1920"),
-        (model, given | {"images": given["images"][..., 1:]}, r"\(6, 11\), and this model's"),
+        (model, given | {"images": given["images"][:, :, 1:]}, r"\(5, 12\), and this model's"),
         (model, {k: v for k, v in given.items() if k != "shapes"}, "come with shapes"),
         (stiff, given | {"images": views}, "come with shapes"),
         (model, {k: v for k, v in given.items() if k != "sources"}, "come together"),

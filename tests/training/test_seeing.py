@@ -48,7 +48,7 @@ from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.optimizer import AdamW, Constant
 from deepseek_jax.training.planning import abstract_batch
 from deepseek_jax.training.recipe import InitPart, Stage, TrainConfig
-from deepseek_jax.training.stages import sized, stage_data, stage_state
+from deepseek_jax.training.stages import sized, stage_data, stage_objective, stage_state
 from deepseek_jax.training.start import params_of_parts
 from deepseek_jax.training.step import make_gradients
 
@@ -432,10 +432,15 @@ def test_a_stage_of_larger_views_is_planned_as_it_runs(folder, tmp_path):
     model = build_vision_language(config.model, config.precision)
     params = jax.tree.map(jax.numpy.asarray, cases.random_params(model.shapes, 3))
     images = batch["images"].astype(np.float32)
-    found = jax.jit(model.features)(params, images, shapes=batch["shapes"])
+    found = jax.jit(sized(model, stage).features)(params, images, shapes=batch["shapes"])
     at_size = build_vision_language(stage.sized(config.model), config.precision)
     wanted = jax.jit(at_size.features)(params, images, shapes=batch["shapes"])
     np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(ValueError, match=r"a view is \(9, 192\), and this model's \(4, 192\)"):
+        jax.jit(model.features)(params, images, shapes=batch["shapes"])
+    loss = stage_objective(stage, model).loss_fn
+    assert jax.eval_shape(loss, params, batch, jax.random.key(0))
+    assert "->" in samples(sized(model, stage), params, stage_data(config, stage), config)
     with pytest.raises(ValueError, match="views of size 20: a NaFlex takes whole patches of 8"):
         dataclasses.replace(config, data=dataclasses.replace(data, size=20))
 
