@@ -84,12 +84,7 @@ def fields(config: SAM) -> dict[str, Any]:
     }
 
 
-def modules(neck: Mapping[str, str]) -> dict[str, str]:
-    """The encoder's modules by their names within it, with these of the neck."""
-    return MODULES | under(neck, "neck/", "")
-
-
-SAM_MODULES = modules({ours: f"neck.{theirs}" for ours, theirs in NECK.items()})
+SAM_MODULES = MODULES | under(NECK, "neck/", "neck.")
 FAMILIES: dict[str, Family] = {
     "sam_vision_model": Family(
         sam_vision,

@@ -162,6 +162,13 @@ def write(
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _kept(known: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """`part` with what else is known, in encoders' own parts too (`multi_modality`'s params)."""
+    deep = ("params", "high_res_cfg", "low_res_cfg")
+    inner = {k: _kept(known[k], part[k]) for k in deep if k in known and k in part}
+    return {**known, **part, **inner}
+
+
 def hf_config(joined: Joined, config: VisionLanguage, original: Mapping[str, Any]) -> dict:
     """A config.json; `original`'s other fields are kept, those of its parts too.
 
@@ -172,5 +179,5 @@ def hf_config(joined: Joined, config: VisionLanguage, original: Mapping[str, Any
         if isinstance(part, dict):
             known = original.get(name) or {}
             longest = {k: known[k] for k in ("max_position_embeddings",) if k in known}
-            fields[name] = known | part | longest
+            fields[name] = _kept(known, part) | longest
     return {**original, **fields, "model_type": kind_of(original, config)}

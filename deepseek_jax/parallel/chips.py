@@ -107,7 +107,8 @@ def _tpus(name: str) -> list[jax.Device]:
     require("libtpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched, so several may plan
-    # An unknown flag ends the process, without a word, and libtpu knows few of other compilers'.
+    # An unknown flag ends the process, without a word, and libtpu knows few of other compilers'. It
+    # reads them as late as its first compilation, so they stay away.
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(x for x in flags if not x.startswith(OTHERS))
     shape, _, slices = name.partition("@")

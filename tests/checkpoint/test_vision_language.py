@@ -140,6 +140,8 @@ def test_a_folder_as_deepseek_released_it(tmp_path, monkeypatch, kind):
     for name, tensor in after.items():
         np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
     assert deepseek_jax.load(tmp_path / "again").model.config == ours.model.config
+    written = json.loads((tmp_path / "again/config.json").read_text())
+    assert written["vision_config"] == original["vision_config"]
     assert ours.look.normalization == {"janus": "half"}.get(kind, "clip+half")
     original["aligner_config"]["params"]["projector_type"] = "identity"
     (tmp_path / "config.json").write_text(json.dumps(original))

@@ -134,11 +134,12 @@ SLOW = {name: (config, [*flags, "--batch-size=512"]) for name, (config, flags) i
 
 
 PLANNER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 from deepseek_jax.plan import main
 for line in sys.stdin:
     if not (child := os.fork()):
         try:
+            signal.alarm(900)
             main(json.loads(line))  # which ends the process
         finally:
             traceback.print_exc()
@@ -161,6 +162,7 @@ def stopped():
     yield
     if planner.cache_info().currsize:
         planner().kill()
+        planner().communicate()
 
 
 def compiled(config, flags, code=""):
