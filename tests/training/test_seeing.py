@@ -380,7 +380,7 @@ def test_flops_are_those_of_the_encoder_and_the_decoder():
     two = Hybrid(
         low=dataclasses.replace(TWO.low, transformer=large),
         high=dataclasses.replace(
-            TWO.high, transformer=high, relative_positions=False, output_dim=64
+            TWO.high, transformer=high, relative_positions=False, output_dim=64, image_size=96
         ),
     )
     config = dataclasses.replace(model_config(), vision=two, projector=SplitProjector())
