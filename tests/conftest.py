@@ -1,5 +1,6 @@
 """Every test runs on 8 CPU devices, with shape checks on and warnings as errors."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -30,6 +31,9 @@ _cache = pathlib.Path(tempfile.gettempdir()) / "deepseek_jax_test_compilation"
 _cache /= os.environ.get("PYTEST_XDIST_WORKER", "alone")
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Python looks for garbage after 700 new objects, and a trace makes a hundred thousand.
+gc.set_threshold(200_000, 20, 50)
 
 # Shapes in the signatures are checked while the tests run.
 install_import_hook(

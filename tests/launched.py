@@ -21,11 +21,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 import json, os, signal, time
 from deepseek_jax.core.config import from_dict
+from deepseek_jax.monitoring.profiler import Peak
 from deepseek_jax.training import loop
 from deepseek_jax.training.recipe import TrainConfig
 
 slow, stop = float(os.environ.get("SLOW", 0)), int(os.environ.get("STOP", 0))
 given = loop.batches
+loop.matmul_peak = lambda: Peak(1e11, "not measured")  # which would take longer than the run
 
 def batches(*arguments, **names):
     for number, batch in enumerate(given(*arguments, **names), 1):

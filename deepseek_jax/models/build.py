@@ -203,5 +203,11 @@ def dtypes_of(precision: Precision) -> Dtypes:
 
 def declarations(module: nn.Module, **inputs: Any) -> Any:
     """What a module declares when it is called with inputs (shapes will do): see `Network`."""
+    shapes, structure = jax.tree.flatten(jax.eval_shape(lambda: inputs))
+    return _declared(module, tuple(shapes), structure)
+
+
+@functools.lru_cache(maxsize=64)  # a run builds its model for training, for answers, for reports
+def _declared(module: nn.Module, shapes: tuple[jax.ShapeDtypeStruct, ...], structure: Any) -> Any:
     init = functools.partial(module.init, jax.random.key(0))
-    return jax.eval_shape(init, **inputs)["params"]
+    return jax.eval_shape(init, **jax.tree.unflatten(structure, shapes))["params"]

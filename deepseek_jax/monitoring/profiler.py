@@ -23,8 +23,9 @@ from deepseek_jax.core.target import published_flops
 Peak = collections.namedtuple("Peak", "flops how")
 
 
+@functools.cache
 def matmul_peak(seconds: float = 0.8) -> Peak:
-    """The published peak of this job's devices, or what they do in about `seconds`."""
+    """The published peak of this job's devices, or what they do in about `seconds`, measured once."""
     kind = jax.devices()[0].device_kind
     if flops := published_flops(kind):
         return Peak(flops * jax.device_count(), f"published for {kind}")
