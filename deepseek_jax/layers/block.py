@@ -13,6 +13,8 @@ from deepseek_jax.layers.linear import Dtypes, RMSNorm, SwiGLU
 from deepseek_jax.layers.mla import MLA, LatentAttention
 from deepseek_jax.layers.moe import MixtureOfExperts, MoE, Routing
 from deepseek_jax.layers.sparse_attention import GatedAttention, GatedGQA
+from deepseek_jax.parallel.manual import in_region
+from deepseek_jax.parallel.sharding import constrain
 
 Remat = Literal["none", "dots", "full", "offload"]
 
@@ -62,6 +64,8 @@ class Block(nn.Module):
         norm = RMSNorm(self.dtypes, eps=self.norm_eps, name="attention_norm")
         y, cache, selection = attend(norm(x), place, cache)
         x = x + y
+        if in_region():  # left alone, XLA splits this sum's width along automatic axes
+            x = constrain(x)
         y = RMSNorm(self.dtypes, eps=self.norm_eps, name="mlp_norm")(x)
         if isinstance(self.feed_forward, MoE):
             moe = MixtureOfExperts(self.feed_forward, self.embed_dim, self.dtypes, name="moe")

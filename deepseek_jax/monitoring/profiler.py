@@ -25,7 +25,10 @@ Peak = collections.namedtuple("Peak", "flops how")
 
 @functools.cache
 def matmul_peak(seconds: float = 0.8) -> Peak:
-    """The published peak of this job's devices, or what they do in about `seconds`, measured once."""
+    """The published peak of this job's devices, or what they do in about `seconds`.
+
+    Measured once a process.
+    """
     kind = jax.devices()[0].device_kind
     if flops := published_flops(kind):
         return Peak(flops * jax.device_count(), f"published for {kind}")

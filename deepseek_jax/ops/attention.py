@@ -262,7 +262,9 @@ def _blocks_backward(scale, window, residuals, slope):
         q_slopes.append(dot("bkgts,bksh->bkgth", change, kh[:, :, keys]))
         k_part = dot("bkgts,bkgth->bksh", change, qh[:, :, :, rows])
         v_part = dot("bkgts,bkgth->bksh", weights, slope[:, :, :, rows])
-        k_slope, v_slope = k_slope.at[:, :, keys].add(k_part), v_slope.at[:, :, keys].add(v_part)
+        # Not `.at[].add`: a scatter, which XLA does not split by heads.
+        k_slope = k_slope.at[:, :, keys].set(k_slope[:, :, keys] + k_part)
+        v_slope = v_slope.at[:, :, keys].set(v_slope[:, :, keys] + v_part)
     q_slope = jnp.concatenate(q_slopes, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape) * scale
     k_slope, v_slope = (
         k_slope.swapaxes(1, 2).astype(k.dtype),

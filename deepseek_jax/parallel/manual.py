@@ -1,5 +1,6 @@
-"""Per-device functions: the only caller of `jax.shard_map`, which must not be nested."""
+"""Per-device functions: the only caller of `jax.shard_map`, which nobody else may nest."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,5 +44,39 @@ def gathered(x: jax.Array, spec: PartitionSpec, keep: Any = ()) -> jax.Array:
     """
     for dimension, axis in enumerate(spec):
         if axis is not None and axis not in keep:
-            x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+            together = functools.partial(jax.lax.all_gather, axis_name=axis, axis=dimension)
+            apart = functools.partial(
+                jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension
+            )
+            x = _on_parts(together, apart, x, spec)
     return x
+
+
+def traded(x: jax.Array, spec: PartitionSpec, axis: str, split: int, join: int) -> jax.Array:
+    """Within a per-device function: x, given by `spec`, with other dimensions split along an axis.
+
+    Before it is whole along dimension `split`, behind it along `join`: an all-to-all.
+    """
+    to = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=split, concat_axis=join)
+    back = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=join, concat_axis=split)
+    return _on_parts(to, back, x, spec)
+
+
+def _on_parts(forward: Any, backward: Any, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """A linear collective and its transpose, each on what a device has along automatic axes too.
+
+    Left to itself XLA makes what a collective takes and gives whole along them: a pipeline's
+    weights, in every tick. This is the one per-device function within another; JAX cannot
+    differentiate such, hence the transpose.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1}
+    forward, backward = (functools.partial(f, tiled=True) for f in (forward, backward))
+    if not axes:
+        return forward(x)
+    own = PartitionSpec(*(axis if axis in axes else None for axis in spec))
+    names = {"in_specs": own, "out_specs": own, "axis_names": axes, "check_vma": False}
+    forward, backward = (jax.shard_map(f, **names) for f in (forward, backward))
+    return jax.custom_derivatives.linear_call(
+        lambda _, x: forward(x), lambda _, slope: backward(slope), (), x
+    )

@@ -25,7 +25,7 @@ from deepseek_jax.layers.moe import experts_home
 from deepseek_jax.models.build import Model
 from deepseek_jax.models.decoder import PredictionLayer, own_rows, place_of, sees_all
 from deepseek_jax.ops.ring import zigzag, zigzag_order
-from deepseek_jax.parallel.manual import gathered, manual_axes, per_device
+from deepseek_jax.parallel.manual import gathered, manual_axes, per_device, traded
 from deepseek_jax.parallel.pipeline import (
     AXIS,
     Parts,
@@ -34,7 +34,7 @@ from deepseek_jax.parallel.pipeline import (
     one_after_another,
     one_forward_one_backward,
 )
-from deepseek_jax.parallel.sharding import names_of, weight_spec, without
+from deepseek_jax.parallel.sharding import constrain, names_of, weight_spec, without
 from deepseek_jax.training.language import Language, block_terms, of_tokens
 from deepseek_jax.training.slices import share_of_slice, shares
 from deepseek_jax.training.step import (
@@ -132,17 +132,18 @@ def make_mesh_gradients(
         automatic = ("tensor",) if mesh.shape["tensor"] > 1 else ()
         shapes = tree.flatten(model.shapes)
         lies = {
-            path: without(weight_spec(spec.axes, shapes[path].shape), automatic)
+            path: weight_spec(spec.axes, shapes[path].shape)
             for path, spec in tree.flatten(model.specs).items()
         }
+        given = {path: without(spec, automatic) for path, spec in lies.items()}
         across = shares(mesh, model.specs, model.shapes) if by_slice else dict.fromkeys(lies)
-        out = {p: without(s.spec, automatic) if s else lies[p] for p, s in across.items()}
+        out = {p: without(s.spec, automatic) if s else given[p] for p, s in across.items()}
         parts = microbatches(batch, steps)
         weights = total_weights(objective, parts)
         run = functools.partial(_of_this_device, config, shown, objective, pipeline, lies, across)
         time = "context" if mesh.shape["context"] > 1 else None
         rows, whole = PartitionSpec(None, BATCH_AXES, time), PartitionSpec()
-        apply = per_device(run, (lies, rows, whole, whole), (out, whole, whole), automatic)
+        apply = per_device(run, (given, rows, whole, whole), (out, whole, whole), automatic)
         grads, sums, routing = apply(tree.flatten(params), parts, weights, scale)
         means = {term: sums[term] / weight for term, weight in weights.items()}
         grads = {path: g if objective.trains(path) else None for path, g in grads.items()}
@@ -156,6 +157,7 @@ def _of_this_device(
 ):
     """Gradients as the parameters lie, terms and routing of the whole batch."""
     c, order = model.config, None
+    shards = jax.sharding.get_abstract_mesh().shape["tensor"]  # automatic: XLA splits along it
     if manual_axes("context"):
         batches = {name: zigzag(x, "context", 2) for name, x in batches.items()}
         order = zigzag_order(batches["tokens"].shape[2], "context")
@@ -174,6 +176,16 @@ def _of_this_device(
     def weighed(terms):
         return sum((factors[t] * x for t, x in terms.items() if t in factors), jnp.float32(0))
 
+    # Each stage has a part of every tensor shard's range of the vocabulary, if it can.
+    ranges = 1 if c.vocab_size % (shards * pipeline.stages) else shards
+
+    def column(tokens):
+        """Where tokens stand once the vocabulary goes by stages, then by tensor shards."""
+        size = c.vocab_size // pipeline.stages // ranges
+        part, place = tokens // size, tokens % size
+        stage, shard = part % pipeline.stages, part // pipeline.stages
+        return (stage * ranges + shard) * size + place
+
     def whole_layer(leaves, names):
         """One layer's leaves whole, but for experts that tokens travel to."""
         keep = (home, *home, "tensor")
@@ -183,7 +195,7 @@ def _of_this_device(
         }
 
     def table(params, tokens):
-        spec = lies["embedding/weight"]
+        spec = without(lies["embedding/weight"], ("tensor",))
         return own_rows(spec, model.dtypes.compute, tokens, params["embedding/weight"])
 
     def first(params, batch):
@@ -196,7 +208,8 @@ def _of_this_device(
 
     def of_kind(kind, leaves, x, where):
         given = unflatten_dict(whole_layer(leaves, kinds[kind]), sep="/")
-        x, (_, routing, selection) = run_kind[kind].apply({"params": given}, x, None, where)
+        x, found = run_kind[kind].apply({"params": given}, constrain(x), None, where)
+        x, (_, routing, selection) = constrain(x), found
         terms = block_terms(*([r] if r is not None else [] for r in (routing, selection)))
         routing = routing and routing._replace(chosen=None)
         return x, weighed(terms), (routing, selection)
@@ -248,7 +261,8 @@ def _of_this_device(
         hidden = RMSNorm(model.dtypes, eps=c.norm_eps).apply({"params": norm}, x)
 
         def entropy(hidden, depth, z_weight=0.0):
-            given = hidden, params["head"], batch["targets"][..., depth], valid[..., depth]
+            targets = column(batch["targets"][..., depth])
+            given = hidden, params["head"], targets, valid[..., depth]
             return of_tokens(*given, z_weight=z_weight, chunk=config.chunk, axis=AXIS)
 
         total, nll, z = entropy(hidden, 0, config.z_weight)
@@ -280,18 +294,20 @@ def _of_this_device(
             rows = rows[jax.lax.axis_index(AXIS)]
             return x.at[_positive(rows, x)].get(mode="fill", fill_value=0)
         x = x.at[_positive(rows, x)].get(mode="fill", fill_value=0)
-        return jax.lax.all_to_all(x, AXIS, 0, dimension + 2, tiled=True)[0]
+        return traded(x, PartitionSpec(None, None, None, *spec[1:]), AXIS, 0, dimension + 2)[0]
 
-    def as_vocabulary(x):
-        spec = lies["embedding/weight" if c.tie_embeddings else "head/weight"]
+    def as_vocabulary(x, spec):
+        """The head's columns of this stage: of each tensor shard's range the stage's part."""
         if c.tie_embeddings:
             x, spec = x.T, PartitionSpec(*(*spec, None, None)[1::-1])
+        x = x.reshape(len(x), ranges, pipeline.stages, -1)
+        split = PartitionSpec((*without(spec, (AXIS,)), None)[0], "tensor" if ranges > 1 else None)
         if _stage_dimension(spec) is None:
-            size = x.shape[1] // pipeline.stages
-            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * size, size, 1)
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS), 1, 2)
         else:
-            x = jax.lax.all_to_all(x, AXIS, 1, 0, tiled=True)
-        return gathered(x, without(spec, (AXIS,)))
+            x = traded(x, split, AXIS, 2, 0)
+        x = gathered(x[:, :, 0], split, ("tensor",))
+        return x.reshape(len(x), -1)
 
     def prepared(params):
         own = [
@@ -305,7 +321,7 @@ def _of_this_device(
         return (
             {p: ends[p] for p in ends if p == "embedding/weight"},
             own,
-            ends | {"head": as_vocabulary(params[table])},
+            ends | {"head": as_vocabulary(params[table], lies[table])},
         )
 
     given = prepared(params)

@@ -151,13 +151,19 @@ def test_interleaved_stages_are_one_device_too():
 
 
 @pytest.mark.slow
-def test_stages_share_a_tied_head():
-    check({"stage": 2, "data": 2}, model(tie_embeddings=True))
+@pytest.mark.parametrize("other", ["data", "tensor"])
+def test_stages_share_a_tied_head(other):
+    check({"stage": 2, other: 2}, model(tie_embeddings=True))
 
 
 @pytest.mark.slow
 def test_widths_that_stages_do_not_divide_stay_whole():
     check({"stage": 3}, model(num_layers=3, vocab_size=63))
+
+
+@pytest.mark.slow
+def test_a_vocabulary_that_only_stages_or_only_tensor_shards_divide():
+    check({"stage": 2, "tensor": 2}, model(vocab_size=66))
 
 
 @pytest.mark.slow
