@@ -64,6 +64,7 @@ def added_up(function: Callable[[Any], Any], items: Any) -> Any:
     def add(total: Any, item: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(item)), None
 
+    function = jax.jit(function)  # traced once, not for its shapes and again for the scan
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], items))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zero, items)[0]

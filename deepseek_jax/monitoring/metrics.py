@@ -13,15 +13,17 @@ import json
 import math
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.extras import require
 from deepseek_jax.core.storage import Object, Path, located, nearby, read_all
 
 FILES = ("metrics.jsonl", "eval.jsonl", "expert_load.jsonl", "processes.jsonl")
@@ -36,7 +38,7 @@ class RunLog:
 
     def __init__(self, run_dir: str | Path):
         self._run_dir = located(run_dir)
-        self._board: tensorboardX.SummaryWriter | None = None
+        self._board: Any = None  # tensorboardX's
         self._purge: int | None = None  # TensorBoard forgets events from this step on
         self._on = jax.process_index() == 0
         self._events = nearby(self._run_dir, "tensorboard")
@@ -102,7 +104,7 @@ class RunLog:
             return
         if self._board is None:
             suffix = f".{time.time_ns()}"
-            self._board = tensorboardX.SummaryWriter(
+            self._board = _tensorboardx().SummaryWriter(
                 str(self._events), purge_step=self._purge, flush_secs=10, filename_suffix=suffix
             )
             self._purge = None  # the next file goes on where this one ends
@@ -183,3 +185,14 @@ def _stands(line: bytes, last: float) -> bool:
         return line.endswith(b"\n") and json.loads(line)["step"] <= last
     except (ValueError, TypeError, KeyError):
         return False
+
+
+def _tensorboardx() -> ModuleType:
+    """Without PyTorch: it would import that wherever it is installed, for seconds, for nothing."""
+    if "tensorboardX" in sys.modules or "torch" in sys.modules:
+        return require("tensorboardX")
+    sys.modules["torch"] = None  # an import of it fails, as where it is not installed
+    try:
+        return require("tensorboardX")
+    finally:
+        del sys.modules["torch"]

@@ -3,10 +3,8 @@
 import pathlib
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.extras import require
 from deepseek_jax.monitoring.report import LOOK
 
 PARTS = {  # of a device's memory, bottom to top: its color
@@ -107,8 +105,8 @@ def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
     """
     path = drawable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    with require("matplotlib").rc_context(LOOK):
+        figure = require("matplotlib.figure").Figure(figsize=(10.5, 4.2), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.6))
         _memory(left, found)
         _bounds(middle, found)
@@ -132,8 +130,8 @@ def draw_scaling(plans: list[dict[str, Any]], path: str | pathlib.Path) -> list[
     fitting = [one for one in plans if one["fits"]]
     speeds = [one["tokens"] / one["step_seconds"] / one["devices"] for one in fitting]
     chips = [one["devices"] for one in fitting]
-    with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with require("matplotlib").rc_context(LOOK):
+        figure = require("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for name in {name: None for one in fitting for name in one["bound_seconds"]}:
             times = [one["bound_seconds"][name] for one in fitting]

@@ -23,12 +23,8 @@ from deepseek_jax.core.target import published_flops
 Peak = collections.namedtuple("Peak", "flops how")
 
 
-@functools.cache
 def matmul_peak(seconds: float = 0.8) -> Peak:
-    """The published peak of this job's devices, or what they do in about `seconds`.
-
-    Measured once a process.
-    """
+    """The published peak of this job's devices, or what they do in about `seconds`."""
     kind = jax.devices()[0].device_kind
     if flops := published_flops(kind):
         return Peak(flops * jax.device_count(), f"published for {kind}")
@@ -40,6 +36,7 @@ def matmul_peak(seconds: float = 0.8) -> Peak:
     return Peak(rate * parts, f"measured, {name}")
 
 
+@functools.cache  # measured once a process
 def _best_rate(seconds: float) -> tuple[float, str]:
     """The best FLOP/s and its kind of square matmul, taken in turns: neighbors slow all alike."""
     runs, best = [], (0.0, "")

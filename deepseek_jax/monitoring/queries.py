@@ -3,8 +3,8 @@
 import io
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from deepseek_jax.core.extras import require
 from deepseek_jax.core.storage import Path
 
 
@@ -13,7 +13,9 @@ def draw(rows: list[tuple[str, list[tuple[np.ndarray, bool]]]], folder: Path) ->
     size, gap, wide = 64, 6, 260
     count = max(len(found) for _, found in rows)
     height = len(rows) * (size + gap) + gap
-    figure = Figure(((wide + count * (size + gap)) / 100, height / 100), dpi=200)
+    figure = require("matplotlib.figure").Figure(
+        ((wide + count * (size + gap)) / 100, height / 100), dpi=200
+    )
     for index, (words, found) in enumerate(rows):
         top = 1 - (gap + index * (size + gap)) / height
         place = top - size / 2 / height
@@ -36,7 +38,7 @@ def draw_grid(cells: list[tuple[np.ndarray, str, str]], folder: Path) -> None:
     columns, size, below, gap = 6, 64, 30, 40
     rows = -(-len(cells) // columns)
     width, height = columns * (size + gap) + gap, rows * (size + below) + 8
-    figure = Figure((width / 100, height / 100), dpi=200)
+    figure = require("matplotlib.figure").Figure((width / 100, height / 100), dpi=200)
     for number, (pixels, written, called) in enumerate(cells):
         row, column = divmod(number, columns)
         left, top = gap + column * (size + gap), row * (size + below) + 6

@@ -9,12 +9,11 @@ import html
 import io
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from deepseek_jax.core.config import from_dict, read_json
 from deepseek_jax.core.errors import InputError
+from deepseek_jax.core.extras import require
 from deepseek_jax.core.storage import Path, located
 from deepseek_jax.models.counts import describe
 from deepseek_jax.models.decoder import Decoder, layer_table
@@ -92,7 +91,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> str:
     facts = _facts(series, config, model).items()
     page += "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts) + "</dl>"
     loads = read_lines(run_dir / "expert_load.jsonl")
-    with matplotlib.rc_context(LOOK):
+    with require("matplotlib").rc_context(LOOK):
         pictures = _curves(series) | _heat_maps(loads, layer_table(model) if model else {})
     directory = located(output or run_dir / "report")
     try:
@@ -139,14 +138,16 @@ def _facts(series: dict[str, list], config: dict, model: Decoder | None) -> dict
     return facts
 
 
-def _grid(count: int, columns: int, height: float) -> tuple[Figure, list]:
+def _grid(count: int, columns: int, height: float) -> tuple[Any, list]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure((6 if columns == 1 else 11, height * rows), layout="constrained")
+    figure = require("matplotlib.figure").Figure(
+        (6 if columns == 1 else 11, height * rows), layout="constrained"
+    )
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
-def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Figure]]:
+def _curves(series: dict[str, list]) -> dict[str, tuple[str, str, Any]]:
     """{file name: (heading, text, figure)} of everything that is a curve."""
     drawn, table = {}, list(PANELS)
     for key in sorted(series.keys() - {key for *_, keys in PANELS for key in keys}):
@@ -187,7 +188,7 @@ def _draw(axes: Any, key: str, points: list[tuple[int, float]]) -> None:
     axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4)
 
 
-def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str, Figure]]:
+def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str, Any]]:
     """Expert load, layer x expert at several moments, and expert x time for every layer."""
     shares = {}  # label -> [steps, experts], 1 is even load
     paths = list(loads[-1]["load"]) if loads else []
@@ -224,7 +225,7 @@ def _heat_maps(loads: list, table: dict[str, tuple]) -> dict[str, tuple[str, str
     }
 
 
-def _maps(cells: list, columns: int, height: float, x: str, y: str, half: float) -> Figure:
+def _maps(cells: list, columns: int, height: float, x: str, y: str, half: float) -> Any:
     figure, grid = _grid(len(cells), columns, height)
     look = {"cmap": "RdBu_r", "vmin": 1 - half, "vmax": 1 + half, "interpolation": "nearest"}
     for axes, (title, image, extent) in zip(grid, cells, strict=True):

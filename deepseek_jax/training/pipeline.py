@@ -214,6 +214,8 @@ def _of_this_device(
         routing = routing and routing._replace(chosen=None)
         return x, weighed(terms), (routing, selection)
 
+    forms = [jax.jit(functools.partial(of_kind, kind)) for kind in range(len(kinds))]
+
     def layers(chunk, number, x, batch):
         where = place(batch)
         at = jnp.array(plan.kinds)[number]
@@ -222,11 +224,11 @@ def _of_this_device(
 
             def slot(x, given, mixed=mixed):
                 kind, leaves = given
-                forms = {g: functools.partial(of_kind, g) for g in mixed if g != SKIPPED}
-                shapes = {
-                    g: jax.eval_shape(form, leaves[g], x, where)[2] for g, form in forms.items()
+                nothing = {
+                    g: _zeros(jax.eval_shape(forms[g], leaves[g], x, where)[2])
+                    for g in mixed
+                    if g != SKIPPED
                 }
-                nothing = {g: _zeros(shape) for g, shape in shapes.items()}
 
                 def branch(g):
                     def run(x):
@@ -325,7 +327,7 @@ def _of_this_device(
         )
 
     given = prepared(params)
-    parts = Parts(first, layers, last)
+    parts = Parts(*map(jax.jit, (first, layers, last)))  # each is traced once, however often used
     run = one_forward_one_backward if pipeline.stages > 1 else one_after_another
     found, reports, (sums, routing) = run(pipeline, parts, *given, batches, scale)
     wide = {p: jax.ShapeDtypeStruct(x.shape, jnp.float32) for p, x in params.items()}
