@@ -36,7 +36,7 @@ def batches(*arguments, **names):
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
 
-if os.environ["JAX_PROCESS_ID"] == os.environ.get("ODD"):
+if os.environ.get("JAX_PROCESS_ID", "") == os.environ.get("ODD"):
     loop.batches = batches
 
 def get_config():

@@ -170,8 +170,8 @@ def test_a_search_ranks_what_fits(tmp_path):
 def test_v2_lite_on_32_chips():
     """The anchor that MaxText 0.2.5 compiles to 5.9 GB of arguments and 14.7 GB of temporaries."""
     done = plan(
-        "--config", "configs/deepseek_v2_lite.py", "--topology", "v5p:2x4x4", "--json",
-        "--quick", "--mesh.fsdp", "32", "--mesh.data", "1", "--batch-size", "128", "--model.remat", "full",
+        "--config", "configs/deepseek_v2_lite.py", "--topology", "v5p:2x4x4", "--json", "--quick",
+        "--mesh.fsdp", "32", "--mesh.data", "1", "--batch-size", "128", "--model.remat", "full",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -19,7 +19,7 @@ import fast
 import jax
 import numpy as np
 import pytest
-from launched import Runs
+from launched import CONFIG, Runs
 
 from deepseek_jax import convert, evaluate, generate, report
 from deepseek_jax import train as train_command
@@ -35,6 +35,7 @@ from deepseek_jax.models.build import build
 from deepseek_jax.models.decoder import layer_table
 from deepseek_jax.monitoring import metrics
 from deepseek_jax.monitoring.metrics import read_lines
+from deepseek_jax.training import loop
 from deepseek_jax.training.faults import Faults
 from deepseek_jax.training.loop import Lent, train
 from deepseek_jax.training.recipe import TrainConfig
@@ -235,16 +236,6 @@ def test_what_a_hosts_disk_holds_meanwhile(gs, texts, tmp_path, monkeypatch):
     assert {path.parent.name for path in left} == {"heartbeats"}
 
 
-CONFIG = """
-import json
-from deepseek_jax.core.config import from_dict
-from deepseek_jax.training.recipe import TrainConfig
-
-def get_config():
-    return from_dict(TrainConfig, json.loads({text!r}))
-"""
-
-
 @pytest.fixture
 def command(tmp_path):
     """Starts the command on a config: (config, flags)."""
@@ -363,6 +354,7 @@ def test_refusals_are_a_sentence_and_exit_code_2(
     gs, texts, tmp_path, monkeypatch, capsys, flags, words
 ):
     monkeypatch.setattr(train_command, "restart_with_huge_pages", lambda name: None)
+    monkeypatch.setattr(loop, "matmul_peak", loop.matmul_peak)  # put back: the config replaces it
     file = tmp_path / "refused.py"
     config = recipe(texts[0], tmp_path / "run", tmp_path / "cache", steps=1)
     file.write_text(CONFIG.format(text=json.dumps(to_dict(config))))

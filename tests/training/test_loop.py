@@ -16,6 +16,7 @@ import hf_cases
 import jax
 import numpy as np
 import pytest
+from launched import CONFIG
 
 from deepseek_jax import convert
 from deepseek_jax.checkpoint import huggingface
@@ -254,16 +255,6 @@ def test_a_run_that_only_skips_stops_and_says_why(data, tmp_path):
 def test_what_cannot_be_run_is_refused(data, tmp_path, fields, message):
     with pytest.raises(InputError, match=message):
         train(recipe(data, tmp_path, **({"model": SMALL} | fields)), LENT)
-
-
-CONFIG = """
-import json
-from deepseek_jax.core.config import from_dict
-from deepseek_jax.training.recipe import TrainConfig
-
-def get_config():
-    return from_dict(TrainConfig, json.loads({text!r}))
-"""
 
 
 @pytest.mark.slow
