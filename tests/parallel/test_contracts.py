@@ -77,10 +77,6 @@ CASES = {  # config, flags; the first ones are quick
     ),
 }  # fmt: skip
 SLOW = {
-    "v3 data": (
-        "deepseek_v3",
-        [*MOE, "--mesh.data=2", "--mesh.fsdp=16", "--mesh.expert=16", "--batch-size=512"],
-    ),
     "v32": ("deepseek_v32", [*MOE, "--mesh.fsdp=64", "--mesh.expert=8", "--batch-size=512"]),
     "v2": ("deepseek_v2", [*MOE, "--mesh.fsdp=32", "--mesh.expert=16", "--batch-size=512"]),
     "v2 lite offload": (
