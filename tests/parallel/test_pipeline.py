@@ -1,13 +1,15 @@
 """Reference and contract: a pipeline's gradients are the plain ones, its waits those of theory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.pipeline import counted
-from deepseek_jax.parallel.manual import per_device
+from deepseek_jax.parallel.manual import gathered, per_device, traded
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.pipeline import AXIS, Parts, Pipeline, one_forward_one_backward
 
@@ -74,3 +76,33 @@ def test_gradients_and_reports_are_the_plain_ones(sizes):
     grads, reports = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(ends[0], own, ends[1])
     for mine, other in zip(found, (*grads, *reports), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_collectives_between_stages_leave_split_what_tensor_shards_have():
+    """Values and slopes are those of whole arrays; the program moves halves of columns."""
+    mesh = make_mesh(MeshShape(data=1, stage=2, fsdp=2, tensor=2), jax.devices())
+    x, w = (RNG.standard_normal(shape).astype(np.float32) for shape in ((4, 8, 6), (4, 16, 6)))
+    split = PartitionSpec(None, "fsdp", "tensor")
+
+    def of_device(x):
+        x = gathered(x, split, ("tensor",))
+        return jnp.sin(traded(x, split, AXIS, 0, 1))  # this stage's two of four, from both stages
+
+    def loss(x):
+        run = per_device(
+            of_device, (PartitionSpec(None, "fsdp"),), PartitionSpec(AXIS), ("tensor",)
+        )
+        return (run(x) * w).sum()
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, split))
+        program = jax.jit(jax.value_and_grad(loss))
+        found = program(placed)
+        text = program.lower(placed).compile().as_text()
+    expected = jax.value_and_grad(lambda x: (jnp.sin(jnp.concatenate((x, x), 1)) * w).sum())(x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
+    moved = re.findall(r"= \(?f32\[([\d,]+)\].* (all-gather|all-to-all|reduce-scatter)\(", text)
+    assert {kind for _, kind in moved} >= {"all-gather", "all-to-all"}
+    assert all(shape.endswith(",3") for shape, _ in moved), moved
