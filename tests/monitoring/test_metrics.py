@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import textwrap
 
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +129,23 @@ def test_the_reader_of_these_tests_knows_the_format(tmp_path):
     writer.write(Event(step=4).SerializeToString())
     writer.close()
     assert events(tmp_path) == ([], [])
+
+
+def test_a_run_loads_neither_pytorch_nor_what_draws_before_it_draws(tmp_path):
+    """Both take seconds of every start."""
+    code = """
+        import importlib.util, sys
+        import deepseek_jax.train
+        from deepseek_jax.monitoring.metrics import RunLog
+
+        log = RunLog(sys.argv[1])
+        log.metrics(1, {"loss": 1.0})
+        log.close()
+        assert "tensorboardX" in sys.modules and not {"torch", "matplotlib"} & {*sys.modules}
+        assert importlib.util.find_spec("torch")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "tensorboard")[0] == [(1, "train/loss")]
