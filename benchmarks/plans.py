@@ -21,6 +21,7 @@ FAR = "--optimizer.memory=pinned_host"
 HALF = f"{NARROW} --precision.params=bfloat16"
 LITE = "--mesh.fsdp=32 --batch-size=128 --sequence-length=4096 --model.remat"
 V3 = "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=8192"
+FEW = "--stage=1 --mesh.fsdp=16 --stages.1.batch-size=16 --stages.1.accumulation-steps=1"
 SEEING = "--stage=1 --mesh.fsdp=64 --stages.1.batch-size=64 --stages.1.accumulation-steps=1"
 VIT_L = (  # CLIP's, at 336 pixels, instead of SigLIP-SO400M
     "--model.vision.transformer.num-layers=24 --model.vision.transformer.embed-dim=1024 "
@@ -56,6 +57,9 @@ ROWS = (  # config, topology, flags
     ("deepseek_v3", "tpu7x:4x8x8",
      "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "
      f"--model.remat=full {NARROW}"),
+    ("janus_pro_1b", "v5e:4x4", FEW),
+    ("deepseek_vl2_tiny", "v5e:4x4", FEW),
+    ("deepseek_vl2_base", "v5p:4x4x4", SEEING),
     ("deepseek_vl2_small", "v5e:8x8", SEEING),
     ("deepseek_vl2_small", "v5e:8x8", f"{SEEING} {VIT_L}"),
 )  # fmt: skip
@@ -128,8 +132,9 @@ def write(known):
         f"libtpu {found.get('libtpu', '?')} with jax {found.get('jax', '?')}, without the chips. "
         "GB (10^9 bytes) a device; bold: it does not fit. Seconds and MFU are what a step cannot "
         "beat by published figures, no measurement. Router bias balancing, the sequence loss and, "
-        "where the model has them, MTP layers are on. VL2-small is planned twice, in its second "
-        "stage: with its own encoder, and with CLIP's ViT-L/14 at 336 pixels.\n\n"
+        "where the model has them, MTP layers are on. V3.2, VL2 and Janus-Pro are planned in their "
+        "second stage, VL2-small twice: with its own encoder, and with CLIP's ViT-L/14 at 336 "
+        "pixels.\n\n"
         f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n" + "\n".join(map(row, rows)) + "\n"
     )
 
