@@ -23,7 +23,7 @@ from deepseek_jax.training.recipe import TrainConfig
 from deepseek_jax.training.state import abstract_state
 
 SMALL = ["--model.num-layers", "2", "--model.unroll", "1", "--mesh.data", "1", "--mesh.fsdp", "2"]
-SMALL += ["--mesh.expert", "2"]
+SMALL += ["--mesh.expert", "2", "--model.num-mtp-layers", "0"]
 
 
 def plan(*arguments):
