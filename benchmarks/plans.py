@@ -21,8 +21,10 @@ FAR = "--optimizer.memory=pinned_host"
 HALF = f"{NARROW} --precision.params=bfloat16"
 LITE = "--mesh.fsdp=32 --batch-size=128 --sequence-length=4096 --model.remat"
 V3 = "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=8192"
-FEW = "--stage=1 --mesh.fsdp=16 --stages.1.batch-size=16 --stages.1.accumulation-steps=1"
-SEEING = "--stage=1 --mesh.fsdp=64 --stages.1.batch-size=64 --stages.1.accumulation-steps=1"
+FEW, SEEING = (
+    f"--stage=1 --mesh.fsdp={n} --stages.1.batch-size={n} --stages.1.accumulation-steps=1"
+    for n in (16, 64)
+)
 VIT_L = (  # CLIP's, at 336 pixels, instead of SigLIP-SO400M
     "--model.vision.transformer.num-layers=24 --model.vision.transformer.embed-dim=1024 "
     "--model.vision.transformer.mlp-dim=4096 --model.vision.transformer.activation=quick_gelu "

@@ -60,12 +60,12 @@ class Block(nn.Module):
             self.attention, self.embed_dim, self.dtypes, name="attention"
         )
         place = jax.tree.map(jnp.asarray, place)  # remat makes literals of what is constant
-        x = checkpoint_name(x, LAYER_INPUT)  # all that a block needs to run again
+        # Left alone in a region, XLA splits the width of these sums along automatic axes.
+        held = constrain if in_region() else lambda x: x
+        x = checkpoint_name(held(x), LAYER_INPUT)  # all that a block needs to run again
         norm = RMSNorm(self.dtypes, eps=self.norm_eps, name="attention_norm")
         y, cache, selection = attend(norm(x), place, cache)
-        x = x + y
-        if in_region():  # left alone, XLA splits this sum's width along automatic axes
-            x = constrain(x)
+        x = held(x + y)
         y = RMSNorm(self.dtypes, eps=self.norm_eps, name="mlp_norm")(x)
         if isinstance(self.feed_forward, MoE):
             moe = MixtureOfExperts(self.feed_forward, self.embed_dim, self.dtypes, name="moe")

@@ -189,7 +189,7 @@ def _stands(line: bytes, last: float) -> bool:
 
 def _tensorboardx() -> ModuleType:
     """Without PyTorch: it would import that wherever it is installed, for seconds, for nothing."""
-    if "tensorboardX" in sys.modules or "torch" in sys.modules:
+    if "torch" in sys.modules:
         return require("tensorboardX")
     sys.modules["torch"] = None  # an import of it fails, as where it is not installed
     try:

@@ -34,7 +34,7 @@ from deepseek_jax.parallel.pipeline import (
     one_after_another,
     one_forward_one_backward,
 )
-from deepseek_jax.parallel.sharding import constrain, names_of, weight_spec, without
+from deepseek_jax.parallel.sharding import names_of, weight_spec, without
 from deepseek_jax.training.language import Language, block_terms, of_tokens
 from deepseek_jax.training.slices import share_of_slice, shares
 from deepseek_jax.training.step import (
@@ -208,8 +208,7 @@ def _of_this_device(
 
     def of_kind(kind, leaves, x, where):
         given = unflatten_dict(whole_layer(leaves, kinds[kind]), sep="/")
-        x, found = run_kind[kind].apply({"params": given}, constrain(x), None, where)
-        x, (_, routing, selection) = constrain(x), found
+        x, (_, routing, selection) = run_kind[kind].apply({"params": given}, x, None, where)
         terms = block_terms(*([r] if r is not None else [] for r in (routing, selection)))
         routing = routing and routing._replace(chosen=None)
         return x, weighed(terms), (routing, selection)

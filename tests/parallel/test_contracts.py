@@ -6,7 +6,6 @@ the collectives that its parallelism explains and no others, and the partitioner
 purpose turns both red. A mesh with slices is 2 of 256 chips.
 """
 
-import collections
 import functools
 import json
 import pathlib
@@ -62,12 +61,6 @@ PAIRS = {  # what a contrastive loss adds
     "tensor": {"all-gather": "the few columns of a pair's vectors come together to be compared"}
     | SUMS,
 }
-TAKEN_APART = {
-    "tensor": {
-        "reduce-scatter": "a sum over heads or widths is rounded by parts",
-        "all-gather": "which then come together",
-    }
-}
 CUT = ["--model.num-layers=2", "--sequence-length=2048", "--model.remat=full"]
 MOE = [*CUT, "--model.num-dense-layers=1"]
 CASES = {  # config, flags; the first ones are quick
@@ -77,6 +70,10 @@ CASES = {  # config, flags; the first ones are quick
     ),
 }  # fmt: skip
 SLOW = {
+    "v3 data": (
+        "deepseek_v3",
+        [*MOE, "--mesh.data=2", "--mesh.fsdp=16", "--mesh.expert=16", "--batch-size=512"],
+    ),
     "v32": ("deepseek_v32", [*MOE, "--mesh.fsdp=64", "--mesh.expert=8", "--batch-size=512"]),
     "v2": ("deepseek_v2", [*MOE, "--mesh.fsdp=32", "--mesh.expert=16", "--batch-size=512"]),
     "v2 lite offload": (
@@ -215,14 +212,7 @@ def check(name, cases):
     found = compiled(config, flags)
     assert found["devices"] == 512
     kinds = [flag.removeprefix(KIND) for flag in flags if flag.startswith(KIND)]
-    between = "stage" in found["mesh"] and "tensor" in found["mesh"]
-    assert not complaints(found, *kinds, more=TAKEN_APART if between else None)
-    if between:  # and weights are not among it: gathered in every tick they were most of all bytes
-        of = collections.Counter()
-        for row in found["collectives"]:
-            if row["axes"] == ["tensor"]:
-                of[row["kind"] == "all-gather"] += row["bytes"]
-        assert of[True] < of[False] / 5
+    assert not complaints(found, *kinds)
     seen = {axis for row in found["collectives"] for axis in row["axes"]}
     assert seen == set(found["mesh"]), "every axis in use is seen, or the others hide nothing"
     if "stage" in seen:
