@@ -1,4 +1,4 @@
-"""The one lazy import: an optional package, or the extra that installs it."""
+"""The one lazy import: of a package that takes long, or is optional (then its extra is named)."""
 
 import importlib
 from types import ModuleType

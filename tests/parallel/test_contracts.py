@@ -165,9 +165,10 @@ def stopped():
         planner().communicate()
 
 
-def compiled(config, flags, code=""):
+def compiled(config, flags, code="", topology=None):
     """The plan of a config on 512 chips; where `code` runs before, in a process of its own."""
-    topology = SLICES if any(flag.startswith("--mesh.slice") for flag in flags) else TOPOLOGY
+    slices = any(flag.startswith("--mesh.slice") for flag in flags)
+    topology = topology or (SLICES if slices else TOPOLOGY)
     command = ["--config", f"configs/{config}.py", "--topology", topology, "--quick", "--json"]
     # tyro takes the last of two flags
     mesh = [] if any(flag.startswith("--mesh.data") for flag in flags) else ["--mesh.data=1"]
@@ -237,6 +238,18 @@ def test_collectives_are_explained(name):
 @pytest.mark.parametrize("name", SLOW)
 def test_collectives_of_every_published_model_are_explained(name):
     check(name, SLOW)
+
+
+@pytest.mark.slow
+def test_sums_between_stages_are_not_split_by_width():
+    """On this mesh XLA would split a block's sums along tensor, and gather them again."""
+    flags = [
+        "--model.num-layers=4", "--sequence-length=2048", "--batch-size=32",
+        "--accumulation-steps=8", "--mesh.stage=2", "--mesh.fsdp=4", "--mesh.tensor=2",
+    ]  # fmt: skip
+    found = compiled("deepseek_r1_distill_llama_8b", flags, topology="v5p:2x2x4")
+    moved = {r["kind"]: r["bytes"] for r in found["collectives"] if r["axes"] == ["tensor"]}
+    assert moved.pop("all-gather", 0) < sum(moved.values()) / 8
 
 
 @pytest.mark.slow
