@@ -187,14 +187,18 @@ def _on_each_device(config: MoE, home, spec: PartitionSpec, leaf_specs, capacity
     the tensor axis splits the experts' width, their parts of the result are added up.
     """
     inward, outward = leaf_specs
+    first, *last = (*outward, None, None, None)[:3]  # a spec may leave out what is whole
+    turned = PartitionSpec(first, *reversed(last))
     rows, time = spec[0], spec[1]
     split = jax.sharding.get_abstract_mesh().shape[time] > 1
     keep = ("tensor", home, *home)  # an entry of a spec is an axis or several
 
     def of_one(x, experts, weights, order, *leaves):
-        leaves = [
-            gathered(w, own, keep) for w, own in zip(leaves, (inward, inward, outward), strict=True)
-        ]
+        *leaves, down = leaves
+        leaves = [gathered(w, inward, keep, x.dtype) for w in leaves]
+        # Turned: its parts' last dimension may be narrower than a TPU's lanes, and of a gather
+        # along it XLA keeps a copy of all layers' through the loop.
+        leaves.append(gathered(down.mT, turned, keep, x.dtype).mT)
         where = {"rows": rows, "order": order, "time": time if split else None}
         found = _of_this_device(config, home, capacity, where, x, experts, weights, leaves)
         y, counts, dropped = found

@@ -226,10 +226,10 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
         for line in lines if times[name] else ():
             if found := FOUND.search(line):
                 shapes, kind, started = found.groups()
-                if name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # the TPU's form: reduced, and a part of it kept
                 axes, size = _joined(_joins(line), sizes)
                 one = _sent(kind, shapes, bool(started), size)
+                if name.startswith("all-reduce-scatter"):
+                    kind, one = "reduce-scatter", one / 2  # the TPU's form: a part of it is kept
             elif found := FAR.search(line):
                 kind = found[2].lower().replace("_", "-").replace("one-to-one", KINDS[4])
                 axes, size = ("slice",), mesh.shape["slice"]
@@ -331,7 +331,10 @@ def _joins(line: str) -> str:
 
 @functools.cache  # thousands of lines, few different groups
 def _joined(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that a collective joins, ("?",) for groups that are none; devices together."""
+    """The mesh axes that a collective joins, all or a part of one; ("?",) for other groups.
+
+    And how many devices a group has.
+    """
     names = tuple(axis for axis, _ in sizes)
     if text.startswith("source_target_pairs"):
         moves = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", text)]
@@ -344,6 +347,9 @@ def _joined(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, .
         for axes in itertools.combinations(names, count):
             if groups == _along(axes, sizes):
                 return axes, len(next(iter(groups)))
+    for axis in names:  # or they are parts of one
+        if all(any(group <= whole for whole in _along((axis,), sizes)) for group in groups):
+            return (axis,), max(map(len, groups))
     return ("?",), max(map(len, groups))
 
 

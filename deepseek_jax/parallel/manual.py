@@ -1,11 +1,15 @@
 """Per-device functions: the only caller of `jax.shard_map`, which nobody else may nest."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from deepseek_jax.core import target
 
 
 def per_device(
@@ -37,18 +41,49 @@ def manual_axes(*axes: str) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
-def gathered(x: jax.Array, spec: PartitionSpec, keep: Any = ()) -> jax.Array:
+def gathered(
+    x: jax.Array, spec: PartitionSpec, keep: Any = (), dtype: jnp.dtype | None = None
+) -> jax.Array:
     """Within a per-device function: x, given by `spec`, whole along all entries but those kept.
 
-    Backward, each device gets its own part of the sum over those axes: a reduce-scatter.
+    Backward, each device gets its own part of the sum over those axes: a reduce-scatter. What is
+    about to be cast to `dtype` is rounded to it here, its slopes are not: XLA then sends that type,
+    and does not keep every layer's copy in it all through a loop, as it would of a mere cast.
     """
+    if dtype is not None and jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
+        kept = jnp.finfo(dtype)
+        narrow = functools.partial(
+            jax.lax.reduce_precision, exponent_bits=kept.nexp, mantissa_bits=kept.nmant
+        )
+        x = jax.custom_derivatives.linear_call(
+            lambda _, x: narrow(x), lambda _, slope: slope, (), x
+        )
     for dimension, axis in enumerate(spec):
         if axis is not None and axis not in keep:
             together = functools.partial(jax.lax.all_gather, axis_name=axis, axis=dimension)
-            apart = functools.partial(
-                jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension
-            )
+            apart = functools.partial(_scattered, axis=axis, dimension=dimension)
             x = _on_parts(together, apart, x, spec)
+    return x
+
+
+def _scattered(x: jax.Array, axis: Any, dimension: int, tiled: bool) -> jax.Array:
+    """A reduce-scatter, over part of the axis after another where all chips are on it.
+
+    Over all chips at once the TPU's compiler would make every sum whole and then take a part of it
+    (libtpu 0.0.52): twice the bytes, and a whole slope's memory.
+    """
+    scatter = functools.partial(
+        jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=tiled
+    )
+    mesh, size = jax.sharding.get_abstract_mesh(), jax.lax.axis_size(axis)
+    alone = size * mesh.shape.get("slice", 1) == mesh.size
+    inner = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
+    if not alone or inner == 1 or target.platform() != "tpu":
+        return scatter(x)
+    far = [list(range(first, size, inner)) for first in range(inner)]
+    near = [list(range(first, first + inner)) for first in range(0, size, inner)]
+    for groups in (far, near):  # this order gives each device what one scatter would
+        x = scatter(x, axis_index_groups=groups)
     return x
 
 
@@ -72,11 +107,10 @@ def _on_parts(forward: Any, backward: Any, x: jax.Array, spec: PartitionSpec) ->
     mesh = jax.sharding.get_abstract_mesh()
     axes = {a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1}
     forward, backward = (functools.partial(f, tiled=True) for f in (forward, backward))
-    if not axes:
-        return forward(x)
-    own = PartitionSpec(*(axis if axis in axes else None for axis in spec))
-    names = {"in_specs": own, "out_specs": own, "axis_names": axes, "check_vma": False}
-    forward, backward = (jax.shard_map(f, **names) for f in (forward, backward))
+    if axes:
+        own = PartitionSpec(*(axis if axis in axes else None for axis in spec))
+        names = {"in_specs": own, "out_specs": own, "axis_names": axes, "check_vma": False}
+        forward, backward = (jax.shard_map(f, **names) for f in (forward, backward))
     return jax.custom_derivatives.linear_call(
         lambda _, x: forward(x), lambda _, slope: backward(slope), (), x
     )

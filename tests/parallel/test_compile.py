@@ -28,6 +28,7 @@ GROUPS = {
     "iota": ("replica_groups=[2,4]<=[8]", ("expert",)),
     "turned": ("replica_groups=[4,2]<=[2,4]T(1,0)", ("fsdp",)),
     "named": ("replica_groups=mesh['a'=2,'b'=4] {'b'}", ("expert",)),
+    "parts": ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", ("expert",)),
     "none": ("replica_groups={{0,5},{1,4},{2,7},{3,6}}", ("?",)),
 }
 PROGRAM = """HloModule step
@@ -56,6 +57,7 @@ def test_groups_are_named_by_their_axes_and_loops_count(groups, mesh):
     line = f"bf16[1000]{{0:T(8,128)(2,1)}} all-to-all(%x), {text}, dimensions={{0}}"
     (found,) = collectives(PROGRAM.format(line=line), mesh)
     size = {("expert",): 4, ("fsdp",): 2, ("?",): 2}.get(axes, 8)
+    size = 2 if groups == "parts" else size
     assert found == Collective("all-to-all", axes, 26, pytest.approx(26 * 2000 * (1 - 1 / size)))
 
 
@@ -104,6 +106,17 @@ def test_a_partitioner_that_gives_up_is_heard():
 def test_bytes_are_what_a_ring_sends(line, kind, sent, mesh):
     (found,) = collectives(PROGRAM.format(line=line), mesh)
     assert found == Collective(kind, ("expert",), 26, pytest.approx(26 * sent))
+
+
+def test_what_a_tpu_scatters_is_half_of_a_sum(mesh):
+    """Its program says so by a name around an all-reduce of the whole."""
+    line = "f32[25]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.7"
+    head, rest = PROGRAM.format(line=line).split("\n", 1)
+    body = "%all-reduce-scatter.7 (i: f32[100]) -> f32[25] {{\n  {}\n}}".format(
+        "%r = f32[100]{0} all-reduce(%i), replica_groups=[2,4]<=[8], to_apply=%add"
+    )
+    (found,) = collectives(f"{head}\n{body}\n{rest}", mesh)
+    assert found == Collective("reduce-scatter", ("expert",), 26, pytest.approx(26 * 300))
 
 
 SENT = (

@@ -4,16 +4,18 @@ import re
 
 import cases
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.core import tree
+from deepseek_jax.core import target, tree
 from deepseek_jax.core.axes import BATCH_AXES, MESH_AXES, Spec
 from deepseek_jax.core.errors import InputError
 from deepseek_jax.models.build import build
 from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.parallel.compile import compile_program
+from deepseek_jax.parallel.manual import gathered, per_device
 from deepseek_jax.parallel.mesh import MeshShape, make_mesh
 from deepseek_jax.parallel.sharding import (
     batch_sharding,
@@ -191,3 +193,35 @@ def test_tokens_are_merged_device_by_device():
     assert program.collectives == ()
     np.testing.assert_array_equal(back, 2 * x)
     assert {*map(tuple, np.asarray(flat))} == {*map(tuple, x.reshape(-1, 3))}
+
+
+@pytest.mark.parametrize("axis", ["fsdp", ("fsdp", "expert")])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_a_weights_slope_is_summed_apart_in_two_goes_over_all_chips(monkeypatch, dimension, axis):
+    """As TPUs want it; its values are those of one device, and rounding a weight leaves it wide."""
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+    sizes = {"fsdp": 8} if axis == "fsdp" else {"fsdp": 4, "expert": 2}
+    mesh, rng = make_mesh(MeshShape(data=1, **sizes)), np.random.default_rng(0)
+    w, x = (rng.standard_normal(size).astype(np.float32) for size in ((16, 16), (8, 16)))
+    split = PartitionSpec(*[None] * dimension, axis)
+
+    def of_device(w, x):
+        return jnp.sin(x) @ gathered(w, split, dtype=jnp.bfloat16)
+
+    def loss(w, x):
+        rows = PartitionSpec(axis)
+        return (per_device(of_device, (split, rows), rows)(w, x) ** 2).sum()
+
+    def plain(w, x):
+        narrow = w + jax.lax.stop_gradient(w.astype(jnp.bfloat16).astype(w.dtype) - w)
+        return ((jnp.sin(x) @ narrow) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(loss))(w, x)
+        text = str(jax.make_jaxpr(jax.grad(loss))(w, x))
+    expected = jax.jit(jax.value_and_grad(plain))(w, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5), found, expected
+    )
+    groups = re.findall(r"reduce_scatter\[\s*axis_index_groups=\(?(\S+)", text)
+    assert len(groups) == 2 and "None" not in groups, groups
