@@ -47,10 +47,11 @@ def gathered(
     """Within a per-device function: x, given by `spec`, whole along all entries but those kept.
 
     Backward, each device gets its own part of the sum over those axes: a reduce-scatter. What is
-    about to be cast to `dtype` is rounded to it here, its slopes are not: XLA then sends that type,
-    and does not keep every layer's copy in it all through a loop, as it would of a mere cast.
+    about to be cast to bfloat16, as `dtype` says, is rounded to it here, its slopes are not: XLA
+    then sends that type, and does not keep every layer's copy in it all through a loop, as it would
+    of a mere cast.
     """
-    if dtype is not None and jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
+    if dtype == jnp.bfloat16:
         kept = jnp.finfo(dtype)
         narrow = functools.partial(
             jax.lax.reduce_precision, exponent_bits=kept.nexp, mantissa_bits=kept.nmant
