@@ -14,6 +14,8 @@ import pathlib
 import subprocess
 import sys
 
+from deepseek_jax.monitoring.plans import exchange_text, mesh_text
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT, TABLE = ROOT / "docs" / "plans.json", ROOT / "docs" / "plans.md"
 NARROW = "--optimizer.momentum-dtype=bfloat16 --optimizer.variance-dtype=bfloat16"
@@ -21,6 +23,7 @@ FAR = "--optimizer.memory=pinned_host"
 HALF = f"{NARROW} --precision.params=bfloat16"
 LITE = "--mesh.fsdp=32 --batch-size=128 --sequence-length=4096 --model.remat"
 V3 = "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=8192"
+PADDED = "--model.moe.exchange.kind=padded"  # tokens go to experts, not weights to tokens
 FEW, SEEING = (
     f"--stage=1 --mesh.fsdp={n} --stages.1.batch-size={n} --stages.1.accumulation-steps=1"
     for n in (16, 64)
@@ -55,10 +58,10 @@ ROWS = (  # config, topology, flags
     ("deepseek_v3", "v5p:8x8x8", f"{V3} --batch-size=4096 --model.remat=offload {NARROW} {FAR}"),
     ("deepseek_v32", "v5p:8x8x8",
      "--stage=1 --mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "
-     "--model.remat=offload"),
+     f"--model.remat=offload {PADDED}"),
     ("deepseek_v3", "tpu7x:4x8x8",
      "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=4096 --batch-size=512 "
-     f"--model.remat=full {NARROW}"),
+     f"--model.remat=full {NARROW} {PADDED}"),
     ("janus_pro_1b", "v5e:4x4", FEW),
     ("deepseek_vl2_tiny", "v5e:4x4", FEW),
     ("deepseek_vl2_base", "v5p:4x4x4", SEEING),
@@ -111,7 +114,7 @@ def row(one):
     rows = f"{one['batch_size']:,} x {one['sequence_length']:,}"
     cells = (
         one["config"], one["topology"], one["devices"],
-        " x ".join(f"{axis} {size}" for axis, size in one["mesh"].items()), rows, one["remat"],
+        mesh_text(one["mesh"]) + exchange_text(one), rows, one["remat"],
         one["params_dtype"], ", ".join(dict.fromkeys(one["moments"])),
         m["arguments"], m["temporaries"], f"{total:.1f}" if fits else f"**{total:.1f}**",
         f"{one['memory_limit'] / 1e9:.1f}", m["host"], one.get("bound", "does not fit"),

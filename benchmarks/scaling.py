@@ -51,18 +51,22 @@ def main():
         KEPT.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{chips} chips compiled in {known[str(chips)]['compile_seconds']:.0f} s", flush=True)
     plans = [known[str(chips)] for chips in SHAPES]
-    rows = ["| chips | mesh | parts | GB a chip | bound | s a step | MFU | tokens/s | efficiency |"]
-    rows.append("|---" * 9 + "|")
+    rows = [
+        "| chips | mesh | parts | GB a chip | bound | s a step | of network | MFU | tokens/s | "
+        "efficiency |",
+        "|---" * 10 + "|",
+    ]
     for one, left in zip(plans, draw_scaling(plans, PICTURE), strict=True):
         mesh = " x ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
         total = one["memory"]["total"] / 1e9
         if not one["fits"]:
             rows.append(f"| {one['devices']} | {mesh} | {one['accumulation_steps']} | "
-                        f"{total:.1f}: does not fit | | | | | |")  # fmt: skip
+                        f"{total:.1f}: does not fit | | | | | | |")  # fmt: skip
             continue
         rows.append(
             f"| {one['devices']:,} | {mesh} | {one['accumulation_steps']} | {total:.1f} | "
-            f"{one['bound']} | {one['step_seconds']:.2f} | {one['mfu']:.1%} | "
+            f"{one['bound']} | {one['step_seconds']:.2f} | "
+            f"{one['bound_seconds']['network']:.2f} | {one['mfu']:.1%} | "
             f"{one['tokens'] / one['step_seconds']:,.0f} | {left:.0%} |"
         )
     print("\n".join(rows))

@@ -17,7 +17,7 @@ def table(found: dict[str, Any]) -> str:
     """A plan as text."""
     rows = [
         f"{found['config']} on {found['topology']}: {found['devices']} x {found['device']}, "
-        f"{mesh_text(found['mesh'])}",
+        f"{mesh_text(found['mesh'])}{exchange_text(found)}",
         f"parameters      {found['params'] / 1e9:,.3f} B, {found['active_params'] / 1e9:,.3f} B "
         f"active a token; {found['params_dtype']}, moments {', '.join(found['moments'])}",
         f"a step          {found['tokens']:,} tokens in rows of {found['sequence_length']:,}, "
@@ -61,6 +61,11 @@ def table(found: dict[str, Any]) -> str:
         ]
     rows += [f"warning         {remark}" for remark in found["remarks"]]
     return "\n".join([*rows, f"compiled in     {found['compile_seconds']:.0f} s"])
+
+
+def exchange_text(found: dict[str, Any]) -> str:
+    """How tokens come to experts, where they do."""
+    return "" if found["exchange"] == "none" else f", {found['exchange']} exchange"
 
 
 def mesh_text(mesh: dict[str, int]) -> str:

@@ -85,11 +85,13 @@ def facts(config: TrainConfig, model: Model, place: Place, mesh: Mesh) -> dict[s
     total, active = num_params(model)
     optimizer = stage.optimizer
     pipeline = Pipeline.on(mesh, config.mesh.stage_chunks, stage.accumulation_steps)
+    moe = getattr(config.model, "moe", None)  # two towers have none
     return {
         "device": place.kind,
         "devices": len(place.devices),
         "estimate": place.estimate,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "exchange": moe.exchange.kind if moe else "none",
         "params": total,
         "active_params": active,
         "bubble": pipeline.bubble,

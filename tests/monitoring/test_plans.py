@@ -7,8 +7,9 @@ from deepseek_jax.monitoring.plans import draw, draw_scaling, memory_parts, rank
 
 FOUND = {
     "config": "mine", "topology": "v5p:2x2x2", "device": "TPU v5", "devices": 8, "estimate": False,
-    "mesh": {"fsdp": 8}, "params": 10**9, "active_params": 10**8, "params_dtype": "float32",
-    "moments": ["float32", "bfloat16"], "tokens": 1024, "sequence_length": 128, "batch_size": 8,
+    "mesh": {"fsdp": 8}, "exchange": "padded", "params": 10**9, "active_params": 10**8,
+    "params_dtype": "float32", "moments": ["float32", "bfloat16"], "tokens": 1024,
+    "sequence_length": 128, "batch_size": 8,
     "model_flops": 1e15, "compute": "bfloat16", "remat": "full", "fits": True,
     "memory": {
         "arguments": 10**10, "outputs": 9 * 10**9, "aliased": 8 * 10**9, "temporaries": 10**10,
@@ -37,6 +38,8 @@ def test_text():
     text = table(FOUND)
     assert "bound by slow network: 512 tokens/s, MFU 25.0%" in text
     assert "21.10 of 100.0 GB" in text
+    assert "8 x TPU v5, fsdp 8, padded exchange\n" in text
+    assert "exchange" not in table(FOUND | {"exchange": "none"})
     assert "ESTIMATE" not in text and "on its host" not in text
     assert "AN ESTIMATE" in table(FOUND | {"estimate": True})
     refused = table(REFUSED)

@@ -196,7 +196,7 @@ def test_activation_memory_does_not_grow_with_microbatches():
 
     def temporaries(microbatches):
         mesh = make_mesh(MeshShape(stage=2, data=1), jax.devices()[:2])
-        own = model(num_layers=4)
+        own = model()
         batch = cases.make_batch((ROWS[0],) * 2 * microbatches, 64, 2, 0, 64)
         with jax.set_mesh(mesh):
             objective = make_language(OBJECTIVE, own)
