@@ -180,3 +180,5 @@ def test_v2_lite_on_32_chips():
     assert found["bound"] == "compute"
     assert not found["remarks"]
     assert found["memory"]["total"] < 14.42e9  # without machine code
+    whole = [row["bytes"] for row in found["collectives"] if row["kind"] == "all-reduce"]
+    assert sum(whole) < 1e9  # weights' slopes are scattered, 57 GB of them
