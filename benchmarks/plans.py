@@ -139,7 +139,7 @@ def write(known):
         "beat by published figures, no measurement. Router bias balancing, the sequence loss and, "
         "where the model has them, MTP layers are on. V3.2, VL2 and Janus-Pro are planned in their "
         "second stage, VL2-small twice: with its own encoder, and with CLIP's ViT-L/14 at 336 "
-        "pixels.\n\n"
+        "pixels. Where no exchange is named, experts' weights come to the tokens.\n\n"
         f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n" + "\n".join(map(row, rows)) + "\n"
     )
 
