@@ -24,9 +24,10 @@ HALF = f"{NARROW} --precision.params=bfloat16"
 LITE = "--mesh.fsdp=32 --batch-size=128 --sequence-length=4096 --model.remat"
 V3 = "--mesh.fsdp=32 --mesh.expert=16 --sequence-length=8192"
 PADDED = "--model.moe.exchange.kind=padded"  # tokens go to experts, not weights to tokens
-FEW, SEEING = (
-    f"--stage=1 --mesh.fsdp={n} --stages.1.batch-size={n} --stages.1.accumulation-steps=1"
-    for n in (16, 64)
+FEW = "--stage=1 --mesh.fsdp=16 --stages.1.batch-size=16 --stages.1.accumulation-steps=1"
+SEEING = (
+    "--stage=1 --mesh.fsdp=8 --mesh.expert=8 --stages.1.batch-size=64 "
+    "--stages.1.accumulation-steps=1 --model.language.moe.exchange.kind=padded"
 )
 VIT_L = (  # CLIP's, at 336 pixels, instead of SigLIP-SO400M
     "--model.vision.transformer.num-layers=24 --model.vision.transformer.embed-dim=1024 "

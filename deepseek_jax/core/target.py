@@ -27,6 +27,7 @@ PEAKS = {
 # ragged ones it does so anyway). It takes memory, for nothing where all of them are small: 0.9 of
 # 99 GB of DeepSeek-V3.
 ASYNCHRONOUS = {"xla_tpu_enable_async_all_to_all": True}
+LIMITED = ("TPU v5 lite", "TPU v5e")  # that compiler gives up on it there, and on ragged ones
 
 PCI = pathlib.Path("/sys/bus/pci/devices")
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -54,6 +55,16 @@ def platform() -> str:
     """cpu, gpu or tpu."""
     described = _DESCRIBED.get()
     return described[0].platform if described else jax.default_backend()
+
+
+def limited() -> bool:
+    """Whether the chips' routing is what libtpu calls limited: v5e's."""
+    return platform() == "tpu" and devices()[0].device_kind.startswith(LIMITED)
+
+
+def travel_options() -> dict[str, bool]:
+    """The compiler's options for a program whose tokens travel between devices."""
+    return ASYNCHRONOUS if platform() == "tpu" and not limited() else {}
 
 
 def partitioned() -> bool:

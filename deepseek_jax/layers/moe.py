@@ -159,6 +159,11 @@ def experts_home(config: MoE) -> tuple[str, ...]:
             "model.moe.exchange.kind is ragged: XLA on GPUs gets its gradients wrong "
             f"(marin-community/marin#8077); set XLA_FLAGS={SOUND}, or take padded"
         )
+    if kind == "ragged" and target.limited():
+        raise InputError(
+            "model.moe.exchange.kind is ragged, for which libtpu has no program on v5e chips; take "
+            "padded"
+        )
     wanted = ("slice", "expert") if kind == "two_hop" else ("expert",)
     wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
     if config.num_experts % num_parts(mesh.shape, wanted):

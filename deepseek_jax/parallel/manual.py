@@ -62,29 +62,35 @@ def gathered(
     for dimension, axis in enumerate(spec):
         if axis is not None and axis not in keep:
             together = functools.partial(jax.lax.all_gather, axis_name=axis, axis=dimension)
-            apart = functools.partial(_scattered, axis=axis, dimension=dimension)
-            x = _on_parts(together, apart, x, spec)
+            goes = _goes(axis)
+            apart = functools.partial(_scattered, goes=goes, dimension=dimension)
+            x = _on_parts(together, apart, x, spec, own=len(goes) > 1)
     return x
 
 
-def _scattered(x: jax.Array, axis: Any, dimension: int, tiled: bool) -> jax.Array:
-    """A reduce-scatter, over part of the axis after another where all chips are on it.
+def _goes(axis: Any) -> list[tuple[Any, list[list[int]] | None]]:
+    """Axes, and groups of devices along them, whose reduce-scatters in a row are one along `axis`.
 
     Over all chips at once the TPU's compiler would make every sum whole and then take a part of it
     (libtpu 0.0.52): twice the bytes, and a whole slope's memory.
     """
-    scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=tiled
-    )
     mesh, size = jax.sharding.get_abstract_mesh(), jax.lax.axis_size(axis)
-    alone = size * mesh.shape.get("slice", 1) == mesh.size
-    inner = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
-    if not alone or inner == 1 or target.platform() != "tpu":
-        return scatter(x)
-    far = [list(range(first, size, inner)) for first in range(inner)]
-    near = [list(range(first, first + inner)) for first in range(0, size, inner)]
-    for groups in (far, near):  # this order gives each device what one scatter would
-        x = scatter(x, axis_index_groups=groups)
+    if size * mesh.shape.get("slice", 1) != mesh.size or target.platform() != "tpu":
+        return [(axis, None)]
+    if isinstance(axis, tuple):
+        return [(one, None) for one in axis if mesh.shape[one] > 1]
+    near = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
+    if near == 1:
+        return [(axis, None)]
+    far = [list(range(first, size, near)) for first in range(near)]
+    return [(axis, far), (axis, [list(range(i, i + near)) for i in range(0, size, near)])]
+
+
+def _scattered(x: jax.Array, goes: Any, dimension: int, tiled: bool) -> jax.Array:
+    for axis, groups in goes:
+        x = jax.lax.psum_scatter(
+            x, axis, scatter_dimension=dimension, axis_index_groups=groups, tiled=tiled
+        )
     return x
 
 
@@ -98,8 +104,12 @@ def traded(x: jax.Array, spec: PartitionSpec, axis: str, split: int, join: int) 
     return _on_parts(to, back, x, spec)
 
 
-def _on_parts(forward: Any, backward: Any, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _on_parts(
+    forward: Any, backward: Any, x: jax.Array, spec: PartitionSpec, own: bool = False
+) -> jax.Array:
     """A linear collective and its transpose, each on what a device has along automatic axes too.
+
+    `own`: the transpose is not the one that JAX would make.
 
     Left to itself XLA makes what a collective takes and gives whole along them: a pipeline's
     weights, in every tick. This is the one per-device function within another; JAX cannot
@@ -108,9 +118,11 @@ def _on_parts(forward: Any, backward: Any, x: jax.Array, spec: PartitionSpec) ->
     mesh = jax.sharding.get_abstract_mesh()
     axes = {a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1}
     forward, backward = (functools.partial(f, tiled=True) for f in (forward, backward))
+    if not axes and not own:
+        return forward(x)
     if axes:
-        own = PartitionSpec(*(axis if axis in axes else None for axis in spec))
-        names = {"in_specs": own, "out_specs": own, "axis_names": axes, "check_vma": False}
+        part = PartitionSpec(*(axis if axis in axes else None for axis in spec))
+        names = {"in_specs": part, "out_specs": part, "axis_names": axes, "check_vma": False}
         forward, backward = (jax.shard_map(f, **names) for f in (forward, backward))
     return jax.custom_derivatives.linear_call(
         lambda _, x: forward(x), lambda _, slope: backward(slope), (), x

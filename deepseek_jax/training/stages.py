@@ -249,7 +249,7 @@ def overwriting(step: Callable, state: TrainState, model: Network) -> Any:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     moe = getattr(model.config, "moe", None)
     travel = moe and moe.exchange.all_to_all
-    options = target.ASYNCHRONOUS if travel and target.platform() == "tpu" else {}
+    options = target.travel_options() if travel else {}
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
     )
