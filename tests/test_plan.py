@@ -182,3 +182,22 @@ def test_v2_lite_on_32_chips():
     assert found["memory"]["total"] < 14.42e9  # without machine code
     whole = [row["bytes"] for row in found["collectives"] if row["kind"] == "all-reduce"]
     assert sum(whole) < 1e9  # weights' slopes are scattered, 57 GB of them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["padded", "ragged"])
+def test_tokens_travel_on_v5e_as_far_as_its_compiler_lets_them(kind):
+    """It gives up where an all-to-all is asked to be asynchronous or ragged."""
+    done = plan(
+        "--config", "configs/deepseek_v2_lite.py", "--topology", "v5e:4x4", "--json", "--quick",
+        "--mesh.fsdp", "4", "--mesh.data", "1", "--mesh.expert", "4", "--batch-size", "16",
+        "--sequence-length", "2048", "--model.num-layers", "2", "--model.moe.exchange.kind", kind,
+    )  # fmt: skip
+    if kind == "ragged":
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: model.moe.exchange.kind is ragged, for which libtpu")
+        return
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["exchange"] == "padded"
+    assert "all-to-all" in {row["kind"] for row in found["collectives"] if "expert" in row["axes"]}

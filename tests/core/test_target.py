@@ -54,6 +54,16 @@ def test_described_devices_answer_in_place_of_this_process():
     assert (target.platform(), target.devices()) == ("cpu", jax.devices())
 
 
+@pytest.mark.parametrize(
+    ("kind", "limited"), [("TPU v5 lite", True), ("TPU v5", False), ("TPU v6 lite", False)]
+)
+def test_what_a_chips_compiler_gives_up_on_is_not_asked_of_it(kind, limited):
+    with target.compiling_for([types.SimpleNamespace(platform="tpu", device_kind=kind)]):
+        assert target.limited() == limited
+        assert target.travel_options() == ({} if limited else target.ASYNCHRONOUS)
+    assert target.travel_options() == {}  # here
+
+
 def test_a_program_is_partitioned_along_axes_that_are_not_manual():
     assert target.partitioned()  # 8 devices and no mesh: nobody knows
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
