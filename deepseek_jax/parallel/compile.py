@@ -198,7 +198,7 @@ def quiet() -> Iterator[list[str]]:
 
 HEAD = re.compile(r"^\s*(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")  # the latter of SparseCores
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 FOUND = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 SHAPE = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")

@@ -108,6 +108,16 @@ def test_bytes_are_what_a_ring_sends(line, kind, sent, mesh):
     assert found == Collective(kind, ("expert",), 26, pytest.approx(26 * sent))
 
 
+def test_what_sparse_cores_do_beside_counts(mesh):
+    """There a collective's computation is called by a custom call's name for it."""
+    line = "f32[100] custom-call(%x), called_computations={{%far.1}}, frontend_attributes={{a=1}}"
+    head, rest = PROGRAM.format(line=line.format()).split("\n", 1)
+    body = "%far.1 (i: f32[25]) -> f32[100] {\n  ROOT %r = f32[100]{0} all-gather(%i), "
+    body += 'replica_groups=[2,4]<=[8], dimensions={0}\n}, execution_thread="sparsecore"'
+    (found,) = collectives(f"{head}\n{body}\n{rest}", mesh)
+    assert found == Collective("all-gather", ("expert",), 26, pytest.approx(26 * 300))
+
+
 def test_what_a_tpu_scatters_is_half_of_a_sum(mesh):
     """Its program says so by a name around an all-reduce of the whole."""
     line = "f32[25]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.7"
