@@ -12,6 +12,11 @@ PARTS = {  # of a device's memory, bottom to top: its color
     "temporaries": "#e8833a", "results beyond": "#b9c1cc", "code": "#5f6b7a",
 }  # fmt: skip
 
+HINT = (
+    "to try          the experts' weights come to every device's tokens; with moe.exchange.kind "
+    "padded the tokens go to the experts"
+)
+
 
 def table(found: dict[str, Any]) -> str:
     """A plan as text."""
@@ -23,6 +28,8 @@ def table(found: dict[str, Any]) -> str:
         f"a step          {found['tokens']:,} tokens in rows of {found['sequence_length']:,}, "
         f"{found['model_flops'] / 1e12:,.1f} TFLOP, {found['compute']}, remat {found['remat']}",
     ]
+    sparse = found["active_params"] < found["params"]
+    gathers = sparse and found["exchange"] == "none" and "expert" in found["mesh"]
     if found["estimate"]:
         rows.insert(
             1,
@@ -59,6 +66,8 @@ def table(found: dict[str, Any]) -> str:
             f"{_said(found['bound'])}: {found['tokens'] / found['step_seconds']:,.0f} "
             f"tokens/s, MFU {found['mfu']:.1%}",
         ]
+        if found["bound"].endswith("network") and gathers:
+            rows.append(HINT)
     rows += [f"warning         {remark}" for remark in found["remarks"]]
     return "\n".join([*rows, f"compiled in     {found['compile_seconds']:.0f} s"])
 

@@ -39,7 +39,11 @@ def test_text():
     assert "bound by slow network: 512 tokens/s, MFU 25.0%" in text
     assert "21.10 of 100.0 GB" in text
     assert "8 x TPU v5, fsdp 8, padded exchange\n" in text
-    assert "exchange" not in table(FOUND | {"exchange": "none"})
+    gathers = FOUND | {"exchange": "none", "mesh": {"fsdp": 2, "expert": 4}}
+    assert "moe.exchange.kind padded" in table(gathers)
+    dense = {"active_params": 10**9}
+    for other in ({"exchange": "padded"}, {"mesh": {"fsdp": 8}}, {"bound": "compute"}, dense):
+        assert "moe.exchange.kind" not in table(gathers | other)
     assert "ESTIMATE" not in text and "on its host" not in text
     assert "AN ESTIMATE" in table(FOUND | {"estimate": True})
     refused = table(REFUSED)
