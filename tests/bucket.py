@@ -10,6 +10,7 @@ import contextlib
 import http.server
 import itertools
 import json
+import sys
 import threading
 import time
 import urllib.parse
@@ -41,6 +42,12 @@ class Bucket:
     def names(self, prefix: str = "") -> list[str]:
         with self.lock:
             return sorted(name for name in self.objects if name.startswith(prefix))
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -160,7 +167,7 @@ def serving():
     """(the buckets, the environment in which gs:// means them), served while the block lasts."""
     bucket = Bucket()
     handler = type("Handler", (_Handler,), {"bucket": bucket})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
