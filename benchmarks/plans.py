@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 
-from deepseek_jax.monitoring.plans import exchange_text, mesh_text
+from deepseek_jax.monitoring.plans import layout_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT, TABLE = ROOT / "docs" / "plans.json", ROOT / "docs" / "plans.md"
@@ -115,7 +115,7 @@ def row(one):
     rows = f"{one['batch_size']:,} x {one['sequence_length']:,}"
     cells = (
         one["config"], one["topology"], one["devices"],
-        mesh_text(one["mesh"]) + exchange_text(one), rows, one["remat"],
+        layout_text(one), rows, one["remat"],
         one["params_dtype"], ", ".join(dict.fromkeys(one["moments"])),
         m["arguments"], m["temporaries"], f"{total:.1f}" if fits else f"**{total:.1f}**",
         f"{one['memory_limit'] / 1e9:.1f}", m["host"], one.get("bound", "does not fit"),

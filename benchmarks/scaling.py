@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 
-from deepseek_jax.monitoring.plans import draw_scaling
+from deepseek_jax.monitoring.plans import draw_scaling, mesh_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT, PICTURE = ROOT / "docs" / "scaling.json", ROOT / "docs" / "scaling.png"
@@ -57,7 +57,7 @@ def main():
         "|---" * 10 + "|",
     ]
     for one, left in zip(plans, draw_scaling(plans, PICTURE), strict=True):
-        mesh = " x ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
+        mesh = mesh_text(one["mesh"])
         total = one["memory"]["total"] / 1e9
         if not one["fits"]:
             rows.append(f"| {one['devices']} | {mesh} | {one['accumulation_steps']} | "

@@ -22,14 +22,12 @@ def table(found: dict[str, Any]) -> str:
     """A plan as text."""
     rows = [
         f"{found['config']} on {found['topology']}: {found['devices']} x {found['device']}, "
-        f"{mesh_text(found['mesh'])}{exchange_text(found)}",
+        f"{layout_text(found)}",
         f"parameters      {found['params'] / 1e9:,.3f} B, {found['active_params'] / 1e9:,.3f} B "
         f"active a token; {found['params_dtype']}, moments {', '.join(found['moments'])}",
         f"a step          {found['tokens']:,} tokens in rows of {found['sequence_length']:,}, "
         f"{found['model_flops'] / 1e12:,.1f} TFLOP, {found['compute']}, remat {found['remat']}",
     ]
-    sparse = found["active_params"] < found["params"]
-    gathers = sparse and found["exchange"] == "none" and "expert" in found["mesh"]
     if found["estimate"]:
         rows.insert(
             1,
@@ -66,15 +64,17 @@ def table(found: dict[str, Any]) -> str:
             f"{_said(found['bound'])}: {found['tokens'] / found['step_seconds']:,.0f} "
             f"tokens/s, MFU {found['mfu']:.1%}",
         ]
-        if found["bound"].endswith("network") and gathers:
+        sparse = found["active_params"] < found["params"] and "expert" in found["mesh"]
+        if sparse and found["exchange"] == "none" and found["bound"].endswith("network"):
             rows.append(HINT)
     rows += [f"warning         {remark}" for remark in found["remarks"]]
     return "\n".join([*rows, f"compiled in     {found['compile_seconds']:.0f} s"])
 
 
-def exchange_text(found: dict[str, Any]) -> str:
-    """How tokens come to experts, where they do."""
-    return "" if found["exchange"] == "none" else f", {found['exchange']} exchange"
+def layout_text(found: dict[str, Any]) -> str:
+    """The mesh, and how tokens come to experts where they do."""
+    travel = "" if found["exchange"] == "none" else f", {found['exchange']} exchange"
+    return mesh_text(found["mesh"]) + travel
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
@@ -127,7 +127,7 @@ def draw(found: dict[str, Any], path: str | pathlib.Path) -> None:
         _roofline(right, found)
         estimate = " (an estimate)" if found["estimate"] else ""
         figure.suptitle(
-            f"{found['config']} on {found['topology']}{estimate}: {mesh_text(found['mesh'])}, "
+            f"{found['config']} on {found['topology']}{estimate}: {layout_text(found)}, "
             f"batch {found['batch_size']:,} x {found['sequence_length']:,}, remat {found['remat']}",
             x=0.01,
             ha="left",
