@@ -61,10 +61,20 @@ def gathered(
         )
     for dimension, axis in enumerate(spec):
         if axis is not None and axis not in keep:
-            together = functools.partial(jax.lax.all_gather, axis_name=axis, axis=dimension)
-            goes = _goes(axis)
-            apart = functools.partial(_scattered, goes=goes, dimension=dimension)
-            x = _on_parts(together, apart, x, spec, own=len(goes) > 1)
+            together = functools.partial(
+                jax.lax.all_gather, axis_name=axis, axis=dimension, tiled=True
+            )
+            apart = functools.partial(scattered, axis=axis, dimension=dimension)
+            x = _on_parts(together, apart, x, spec, own=len(_goes(axis)) > 1)
+    return x
+
+
+def scattered(x: jax.Array, axis: Any, dimension: int) -> jax.Array:
+    """Within a per-device function: this device's part of the sum over one axis or several."""
+    for one, groups in _goes(axis):
+        x = jax.lax.psum_scatter(
+            x, one, scatter_dimension=dimension, axis_index_groups=groups, tiled=True
+        )
     return x
 
 
@@ -77,21 +87,14 @@ def _goes(axis: Any) -> list[tuple[Any, list[list[int]] | None]]:
     mesh, size = jax.sharding.get_abstract_mesh(), jax.lax.axis_size(axis)
     if size * mesh.shape.get("slice", 1) != mesh.size or target.platform() != "tpu":
         return [(axis, None)]
-    if isinstance(axis, tuple):
-        return [(one, None) for one in axis if mesh.shape[one] > 1]
+    several = [one for one in (axis if isinstance(axis, tuple) else (axis,)) if mesh.shape[one] > 1]
+    if len(several) > 1:
+        return [(one, None) for one in several]
     near = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
     if near == 1:
         return [(axis, None)]
     far = [list(range(first, size, near)) for first in range(near)]
-    return [(axis, far), (axis, [list(range(i, i + near)) for i in range(0, size, near)])]
-
-
-def _scattered(x: jax.Array, goes: Any, dimension: int, tiled: bool) -> jax.Array:
-    for axis, groups in goes:
-        x = jax.lax.psum_scatter(
-            x, axis, scatter_dimension=dimension, axis_index_groups=groups, tiled=tiled
-        )
-    return x
+    return [(*several, far), (*several, [list(range(i, i + near)) for i in range(0, size, near)])]
 
 
 def traded(x: jax.Array, spec: PartitionSpec, axis: str, split: int, join: int) -> jax.Array:
@@ -99,8 +102,9 @@ def traded(x: jax.Array, spec: PartitionSpec, axis: str, split: int, join: int) 
 
     Before it is whole along dimension `split`, behind it along `join`: an all-to-all.
     """
-    to = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=split, concat_axis=join)
-    back = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=join, concat_axis=split)
+    trade = functools.partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    to = functools.partial(trade, split_axis=split, concat_axis=join)
+    back = functools.partial(trade, split_axis=join, concat_axis=split)
     return _on_parts(to, back, x, spec)
 
 
@@ -117,7 +121,6 @@ def _on_parts(
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = {a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1}
-    forward, backward = (functools.partial(f, tiled=True) for f in (forward, backward))
     if not axes and not own:
         return forward(x)
     if axes:

@@ -16,7 +16,7 @@ from deepseek_jax.core import tree
 from deepseek_jax.core.axes import MESH_AXES, Spec
 from deepseek_jax.models.build import Model
 from deepseek_jax.ops import compression
-from deepseek_jax.parallel.manual import per_device
+from deepseek_jax.parallel.manual import per_device, scattered
 from deepseek_jax.parallel.sharding import (
     axes_of,
     entry_of,
@@ -93,7 +93,7 @@ def share_of_slice(
         grad = jax.lax.psum(grad, inside) if inside else grad
         return jax.lax.psum(grad, AXIS) if AXIS in axes and AXIS not in split else grad
     if share.dimension is not None and inside:
-        grad = jax.lax.psum_scatter(grad, inside, scatter_dimension=share.dimension, tiled=True)
+        grad = scattered(grad, inside, share.dimension)
     elif inside:
         grad = jax.lax.psum(grad, inside)
     return jnp.expand_dims(grad, share.at)
